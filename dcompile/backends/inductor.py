@@ -1,0 +1,64 @@
+"""Inductor without Dynamo, so without Dynamo's guards on every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from dcompile.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Inductor:
+    """TorchInductor on a functional graph.
+
+    Attributes:
+        options: Inductor settings (``torch._inductor.config``), e.g. ``{"max_autotune": True}``;
+            ``{"freezing": True}`` folds weights into the code, which is fastest on CPUs, costs
+            their memory again, and means compiling anew when a weight has changed.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    name: str = "inductor"
+    needs_examples: bool = True
+
+    def __post_init__(self) -> None:
+        import torch._inductor.config as config
+
+        unknown = [option for option in self.options if option.replace("-", "_") not in _known(config)]
+        if unknown:
+            raise BackendError(
+                f"Inductor has no option {', '.join(map(repr, unknown))}; "
+                "`torch._inductor.list_options()` lists them"
+            )
+
+    @property
+    def bakes_weights(self) -> bool:
+        return bool(self.options.get("freezing", False))
+
+    def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        patches = {option.replace("-", "_"): value for option, value in self.options.items()}
+        if self.bakes_weights:
+            # The standalone form lifts attributes to inputs and saves the artefact; frozen weights
+            # are neither.
+            from torch._inductor.compile_fx import compile_fx
+
+            run: Callable[..., Any] = compile_fx(graph_module, list(inputs), config_patches=patches)
+            return run
+        artifact = torch._inductor.standalone_compile(  # type: ignore[no-untyped-call]
+            graph_module,
+            list(inputs),
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": patches},
+        )
+        # CompiledArtifact.__call__ only passes its arguments on.
+        run = getattr(artifact, "_compiled_fn", artifact)
+        return run
+
+
+def _known(config: Any) -> frozenset[str]:
+    return frozenset(config.get_config_copy())

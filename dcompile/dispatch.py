@@ -1,0 +1,299 @@
+"""The per-step hot path: find the step, ask the schedule, run one of two compiled graphs."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dcompile.backends import Backend
+from dcompile.build import build
+from dcompile.call import CallForm, CallForms, Signature, signature_of
+from dcompile.capture import CapturedNetwork, capture
+from dcompile.display import Display
+from dcompile.errors import CaptureError, DcompileError
+from dcompile.program import BoundProgram, Program, weights_of
+from dcompile.schedule import Schedule
+from dcompile.steps import Generation, StepTracker
+from dcompile.structure import Structure, changed_by_running, difference, structure_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``cache_compile`` was asked for."""
+
+    schedule: Schedule
+    depth: int
+    backend: Backend
+    dynamic: bool
+    verbose: bool
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts since the last ``cache_compile``.
+
+    Attributes:
+        refresh_steps: calls that ran the full graph.
+        reuse_steps: calls that ran the shallow graph.
+        uncached_calls: calls that went to the module itself (training, gradients).
+        generations: sampling runs seen.
+        captures: networks captured.
+        compile_seconds: spent capturing and compiling.
+        cache_bytes: bytes of cached tensors held now.
+    """
+
+    refresh_steps: int
+    reuse_steps: int
+    uncached_calls: int
+    generations: int
+    captures: int
+    compile_seconds: float
+    cache_bytes: int
+
+
+class Dispatcher:
+    """Stands in for a module's ``forward``.
+
+    Owns the captured networks, the compiled programs and, through its step tracker, everything
+    that is cached. Holds no weights: they are looked up in the live module when a generation
+    begins.
+    """
+
+    # Dynamo must not trace into this if the module is called from compiled code.
+    _torchdynamo_disable = True
+
+    def __init__(
+        self, module: nn.Module, original: Callable[..., Any], settings: Settings
+    ) -> None:
+        self._forms = CallForms(original)
+        functools.update_wrapper(self, original)
+        self.module = module
+        self.original = original
+        self.replaced: dict[str, Any] = {}  # what the module had in the slot it now sits in
+        self.compiled_call: Any = None  # what nn.Module.compile() had left
+        self._counting = threading.Lock()
+        self._building = threading.RLock()  # capture and compile; never held on a warm call
+        self._structures: list[Structure] = []
+        self._written: frozenset[str] = frozenset()
+        self._networks: dict[tuple[int, Signature, bool], CapturedNetwork] = {}
+        self._programs: dict[tuple[CapturedNetwork, int, Backend], Program] = {}
+        self._warned: set[str] = set()
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        """Use other settings from the next call on; keeps compiled programs that still fit."""
+        self.settings = settings
+        self.enabled = True
+        self._tracker = StepTracker()
+        self._counts: Counter[str] = Counter()
+        self._captures = 0
+        self._compile_seconds = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.enabled or torch.compiler.is_compiling():
+            return self.original(*args, **kwargs)
+        leaves, form = self._forms.flatten(args, kwargs)
+        if form is None or (reason := self._reason_not_to_cache(leaves, form)):
+            return self._run_uncached(reason if form else "no sample or no timestep", args, kwargs)
+        timestep = leaves[form.timestep]
+        if not isinstance(timestep, torch.Tensor):
+            leaves[form.timestep] = torch.tensor(timestep)  # not a constant of the graph
+        tracker, schedule = self._tracker, self.settings.schedule
+        generation, lane, step = tracker.enter(timestep, _conditioning(leaves, form))
+        try:
+            signature = signature_of(form, leaves)
+            try:
+                bound = generation.programs.get(signature)
+            except TypeError:
+                return self._run_uncached("an argument cannot be hashed", args, kwargs)
+            if bound is None:
+                bound = self._bind(generation, signature, leaves, form)
+            scheduled = schedule.refresh(step, generation.steps)
+            if scheduled:
+                generation.beat = step
+            with _inference(signature):
+                if scheduled or lane.program is not bound or lane.refreshed < generation.beat:
+                    self._count("refresh")
+                    result, lane.boundary = bound.refresh(leaves)
+                    lane.program, lane.refreshed = bound, step
+                    return result
+                self._count("reuse")
+                return bound.reuse(leaves, lane.boundary)
+        except BaseException:  # an interrupt too: nothing of this generation may be used again
+            tracker.forget(generation)
+            raise
+
+    def reset(self) -> None:
+        """Drop all that is cached; the next call of each generation refreshes."""
+        self._tracker.reset()
+
+    def stats(self) -> Stats:
+        cached = tree_leaves(self._tracker.cached())
+        return Stats(
+            refresh_steps=self._counts["refresh"],
+            reuse_steps=self._counts["reuse"],
+            uncached_calls=self._counts["uncached"],
+            generations=self._tracker.generations,
+            captures=self._captures,
+            compile_seconds=self._compile_seconds,
+            cache_bytes=sum(t.nbytes for t in cached if isinstance(t, torch.Tensor)),
+        )
+
+    def network_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedNetwork:
+        """Capture the network for a call like this one, without compiling or running it."""
+        leaves, form = self._forms.flatten(args, kwargs)
+        if form is None:
+            raise CaptureError("expected a call with a sample and a timestep")
+        if not isinstance(leaves[form.timestep], torch.Tensor):
+            leaves[form.timestep] = torch.tensor(leaves[form.timestep])
+        with self._building:
+            return self._captured(signature_of(form, leaves), leaves, form, self._display())
+
+    def networks(self) -> list[CapturedNetwork]:
+        """The networks captured so far, one for each call signature and structure."""
+        return list(self._networks.values())
+
+    def _reason_not_to_cache(self, leaves: list[Any], form: CallForm) -> str | None:
+        if self.module.training:
+            return "the network is in training mode (call .eval())"
+        if torch.is_grad_enabled() and any(
+            isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
+        ):
+            return "an input requires grad"
+        if not isinstance(leaves[form.sample], torch.Tensor):
+            return "the sample is no tensor"
+        if not isinstance(leaves[form.timestep], (torch.Tensor, int, float)):
+            return "the timestep is neither a tensor nor a number"
+        return None
+
+    def _run_uncached(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._count("uncached")
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"dcompile: {reason}; {type(self.module).__name__} runs uncached", stacklevel=4
+            )
+        return self.original(*args, **kwargs)
+
+    def _bind(
+        self, generation: Generation, signature: Signature, leaves: list[Any], form: CallForm
+    ) -> BoundProgram:
+        """A program for this call with the module's weights: found, or captured and compiled."""
+        with self._building:
+            display = self._display()
+            try:
+                network = self._captured(signature, leaves, form, display)
+                program = self._compiled(network, leaves, display)
+            except DcompileError:
+                self.enabled = False
+                raise
+            finally:
+                self._compile_seconds += sum(display.seconds.values())
+        bound = generation.programs[signature] = program.bind(weights_of(self.module))
+        return bound
+
+    def _captured(
+        self, signature: Signature, leaves: list[Any], form: CallForm, display: Display
+    ) -> CapturedNetwork:
+        dynamic = self.settings.dynamic
+        before = structure_of(self.module, self._written)
+        known = next((i for i, other in enumerate(self._structures) if other == before), None)
+        if known is None:
+            if self._structures:
+                display.note(
+                    f"the module changed ({difference(self._structures[-1], before)}): new capture"
+                )
+            self._structures.append(before)
+            known = len(self._structures) - 1
+        network = self._networks.get((known, signature, dynamic))
+        if network is None and dynamic:
+            network = next(
+                (
+                    other
+                    for (structure, _, is_dynamic), other in self._networks.items()
+                    if structure == known and is_dynamic and other.accepts(form.spec, leaves)
+                ),
+                None,
+            )
+        if network is None:
+            with display.stage("capturing"):
+                network = capture(
+                    self.module, self.original, leaves, form.spec, form.sample, dynamic
+                )
+            self._captures += 1
+            written = changed_by_running(before, structure_of(self.module, self._written))
+            if written:  # by the network's own forward: no sign of a changed structure
+                self._written |= written
+                self._structures[known] = structure_of(self.module, self._written)
+        self._networks[(known, signature, dynamic)] = network
+        return network
+
+    def _compiled(
+        self, network: CapturedNetwork, leaves: list[Any], display: Display
+    ) -> Program:
+        key = (network, self.settings.depth, self.settings.backend)
+        program = self._programs.get(key)
+        if program is not None and not program.matches(weights_of(self.module)):
+            display.note("weights changed that the backend had folded into its code")
+            program = None
+        if program is None:
+            program = build(
+                network, self.settings.depth, self.settings.backend, self.module, leaves, display
+            )
+            self._programs[key] = program
+        return program
+
+    def _count(self, what: str) -> None:
+        with self._counting:
+            self._counts[what] += 1
+
+    def _display(self) -> Display:
+        return Display(type(self.module).__name__, self.settings.verbose)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """A copied module is uncached: its forward is its own class's."""
+        module = memo.get(id(self.module))
+        if module is None:
+            raise TypeError("a dcompile dispatcher is copied only along with its module")
+        if getattr(self.original, "__func__", None) is None:
+            raise TypeError(
+                "this module's forward was replaced before cache_compile, so a copy cannot be "
+                "restored: call handle(module).remove() first"
+            )
+        return types.MethodType(self.original.__func__, module)  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a cache_compiled {type(self.module).__name__} cannot be pickled: its compiled code "
+            "belongs to this process. Call handle(module).remove() first, or save its state_dict"
+        )
+
+
+def _conditioning(leaves: list[Any], form: CallForm) -> list[torch.Tensor]:
+    return [
+        leaf
+        for position, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor) and position not in (form.sample, form.timestep)
+    ]
+
+
+@contextmanager
+def _inference(signature: Signature) -> Iterator[None]:
+    """No gradients; and no autocast, whose conversions are part of the graph."""
+    with torch.no_grad():
+        if signature.autocast is None:
+            yield
+        else:
+            with torch.autocast(signature.autocast[0], enabled=False):
+                yield

@@ -1,0 +1,42 @@
+"""Tell a person what is being captured and compiled, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+
+class Display:
+    """Progress on standard error: a spinner while a stage runs, one line when it is done.
+
+    Rich is imported when the first stage begins, not with the package.
+    """
+
+    def __init__(self, subject: str, verbose: bool) -> None:
+        self.subject = subject
+        self.verbose = verbose
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; show it if verbose."""
+        console: Any = _console() if self.verbose else None
+        spinner = console.status(f"{self.subject}: {name} …") if console else nullcontext()
+        started = time.perf_counter()
+        with spinner:
+            yield
+        took = self.seconds[name] = time.perf_counter() - started
+        if console and took >= 0.05:
+            console.print(f"[dim]{self.subject}:[/dim] {name} [cyan]{took:.1f} s[/cyan]")
+
+    def note(self, text: str) -> None:
+        if self.verbose:
+            _console().print(f"[dim]{self.subject}:[/dim] {text}")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)

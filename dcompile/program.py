@@ -1,0 +1,160 @@
+"""The compiled pair for one call signature, and how to call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_unflatten
+
+from dcompile.capture import CapturedNetwork
+from passes import SkipConnection
+
+
+class Convention(NamedTuple):
+    """What a graph's placeholders stand for, in order: weights, then inputs, then the boundary.
+
+    Attributes:
+        weights: a parameter's or buffer's fully qualified name, or a constant tensor.
+        inputs: positions among the call's leaves.
+    """
+
+    weights: tuple[str | torch.Tensor, ...]
+    inputs: tuple[int, ...]
+
+    def weight_tensors(self, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(weights[item] if isinstance(item, str) else item for item in self.weights)
+
+
+def convention_of(graph_module: GraphModule, network: CapturedNetwork) -> Convention:
+    """Look up every placeholder of a graph that was split from ``network``'s."""
+    weights: list[str | torch.Tensor] = []
+    inputs: list[int] = []
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        name = str(node.target)
+        if name in network.parameters:
+            weights.append(network.parameters[name])
+        elif name in network.constants:
+            weights.append(network.constants[name])
+        elif name in network.inputs:
+            inputs.append(network.inputs[name])
+    return Convention(tuple(weights), tuple(inputs))
+
+
+class Bound(NamedTuple):
+    """A compiled graph with its weights: call ``run(*weights, *inputs, *boundary)``."""
+
+    run: Callable[..., Any]
+    weights: tuple[torch.Tensor, ...]
+    inputs: tuple[int, ...]
+
+    def __call__(self, leaves: Sequence[Any], boundary: tuple[Any, ...] = ()) -> Any:
+        return self.run(*self.weights, *[leaves[i] for i in self.inputs], *boundary)
+
+
+@dataclass(frozen=True, eq=False)
+class BakedWeights:
+    """Which weights a backend folded into its code, and how they looked then."""
+
+    seen: dict[str, tuple[object, ...]]
+
+    @staticmethod
+    def of(convention: Convention, weights: Mapping[str, torch.Tensor]) -> BakedWeights:
+        names = [item for item in convention.weights if isinstance(item, str)]
+        return BakedWeights({name: _fingerprint(weights[name]) for name in names})
+
+    def match(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the weights are still those."""
+        return all(_fingerprint(weights[name]) == seen for name, seen in self.seen.items())
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Changes when the tensor does: by its version, and for writes through ``.data``, which bear
+    none, by a sample of its values.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+    sample = flat[:: max(1, flat.numel() // 64)].tolist()
+    return version, tuple(sample)
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledGraph:
+    """One compiled graph and its calling convention.
+
+    Attributes:
+        baked: the weights that are part of its code; None, as it should be, if it holds none.
+    """
+
+    run: Callable[..., Any]
+    convention: Convention
+    baked: BakedWeights | None = None
+
+    def bind(self, weights: Mapping[str, torch.Tensor]) -> Bound:
+        return Bound(self.run, self.convention.weight_tensors(weights), self.convention.inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Full and shallow graph for one call signature.
+
+    Attributes:
+        network: the captured network both were cut from.
+        skip: where it was cut.
+    """
+
+    network: CapturedNetwork
+    skip: SkipConnection
+    full: CompiledGraph
+    shallow: CompiledGraph
+
+    def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the weights folded into the code, if any were, are still the module's."""
+        halves = (self.full, self.shallow)
+        return all(half.baked is None or half.baked.match(weights) for half in halves)
+
+    def bind(self, weights: Mapping[str, torch.Tensor]) -> BoundProgram:
+        """With these weights, from ``weights_of`` the live module. Fast: references only."""
+        return BoundProgram(self, self.full.bind(weights), self.shallow.bind(weights))
+
+
+class BoundProgram:
+    """A program with the weights of one module, for one generation."""
+
+    __slots__ = ("_full", "_outputs", "_shallow", "_spec", "_tuple", "program")
+
+    def __init__(self, program: Program, full: Bound, shallow: Bound) -> None:
+        self.program = program
+        self._full = full
+        self._shallow = shallow
+        self._spec = program.network.out_spec
+        self._outputs = self._spec.num_leaves
+        self._tuple = self._spec.type is tuple and self._spec.num_children == self._outputs
+
+    def refresh(self, leaves: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+        """Run the full graph: what the module returns, and the boundary to cache."""
+        values = tuple(self._full(leaves))
+        return self._packed(values[: self._outputs]), values[self._outputs :]
+
+    def reuse(self, leaves: Sequence[Any], boundary: tuple[Any, ...]) -> Any:
+        """Run the shallow graph from a cached boundary: what the module returns."""
+        return self._packed(tuple(self._shallow(leaves, boundary)))
+
+    def _packed(self, values: tuple[Any, ...]) -> Any:
+        return values if self._tuple else tree_unflatten(list(values), self._spec)
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by every name they go by."""
+    found: dict[str, torch.Tensor] = {}
+    for path, submodule in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for table in (submodule._parameters, submodule._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found[prefix + name] = tensor
+    return found

@@ -1,0 +1,114 @@
+"""``explain()``: where a network can be cut, and what that saves."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dcompile.capture import CapturedNetwork
+from passes import find_skip_connections
+from passes.cost import tensor_bytes, tensor_sizes
+
+INTERVALS = (2, 3, 5, 10)
+
+
+@dataclass(frozen=True)
+class DepthReport:
+    """One depth of one network.
+
+    Attributes:
+        depth: what to pass to ``cache_compile``.
+        module_path: the submodule that reads the skip connection.
+        boundary_shapes: shapes of the cached tensors.
+        cache_bytes: what they take, for one call.
+        ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
+        speed_limits: N -> highest possible speed-up, N / (1 + (N - 1) r).
+    """
+
+    depth: int
+    module_path: str
+    boundary_shapes: tuple[tuple[int, ...], ...]
+    cache_bytes: int
+    ratio: float
+    speed_limits: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All depths of a network. ``print`` it, hand it to rich, or take ``as_dict()``.
+
+    Attributes:
+        network: name of the network's class.
+        chosen: the depth in use.
+        flops: FLOPs of one uncached call.
+        depths: one report for each depth, outermost first.
+    """
+
+    network: str
+    chosen: int
+    flops: int
+    depths: tuple[DepthReport, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return asdict(self)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.network}: {self.flops / 2e9:,.2f} GMACs per call",
+            caption="r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r).",
+        )
+        table.add_column("depth", justify="right")
+        table.add_column("cut at", overflow="fold")
+        table.add_column("cached")
+        table.add_column("KiB", justify="right")
+        table.add_column("r", justify="right")
+        for interval in INTERVALS:
+            table.add_column(f"N={interval}", justify="right")
+        for row in self.depths:
+            shapes = ", ".join("×".join(map(str, shape)) for shape in row.boundary_shapes)
+            table.add_row(
+                f"{'▸' if row.depth == self.chosen else ''}{row.depth}",
+                row.module_path,
+                shapes,
+                f"{row.cache_bytes / 1024:,.0f}",
+                f"{row.ratio:.3f}",
+                *(f"{limit:.2f}×" for limit in row.speed_limits.values()),
+                style="bold" if row.depth == self.chosen else "",
+            )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=110).print(self)
+        return text.getvalue().rstrip()
+
+
+def explain(network: CapturedNetwork, chosen: int, name: str) -> Explanation:
+    """Report on every skip connection of a captured network."""
+    skips = find_skip_connections(network.graph_module, network.sample)
+    rows = tuple(
+        DepthReport(
+            depth=skip.depth,
+            module_path=skip.module_path.removeprefix("network."),
+            boundary_shapes=tuple(tensor_sizes(value) for value in _tensors(skip.boundary)),
+            cache_bytes=sum(tensor_bytes(value) for value in _tensors(skip.boundary)),
+            ratio=skip.ratio,
+            speed_limits={interval: skip.speed_limit(interval) for interval in INTERVALS},
+        )
+        for skip in skips
+    )
+    return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows)
+
+
+def _tensors(nodes: tuple[Node, ...]) -> list[torch.Tensor]:
+    values = [node.meta.get("val") for node in nodes]
+    return [value for value in values if isinstance(value, torch.Tensor)]

@@ -1,0 +1,101 @@
+"""What a captured graph took for granted about its module, to notice when it changes.
+
+A call checks its inputs every time; the module is looked at only when a generation begins. Adapter
+layers that were added, attention processors that were swapped, scales that were set: all of that
+is in the submodules' attributes, and a graph captured before is wrong after. Parameters are
+compared by name, shape, dtype and device only: their values are inputs of the graph.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+# nn.Module's own bookkeeping is compared through what it holds, not as attributes.
+_BOOKKEEPING = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_MAX_DEPTH = 4
+
+Structure = dict[str, Any]
+
+
+def structure_of(module: nn.Module, ignore: Iterable[str] = ()) -> Structure:
+    """A comparable description of ``module``: one entry for each submodule.
+
+    Args:
+        module: the network.
+        ignore: entries of ``changed_by_running``; they are left out.
+    """
+    ignored = frozenset(ignore)
+    return {
+        path: _describe_module(submodule, path, ignored)
+        for path, submodule in module.named_modules(remove_duplicate=False)
+    }
+
+
+def difference(before: Structure, after: Structure) -> str:
+    """Name the first thing that differs, for a person."""
+    for path in sorted(before.keys() | after.keys()):
+        if path not in after:
+            return f"{path} was removed"
+        if path not in before:
+            return f"{path} was added"
+        if before[path] != after[path]:
+            names = [name for name in before[path] if after[path].get(name) != before[path][name]]
+            names += [name for name in after[path] if name not in before[path]]
+            return f"{path or 'the network'}: {names[0]} changed"
+    return "nothing changed"
+
+
+def changed_by_running(before: Structure, after: Structure) -> frozenset[str]:
+    """Attributes the forward pass itself writes (counters, memos): they say nothing of structure."""
+    return frozenset(
+        f"{path}:{name}"
+        for path, entry in after.items()
+        for name, value in entry.items()
+        if path in before and before[path].get(name, None) != value
+    )
+
+
+def _describe_module(module: nn.Module, path: str, ignored: frozenset[str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"class": type(module), "training": module.training}
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is not None:
+                entry[name] = (tuple(tensor.shape), tensor.dtype, tensor.device)
+    for name, value in module.__dict__.items():
+        if name in _BOOKKEEPING or (ignored and f"{path}:{name}" in ignored):
+            continue
+        if not (name == "forward" or name.startswith(("_dcompile", "_hf_hook", "_old_forward"))):
+            entry[name] = value if type(value) in _PLAIN else _describe(value, _MAX_DEPTH)
+    for table_name in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = module.__dict__[table_name]
+        if hooks:
+            entry[table_name] = tuple(map(id, hooks.values()))
+    return entry
+
+
+def _describe(value: Any, depth: int) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if isinstance(value, torch.Tensor):  # a constant of the graph: its values matter
+        return kind, id(value), value._version
+    if isinstance(value, nn.Module) or depth == 0:
+        return kind
+    if isinstance(value, Mapping):
+        return kind, tuple((_describe(k, 0), _describe(v, depth - 1)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return kind, tuple(_describe(item, depth - 1) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset(map(repr, value))
+    if isinstance(value, (types.FunctionType, types.MethodType, type)):
+        return getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+    state = getattr(value, "__dict__", None)
+    if not state:
+        return kind
+    return kind, tuple((name, _describe(item, depth - 1)) for name, item in state.items())
