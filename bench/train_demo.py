@@ -133,7 +133,9 @@ def main(
         try:
             state = torch.load(checkpoint, map_location=device, weights_only=True)
         except Exception as error:
-            raise SystemExit(f"{checkpoint} is damaged ({error}); delete it to begin anew") from error
+            raise SystemExit(
+                f"{checkpoint} is damaged ({error}); delete it to begin anew"
+            ) from error
         if state["settings"] != settings:
             raise SystemExit(
                 f"{checkpoint} was made with {state['settings']}, asked for {settings}: "

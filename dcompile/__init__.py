@@ -1,6 +1,6 @@
 """dcompile: skip-connection diffusion networks 2 to 5 times faster, without training.
 
-    unet = dcompile.cache_compile(unet, interval=3)
+unet = dcompile.cache_compile(unet, interval=3)
 """
 
 from dcompile.api import Handle, cache_compile, handle
@@ -17,8 +17,7 @@ from dcompile.errors import (
 )
 from dcompile.report import DepthReport, Explanation
 from dcompile.schedule import Power, Schedule, Steps, Uniform
-
-__version__ = "0.1.0"
+from dcompile.version import __version__
 
 __all__ = [
     "BackendError",
@@ -37,6 +36,7 @@ __all__ = [
     "Steps",
     "TimestepError",
     "Uniform",
+    "__version__",
     "cache_compile",
     "handle",
 ]

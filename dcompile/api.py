@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -83,11 +83,12 @@ def cache_compile(
         return module
     if not isinstance(module, nn.Module):
         raise DcompileError(
-            f"cache_compile takes a torch.nn.Module or a diffusers pipeline, got {type(module).__name__}"
+            "cache_compile takes a torch.nn.Module or a diffusers pipeline, got "
+            f"{type(module).__name__}"
         )
     network = _without_torch_compile(module)
     _install(network, settings)
-    return network
+    return cast(M, network)
 
 
 class Handle:
@@ -178,7 +179,7 @@ def handle(module: Any) -> Handle:
     dispatcher = _dispatcher_of(getattr(network, "_orig_mod", network))
     if dispatcher is None:
         raise NotCompiledError(
-            f"this {type(network).__name__} is not compiled: call dcompile.cache_compile on it first"
+            f"this {type(network).__name__} is not compiled: call dcompile.cache_compile first"
         )
     return Handle(dispatcher)
 
@@ -231,17 +232,20 @@ def _checked_depth(depth: int) -> int:
 
 
 def _is_pipeline(module: Any) -> bool:
-    return not isinstance(module, nn.Module) and isinstance(getattr(module, "components", None), dict)
+    return not isinstance(module, nn.Module) and isinstance(
+        getattr(module, "components", None), dict
+    )
 
 
 def _denoiser_name(pipeline: Any) -> str:
     """The component that is called with a timestep. Usual names settle it if there are several."""
-    timed = [
+    timed: list[str] = [
         name
         for name, component in pipeline.components.items()
         if isinstance(component, nn.Module) and _takes_timestep(_without_torch_compile(component))
     ]
-    for name in ("unet", "transformer", *(timed if len(timed) == 1 else ())):
+    preferred: tuple[str, ...] = ("unet", "transformer", *(timed if len(timed) == 1 else ()))
+    for name in preferred:
         if name in timed:
             return name
     raise DcompileError(

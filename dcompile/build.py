@@ -13,7 +13,14 @@ from dcompile.backends import Backend
 from dcompile.capture import CapturedNetwork
 from dcompile.display import Display
 from dcompile.errors import BackendError, DepthError, NoSkipConnectionError
-from dcompile.program import BakedWeights, CompiledGraph, Convention, Program, convention_of, weights_of
+from dcompile.program import (
+    BakedWeights,
+    CompiledGraph,
+    Convention,
+    Program,
+    convention_of,
+    weights_of,
+)
 from passes import SkipConnection, find_skip_connections, split_at
 
 

@@ -104,7 +104,9 @@ def capture(
 
 def _all_sizes_vary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     def sizes(value: Any) -> Any:
-        return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, torch.Tensor) else None
+        return (
+            dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, torch.Tensor) else None
+        )
 
     def mapped(tree: Any) -> Any:
         leaves, spec = tree_flatten(tree)
@@ -145,7 +147,9 @@ def _from_exported(
         elif spec.kind is InputKind.USER_INPUT:
             inputs[name] = len(inputs)
         else:
-            raise CaptureError(f"the network takes {spec.arg} as {spec.kind}, which has no graph form")
+            raise CaptureError(
+                f"the network takes {spec.arg} as {spec.kind}, which has no graph form"
+            )
     sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
     graph_module = Canonicalize()(exported.graph_module).graph_module
     return CapturedNetwork(

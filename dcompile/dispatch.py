@@ -73,9 +73,7 @@ class Dispatcher:
     # Dynamo must not trace into this if the module is called from compiled code.
     _torchdynamo_disable = True
 
-    def __init__(
-        self, module: nn.Module, original: Callable[..., Any], settings: Settings
-    ) -> None:
+    def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
         self._forms = CallForms(original)
         functools.update_wrapper(self, original)
         self.module = module
@@ -104,8 +102,11 @@ class Dispatcher:
         if not self.enabled or torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
         leaves, form = self._forms.flatten(args, kwargs)
-        if form is None or (reason := self._reason_not_to_cache(leaves, form)):
-            return self._run_uncached(reason if form else "no sample or no timestep", args, kwargs)
+        if form is None:
+            return self._run_uncached("no sample or no timestep is given", args, kwargs)
+        reason = self._reason_not_to_cache(leaves, form)
+        if reason is not None:
+            return self._run_uncached(reason, args, kwargs)
         timestep = leaves[form.timestep]
         if not isinstance(timestep, torch.Tensor):
             leaves[form.timestep] = torch.tensor(timestep)  # not a constant of the graph
@@ -239,9 +240,7 @@ class Dispatcher:
         self._networks[(known, signature, dynamic)] = network
         return network
 
-    def _compiled(
-        self, network: CapturedNetwork, leaves: list[Any], display: Display
-    ) -> Program:
+    def _compiled(self, network: CapturedNetwork, leaves: list[Any], display: Display) -> Program:
         key = (network, self.settings.depth, self.settings.backend)
         program = self._programs.get(key)
         if program is not None and not program.matches(weights_of(self.module)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from dcompile.errors import ScheduleError
@@ -62,7 +63,7 @@ class Steps:
             raise ScheduleError(
                 f"Steps: got {list(chosen)}, but the first step has nothing to reuse: begin with 0"
             )
-        if any(later <= earlier for earlier, later in zip(chosen, chosen[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(chosen)):
             raise ScheduleError(f"Steps: expected ascending steps, got {list(chosen)}")
         object.__setattr__(self, "refresh_steps", chosen)
 

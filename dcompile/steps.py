@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from dcompile.program import BoundProgram
+
 # Value-told generations kept at a time; interleaving more than this only refreshes more often.
 MAX_VALUE_TRACKS = 8
 # Of a value-told generation's first value: a second one further away begins another generation.
@@ -42,7 +44,7 @@ class Lane:
     """
 
     anchors: tuple[tuple[weakref.ref[Any], int], ...]
-    program: object = None
+    program: BoundProgram | None = None
     boundary: tuple[Any, ...] = ()
     refreshed: int = -1
 
@@ -68,7 +70,8 @@ class Lane:
 
 def _anchors(conditioning: Sequence[torch.Tensor]) -> tuple[tuple[weakref.ref[Any], int], ...]:
     return tuple(
-        (weakref.ref(tensor.untyped_storage()), tensor.storage_offset()) for tensor in conditioning
+        (weakref.ref(tensor.untyped_storage()), int(tensor.storage_offset()))
+        for tensor in conditioning
     )
 
 
@@ -86,7 +89,7 @@ class Generation:
     steps: int | None
     step: int = -1
     beat: int = 0
-    programs: dict[Any, Any] = field(default_factory=dict)
+    programs: dict[Any, BoundProgram] = field(default_factory=dict)
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)
     _timestep: Any = None  # the latest call's timestep; weakly, if it is a tensor
@@ -140,6 +143,7 @@ class Generation:
     def _begin_again(self, step: int) -> None:
         self._open_ends.add(self.step + 1)
         self.lanes = []
+        self.programs.clear()  # the module may have changed since: look again
         self._served = set()
         self._doubtful = True
         self.beat = min(self.beat, step)
@@ -194,7 +198,9 @@ class StepTracker:
         self._by_value: list[_ValueTrack] = []
         self.generations = 0
 
-    def enter(self, timestep: Any, conditioning: Sequence[torch.Tensor]) -> tuple[Generation, Lane, int]:
+    def enter(
+        self, timestep: Any, conditioning: Sequence[torch.Tensor]
+    ) -> tuple[Generation, Lane, int]:
         """The generation, lane and step of a call.
 
         Args:
@@ -233,7 +239,7 @@ class StepTracker:
 
     def _step_by_storage(self, timestep: torch.Tensor, storage: Any) -> tuple[Generation, int]:
         key = id(storage)
-        offset = timestep.storage_offset()
+        offset = int(timestep.storage_offset())
         entry = self._by_storage.get(key)
         if entry is None or entry[0]() is not storage or offset < entry[2]:
             steps = storage.nbytes() // timestep.element_size() - offset
@@ -250,7 +256,11 @@ class StepTracker:
         return generation, offset - first
 
     def _step_by_value(self, value: float) -> tuple[Generation, int]:
-        fits = [(misfit, track) for track in self._by_value if (misfit := track.misfit(value)) is not None]
+        fits = [
+            (misfit, track)
+            for track in self._by_value
+            if (misfit := track.misfit(value)) is not None
+        ]
         if fits:
             track = min(fits, key=lambda fit: fit[0])[1]
             track.move_to(value)

@@ -52,7 +52,7 @@ def difference(before: Structure, after: Structure) -> str:
 
 
 def changed_by_running(before: Structure, after: Structure) -> frozenset[str]:
-    """Attributes the forward pass itself writes (counters, memos): they say nothing of structure."""
+    """Attributes the forward pass itself writes, such as counters: no sign of structure."""
     return frozenset(
         f"{path}:{name}"
         for path, entry in after.items()

@@ -101,7 +101,7 @@ def find_skip_connections(
 
 
 def _sample_placeholder(graph: Graph, sample: str | Node | None) -> Node:
-    placeholders = graph.find_nodes(op="placeholder")
+    placeholders: list[Node] = graph.find_nodes(op="placeholder")
     if isinstance(sample, Node):
         return sample
     if sample is None:

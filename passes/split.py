@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from passes.base import PostconditionError, PreconditionError, is_pure, require_functional
 from passes.skips import SkipConnection
@@ -60,17 +61,12 @@ def _rebuild(
     for node in graph_module.graph.nodes:
         if node.op == "output":
             outputs = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
-            mapped = graph_map(tuple(outputs), copies)
+            mapped = map_arg(tuple(outputs), copies.__getitem__)
             graph.output((*mapped, *(copies[value] for value in exposed)))
         elif node in needed and node not in copies:
             copies[node] = graph.node_copy(node, lambda operand: copies[operand])
     graph.lint()
     return GraphModule(graph_module, graph)
-
-
-def graph_map(values: tuple[object, ...], copies: dict[Node, Node]) -> tuple[object, ...]:
-    """The graph's outputs in terms of the copied nodes; constants stay as they are."""
-    return tuple(copies[value] if isinstance(value, Node) else value for value in values)
 
 
 def _needed(graph: Graph, exposed: tuple[Node, ...], cached: tuple[Node, ...]) -> set[Node]:

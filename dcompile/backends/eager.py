@@ -11,6 +11,8 @@ from torch.fx import GraphModule
 
 @dataclass(frozen=True)
 class Eager:
+    """No compiler: the graph's generated Python code."""
+
     name: str = "eager"
     bakes_weights: bool = False
     needs_examples: bool = False

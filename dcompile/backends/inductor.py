@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
@@ -29,7 +29,9 @@ class Inductor:
     def __post_init__(self) -> None:
         import torch._inductor.config as config
 
-        unknown = [option for option in self.options if option.replace("-", "_") not in _known(config)]
+        unknown = [
+            option for option in self.options if option.replace("-", "_") not in _known(config)
+        ]
         if unknown:
             raise BackendError(
                 f"Inductor has no option {', '.join(map(repr, unknown))}; "
@@ -47,17 +49,18 @@ class Inductor:
             # are neither.
             from torch._inductor.compile_fx import compile_fx
 
-            run: Callable[..., Any] = compile_fx(graph_module, list(inputs), config_patches=patches)
-            return run
-        artifact = torch._inductor.standalone_compile(  # type: ignore[no-untyped-call]
+            return cast(
+                Callable[..., Any],
+                compile_fx(graph_module, list(inputs), config_patches=patches),
+            )
+        artifact = torch._inductor.standalone_compile(
             graph_module,
             list(inputs),
             dynamic_shapes="from_example_inputs",
             options={"config_patches": patches},
         )
         # CompiledArtifact.__call__ only passes its arguments on.
-        run = getattr(artifact, "_compiled_fn", artifact)
-        return run
+        return cast(Callable[..., Any], getattr(artifact, "_compiled_fn", artifact))
 
 
 def _known(config: Any) -> frozenset[str]:
