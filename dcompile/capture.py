@@ -44,13 +44,13 @@ class CapturedNetwork:
     sample: str
     out_spec: TreeSpec
     in_spec: TreeSpec
-    guard: Callable[[list[torch.Tensor]], bool] | None = None
+    guard: Callable[[Sequence[Any]], bool] | None = None
 
     def accepts(self, spec: TreeSpec, leaves: Sequence[Any]) -> bool:
         """Whether this graph, captured with ``dynamic``, is right for another call."""
         if self.guard is None or spec != self.in_spec:
             return False
-        return self.guard(list(leaves))
+        return self.guard(leaves)
 
 
 class _Network(nn.Module):
@@ -62,7 +62,8 @@ class _Network(nn.Module):
         self.train(network.training)
         self.__dict__["_call"] = forward
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Two named parameters: torch.export mixes up dynamic sizes of *args, **kwargs.
         return self.__dict__["_call"](*args, **kwargs)
 
 
@@ -89,30 +90,26 @@ def capture(
     """
     args, kwargs = tree_unflatten(list(leaves), spec)
     network = _Network(module, forward)
-    shapes = _all_sizes_vary(args, kwargs) if dynamic else None
+    shapes = _all_sizes_vary(leaves, spec) if dynamic else None
     try:
         with torch.inference_mode(False), torch.no_grad():
             exported = torch.export.export(
-                network, args, kwargs, dynamic_shapes=shapes, strict=False
+                network, (args, kwargs), dynamic_shapes=shapes, strict=False
             )
             if not _is_functional(exported.graph_module):
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(_capture_message(module, error)) from error
-    return _from_exported(exported, spec, sample_leaf)
+    return _from_exported(exported, spec, sample_leaf, dynamic)
 
 
-def _all_sizes_vary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _all_sizes_vary(leaves: Sequence[Any], spec: TreeSpec) -> Any:
     def sizes(value: Any) -> Any:
-        return (
-            dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, torch.Tensor) else None
-        )
+        if isinstance(value, torch.Tensor) and value.dim():
+            return dict.fromkeys(range(value.dim()), Dim.AUTO)
+        return None
 
-    def mapped(tree: Any) -> Any:
-        leaves, spec = tree_flatten(tree)
-        return tree_unflatten([sizes(leaf) for leaf in leaves], spec)
-
-    return {"args": mapped(args), "kwargs": mapped(kwargs)}
+    return tree_unflatten([sizes(leaf) for leaf in leaves], spec)
 
 
 def _is_functional(graph_module: GraphModule) -> bool:
@@ -124,7 +121,7 @@ def _is_functional(graph_module: GraphModule) -> bool:
 
 
 def _from_exported(
-    exported: ExportedProgram, in_spec: TreeSpec, sample_leaf: int
+    exported: ExportedProgram, in_spec: TreeSpec, sample_leaf: int, dynamic: bool
 ) -> CapturedNetwork:
     for output in exported.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
@@ -151,6 +148,7 @@ def _from_exported(
                 f"the network takes {spec.arg} as {spec.kind}, which has no graph form"
             )
     sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
+    guard = _size_guard(exported, inputs) if dynamic else None
     graph_module = Canonicalize()(exported.graph_module).graph_module
     return CapturedNetwork(
         graph_module=graph_module,
@@ -160,7 +158,45 @@ def _from_exported(
         sample=sample,
         out_spec=exported.call_spec.out_spec,
         in_spec=in_spec,
+        guard=guard,
     )
+
+
+def _size_guard(
+    exported: ExportedProgram, inputs: dict[str, int]
+) -> Callable[[Sequence[Any]], bool] | None:
+    """Whether other inputs fit the sizes, divisibilities and constants seen while capturing."""
+    examples: dict[int, Any] = {}
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if str(node.target) in inputs:
+            examples[inputs[str(node.target)]] = node.meta.get("val")
+    tensors = [leaf for leaf, value in examples.items() if isinstance(value, torch.Tensor)]
+    symbols = [
+        size for leaf in tensors for size in examples[leaf].shape if isinstance(size, torch.SymInt)
+    ]
+    if not symbols:
+        return None
+    shape_env = symbols[0].node.shape_env
+    expression = shape_env.produce_guards_expression([examples[leaf] for leaf in tensors])
+
+    def fits(leaves: Sequence[Any]) -> bool:
+        for leaf, example in examples.items():
+            given = leaves[leaf]
+            if not isinstance(example, torch.Tensor):
+                if type(given) is not type(example) or given != example:
+                    return False
+            elif (
+                given.dtype != example.dtype
+                or given.device != example.device
+                or given.dim() != example.dim()
+                or given.is_contiguous() != example.is_contiguous()
+            ):
+                return False
+        return expression is None or bool(
+            shape_env.evaluate_guards_expression(expression, [leaves[leaf] for leaf in tensors])
+        )
+
+    return fits
 
 
 def _capture_message(module: nn.Module, error: Exception) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from dcompile.errors import BackendError
@@ -53,14 +54,35 @@ class Inductor:
                 Callable[..., Any],
                 compile_fx(graph_module, list(inputs), config_patches=patches),
             )
-        artifact = torch._inductor.standalone_compile(
-            graph_module,
-            list(inputs),
-            dynamic_shapes="from_example_inputs",
-            options={"config_patches": patches},
-        )
+        fakes = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
+        fake_mode = _symbolic_mode(fakes)
+        if fake_mode is None:
+            artifact = torch._inductor.standalone_compile(
+                graph_module,
+                list(inputs),
+                dynamic_shapes="from_example_inputs",
+                options={"config_patches": patches},
+            )
+        else:  # captured with dynamic sizes: keep their symbols, and what is known of them
+            with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+                artifact = torch._inductor.standalone_compile(
+                    graph_module,
+                    fakes,
+                    dynamic_shapes="from_tracing_context",
+                    options={"config_patches": patches},
+                )
         # CompiledArtifact.__call__ only passes its arguments on.
         return cast(Callable[..., Any], getattr(artifact, "_compiled_fn", artifact))
+
+
+def _symbolic_mode(values: Sequence[Any]) -> FakeTensorMode | None:
+    """The fake mode whose symbols the sizes are, if any size is symbolic."""
+    for value in values:
+        if isinstance(value, FakeTensor) and any(
+            isinstance(size, torch.SymInt) for size in value.shape
+        ):
+            return value.fake_mode
+    return None
 
 
 def _known(config: Any) -> frozenset[str]:
