@@ -194,8 +194,9 @@ def _install(network: nn.Module, settings: Settings) -> None:
     dispatcher = Dispatcher(network, getattr(network, slot), settings)
     if slot in network.__dict__:
         dispatcher.replaced[slot] = network.__dict__[slot]
-    dispatcher.compiled_call = network._compiled_call_impl
-    network._compiled_call_impl = None  # nn.Module.compile() would call around our forward
+    if network._compiled_call_impl is not None:  # nn.Module.compile() calls around our forward
+        dispatcher.compiled_call = network._compiled_call_impl
+        network._compiled_call_impl = None
     network.__dict__[slot] = dispatcher
 
 

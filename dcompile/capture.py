@@ -148,6 +148,7 @@ def _from_exported(
                 f"the network takes {spec.arg} as {spec.kind}, which has no graph form"
             )
     sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
+    _strip_prefix(exported.graph_module)
     guard = _size_guard(exported, inputs) if dynamic else None
     graph_module = Canonicalize()(exported.graph_module).graph_module
     return CapturedNetwork(
@@ -160,6 +161,16 @@ def _from_exported(
         in_spec=in_spec,
         guard=guard,
     )
+
+
+def _strip_prefix(graph_module: GraphModule) -> None:
+    """Name submodules as the user does, without the wrapper they were captured in."""
+    for node in graph_module.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (path.removeprefix(_PREFIX.rstrip(".")).removeprefix("."), kind)
+            for key, (path, kind) in stack.items()
+        }
 
 
 def _size_guard(

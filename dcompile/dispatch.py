@@ -7,8 +7,7 @@ import threading
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +75,7 @@ class Dispatcher:
     def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
         self._forms = CallForms(original)
         functools.update_wrapper(self, original)
+        self.__code__ = getattr(original, "__code__", None)  # torch.export looks at it
         self.module = module
         self.original = original
         self.replaced: dict[str, Any] = {}  # what the module had in the slot it now sits in
@@ -123,7 +123,8 @@ class Dispatcher:
             scheduled = schedule.refresh(step, generation.steps)
             if scheduled:
                 generation.beat = step
-            with _inference(signature):
+            # Autocast, if on, stays on: the graph was captured without its conversions.
+            with torch.no_grad():
                 if scheduled or lane.program is not bound or lane.refreshed < generation.beat:
                     self._count("refresh")
                     result, lane.boundary = bound.refresh(leaves)
@@ -285,14 +286,3 @@ def _conditioning(leaves: list[Any], form: CallForm) -> list[torch.Tensor]:
         for position, leaf in enumerate(leaves)
         if isinstance(leaf, torch.Tensor) and position not in (form.sample, form.timestep)
     ]
-
-
-@contextmanager
-def _inference(signature: Signature) -> Iterator[None]:
-    """No gradients; and no autocast, whose conversions are part of the graph."""
-    with torch.no_grad():
-        if signature.autocast is None:
-            yield
-        else:
-            with torch.autocast(signature.autocast[0], enabled=False):
-                yield

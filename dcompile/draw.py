@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from xml.sax.saxutils import escape, quoteattr
 
 from dcompile.errors import DepthError, NoSkipConnectionError
@@ -16,11 +16,11 @@ MARGIN = 40
 DOWN_WIDTH, UP_WIDTH, BOX_HEIGHT = 96, 170, 27
 U_LEFT, U_RIGHT = MARGIN, 648
 INDENT = 88  # of the innermost level
-ROW, LEVEL_GAP = 40, 8
+ROW, LEVEL_GAP = 40, 13
 
 # The table beside it: right edges of the numbers, left edges of the rest.
-SHAPE_X, BYTES_X, BAR_X, BAR_WIDTH, RATIO_X = 684, 872, 892, 126, 1060
-LIMIT_X = {3: 1110, 5: WIDTH - MARGIN}
+SHAPE_X, BYTES_X, BAR_X, BAR_WIDTH, RATIO_X = 672, 880, 900, 108, 1054
+LIMIT_X = {3: 1107, 5: WIDTH - MARGIN}
 
 STYLE = """
 text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
@@ -134,7 +134,7 @@ class _Layout:
     @classmethod
     def of(cls, depths: tuple[DepthReport, ...], chosen: int, top: float) -> _Layout:
         resolutions = [_resolution(row) for row in depths]
-        steps = [int(a != b) for a, b in zip(resolutions, resolutions[1:], strict=False)]
+        steps = [int(a != b) for a, b in pairwise(resolutions)]
         levels = tuple(accumulate(steps, initial=0))
         gap_height = _store_height(depths[chosen]) + 50
         tops: list[float] = []
@@ -147,7 +147,9 @@ class _Layout:
             if depth == chosen:
                 gap_top = y - ROW + BOX_HEIGHT
                 y = gap_top + gap_height
-        return cls(tuple(tops), levels, gap_top, gap_height, y + (0 if chosen + 1 == len(tops) else 6))
+        return cls(
+            tuple(tops), levels, gap_top, gap_height, y + (0 if chosen + 1 == len(tops) else 6)
+        )
 
     def indent(self, depth: int) -> float:
         return INDENT * self.levels[depth] / max(self.levels[-1], 1)
@@ -160,6 +162,10 @@ class _Layout:
         """Left edge of the up path's box."""
         return U_RIGHT - UP_WIDTH - self.indent(depth)
 
+    def ground(self, depth: int) -> str:
+        """Colour behind a row: every other level stands on a light band."""
+        return "#f8fafc" if self.levels[depth] % 2 == 0 else "#ffffff"
+
     def middle(self, depth: int) -> float:
         """Vertical centre of a row."""
         return self.tops[depth] + BOX_HEIGHT / 2
@@ -168,9 +174,10 @@ class _Layout:
 def _header(explanation: Explanation, chosen: DepthReport) -> tuple[list[str], float]:
     tensors = "one tensor" if len(chosen.boundary_shapes) == 1 else "tensors"
     lead = [
-        f"cut at depth {chosen.depth}, where {_tail(chosen.module_path, 48)} reads its skip",
-        f"A reuse step runs {_percent(chosen.ratio)} of the {explanation.flops / 2e9:,.4g} GMACs "
-        f"of a call (r = {chosen.ratio:.3f})",
+        f"Cut at depth {chosen.depth}, where {_tail(chosen.module_path, 42)} reads its skip "
+        "connection.",
+        f"A reuse step runs {_percent(chosen.ratio)} of the {_macs(explanation.flops)} of a call "
+        f"(r = {chosen.ratio:.3f})",
         f"and reads {tensors} of {_bytes(chosen.cache_bytes)} from the cache.",
     ]
     lines = [_text(MARGIN, 58, explanation.network, "title")]
@@ -186,7 +193,13 @@ def _header(explanation: Explanation, chosen: DepthReport) -> tuple[list[str], f
             _text(x + width / 2, 82, f"{limit:.2f}×", "chip", "middle"),
         ]
     lines += [
-        _text(WIDTH - MARGIN, 112, "highest possible speed-up, refreshing every Nth step:", "head", "end"),
+        _text(
+            WIDTH - MARGIN,
+            112,
+            "highest possible speed-up, refreshing every Nth step,",
+            "head",
+            "end",
+        ),
         _text(WIDTH - MARGIN, 128, "N / (1 + (N − 1) r)", "head", "end"),
     ]
     return lines, 138
@@ -251,22 +264,16 @@ def _rung(
     x_down, x_up, y = layout.down(depth), layout.up(depth), layout.tops[depth]
     box, label = ("run", "on") if runs else ("skipped", "off")
     centre = layout.middle(depth)
-    middle = (x_down + DOWN_WIDTH + x_up) / 2
     share = f"{_percent(_share(depths, depth))}{' of FLOPs' if depth == 0 else ''}"
-    span = _wide(share)
-    pill = middle - span / 2 - 2
+    pill = (x_down + DOWN_WIDTH + x_up) / 2 - 24
     fill, stroke, text = ("#1d4ed8", "#1d4ed8", "on") if runs else ("#ffffff", "#b6bfca", "off")
-    ground = "#f8fafc" if layout.levels[depth] % 2 == 0 else "#ffffff"
-    first = depth == 0 or layout.levels[depth] != layout.levels[depth - 1]
     return [
-        _path(
-            f"M{x_down + DOWN_WIDTH:g} {centre:g} H{x_up - 2:g}", "wire" if runs else "wire-off"
-        ),
+        _path(f"M{x_down + DOWN_WIDTH:g} {centre:g} H{x_up - 2:g}", "wire" if runs else "wire-off"),
         _rect(x_down, y, DOWN_WIDTH, BOX_HEIGHT, 6, css=box),
-        _text(x_down + DOWN_WIDTH / 2, y + 18, _resolution(row), label, "middle") if first else "",
+        _text(x_down + DOWN_WIDTH / 2, y + 18, _resolution(row), label, "middle"),
         _rect(x_up, y, UP_WIDTH, BOX_HEIGHT, 6, css=box, title=row.module_path),
         _text(x_up + UP_WIDTH / 2, y + 18, _tail(row.module_path, 23), f"{label} small", "middle"),
-        _rect(pill - 14, centre - 10, span + 36, 20, 10, fill=ground),
+        _rect(pill - 14, centre - 10, 30 + _wide(share), 20, 10, fill=layout.ground(depth)),
         f'<circle cx="{pill:g}" cy="{centre:g}" r="10" fill="{fill}" stroke="{stroke}"/>',
         _text(pill, centre + 4, str(depth), f"{text} bold small", "middle"),
         _text(pill + 16, centre + 4, share, "" if runs else "off"),
@@ -296,8 +303,7 @@ def _cut(layout: _Layout, chosen: DepthReport) -> list[str]:
     line_y = layout.gap_top + layout.gap_height / 2
     bottom = y + height
     lines = [
-        f'<line class="cut" x1="{MARGIN - 20}" y1="{line_y:g}" x2="{U_RIGHT + 8}" '
-        f'y2="{line_y:g}"/>',
+        f'<line class="cut" x1="{MARGIN - 20}" y1="{line_y:g}" x2="{left:g}" y2="{line_y:g}"/>',
         _path(f"M{x:g} {y - lid:g} V{layout.gap_top + 2:g}", "wire-store"),
         _text(x + 12, y - lid - 3, "reuse steps read", "amber small"),
     ]
@@ -317,9 +323,11 @@ def _cut(layout: _Layout, chosen: DepthReport) -> list[str]:
         _text(x + 12, bottom + 18, "refresh steps store", "off small"),
     ]
     label = f"cut at depth {depth}"
+    inside = not last and layout.levels[depth] == layout.levels[depth + 1]
+    ground = layout.ground(depth) if inside else "#ffffff"
     return [
         *lines,
-        _rect(MARGIN + 168, line_y - 10, _wide(label) + 16, 20, 4, fill="#ffffff"),
+        _rect(MARGIN + 168, line_y - 10, _wide(label) + 16, 20, 4, fill=ground),
         _text(MARGIN + 176, line_y + 4, label, "cut-text"),
     ]
 
@@ -332,9 +340,9 @@ def _table_row(
     before = depths[row.depth - 1].ratio if row.depth else 0.0
     strong, soft = ("#1d4ed8", "#9db8f5") if row.depth <= chosen else ("#94a3b8", "#cbd5e1")
     shapes = [_shape(shape) for shape in row.boundary_shapes]
-    more = f" + {len(shapes) - 1}" if len(shapes) > 1 else ""
+    more = f" +{len(shapes) - 1}" if len(shapes) > 1 else ""
     return [
-        _text(SHAPE_X, y, (shapes or ["?"])[0] + more, css, title=", ".join(shapes)),
+        _text(SHAPE_X, y, _tail((shapes or ["?"])[0], 20) + more, css, title=", ".join(shapes)),
         _text(BYTES_X, y, _bytes(row.cache_bytes), css, "end"),
         _rect(BAR_X, y - 10, BAR_WIDTH, 12, 3, fill="#e8ecf1"),
         _rect(BAR_X, y - 10, BAR_WIDTH * row.ratio, 12, 3, fill=strong),
@@ -359,7 +367,7 @@ def _legend(y: float) -> tuple[list[str], float]:
         ("store", "cached: stored by a refresh step, read by reuse steps"),
     ):
         lines += [_rect(x, y - 11, 22, 14, 4, css=css), _text(x + 30, y, label)]
-        x += _wide(label) + 66
+        x += _wide(label) + 62
     y += 26
     x = MARGIN + 11
     lines += [
@@ -413,6 +421,11 @@ def _bytes(count: int) -> str:
     return f"{count / 1024:,.0f} KiB"
 
 
+def _macs(flops: int) -> str:
+    giga = flops / 2e9
+    return f"{giga:,.{2 if giga < 10 else 1 if giga < 100 else 0}f} GMACs"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.{1 if share < 0.0995 else 0}f} %"
 
@@ -424,7 +437,7 @@ def _tail(path: str, most: int) -> str:
 
 def _wide(text: str) -> float:
     """Upper estimate of a 12 px text's width: no font is at hand to measure with."""
-    return 7.4 * len(text)
+    return 6.5 * len(text) + 8
 
 
 def _text(

@@ -27,6 +27,10 @@ class BackendError(DcompileError, ValueError):
     """An unknown backend, or one that failed to compile a graph. The network runs, uncached."""
 
 
+class ModelError(DcompileError, LookupError):
+    """A model that cannot be found, loaded or run."""
+
+
 class NotCompiledError(DcompileError, LookupError):
     """``handle()`` of something that ``cache_compile`` was not called on."""
 

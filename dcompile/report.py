@@ -98,7 +98,7 @@ def explain(network: CapturedNetwork, chosen: int, name: str) -> Explanation:
     rows = tuple(
         DepthReport(
             depth=skip.depth,
-            module_path=skip.module_path.removeprefix("network."),
+            module_path=skip.module_path,
             boundary_shapes=tuple(tensor_sizes(value) for value in _tensors(skip.boundary)),
             cache_bytes=sum(tensor_bytes(value) for value in _tensors(skip.boundary)),
             ratio=skip.ratio,

@@ -79,7 +79,9 @@ def _flops(node: Node) -> int:
         if isinstance(argument, Node):
             argument = argument.meta.get("val")
         if isinstance(argument, torch.Tensor):
-            return _TensorLike(tensor_sizes(argument), argument.dtype)
+            # One floating dtype: under autocast operands differ, and FLOPs do not depend on it.
+            dtype = torch.float32 if argument.is_floating_point() else argument.dtype
+            return _TensorLike(tensor_sizes(argument), dtype)
         if isinstance(argument, torch.SymInt):
             return int(argument.node.hint or 0)
         return argument
@@ -114,7 +116,8 @@ def _operator_flops(
 
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
+        # In inference mode composite operators reach the counter whole.
+        with torch.inference_mode(False), torch.no_grad(), counter:
             target(*map(example, args), **{name: example(value) for name, value in kwargs})
     except (NotImplementedError, RuntimeError):  # no meta kernel: no formula either
         return 0

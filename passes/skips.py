@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -55,10 +53,13 @@ def find_skip_connections(
 
     A skip connection is a concatenation
 
-    1. all of whose operands depend on the sample, which excludes text and time embeddings, and
+    1. all of whose operands depend on the sample, which excludes text and time embeddings,
     2. one of whose operands, the deep one, rests on compute that the others do not rest on and
        the shallow graph would save. That excludes concatenations inside an operation, such as
-       the two halves of a rotary embedding.
+       the two halves of a rotary embedding, and
+    3. whose cut lies within the next outer one's: it leaves out only part of what that one leaves
+       out. That excludes parallel branches of a stem, and two networks side by side that
+       exchange their features (ControlNet-XS). The outermost is the one that saves most.
 
     The deep operand is the one that rests on most nodes: the up path comes out of the down path.
 
@@ -72,32 +73,22 @@ def find_skip_connections(
     """
     graph = graph_module.graph
     analysis = _Dependencies(graph, _sample_placeholder(graph, sample))
-    full: Cost | None = None
-    found: list[SkipConnection] = []
-    for cat in reversed(graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)):
-        operands = [operand for operand in cat.args[0] if isinstance(operand, Node)]
-        if len(operands) < 2 or not all(map(analysis.depends_on_sample, operands)):
-            continue
-        deep = max(operands, key=lambda node: (analysis.cone_size(node), analysis.index[node]))
-        skips = tuple(operand for operand in operands if operand is not deep)
-        boundary, left_out = analysis.cut(cat, deep, skips)
-        if not any(node_cost(node).flops for node in left_out):
-            continue
-        full = full or total_cost(graph.nodes)
-        shallow = total_cost(node for node in graph.nodes if node not in left_out)
-        found.append(
-            SkipConnection(
-                depth=len(found),
-                cat=cat,
-                deep=deep,
-                skips=skips,
-                boundary=boundary,
-                module_path=_reader_path(cat),
-                full=full,
-                shallow=shallow,
-            )
+    cats = reversed(graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default))
+    cuts = [cut for cut in map(analysis.cut, cats) if cut is not None]
+    full = total_cost(graph.nodes)
+    return [
+        SkipConnection(
+            depth=depth,
+            cat=cut.cat,
+            deep=cut.deep,
+            skips=cut.skips,
+            boundary=cut.boundary,
+            module_path=_reader_path(cut.cat),
+            full=full,
+            shallow=total_cost(node for node in graph.nodes if node not in cut.left_out),
         )
-    return found
+        for depth, cut in enumerate(_nested(cuts))
+    ]
 
 
 def _sample_placeholder(graph: Graph, sample: str | Node | None) -> Node:
@@ -129,6 +120,33 @@ def _reader_path(cat: Node) -> str:
     return (inner or own or [""])[0 if inner else -1]
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """A cut at the deep operand of a concatenation, and the nodes a shallow graph leaves out."""
+
+    cat: Node
+    deep: Node
+    skips: tuple[Node, ...]
+    boundary: tuple[Node, ...]
+    left_out: set[Node]
+
+    @property
+    def saved_flops(self) -> int:
+        return total_cost(self.left_out).flops
+
+
+def _nested(cuts: list[_Cut]) -> list[_Cut]:
+    """Of cuts in order, the one that saves most and those after it that lie within each other."""
+    if not cuts:
+        return []
+    outermost = max(range(len(cuts)), key=lambda position: cuts[position].saved_flops)
+    nested = [cuts[outermost]]
+    for cut in cuts[outermost + 1 :]:
+        if cut.left_out < nested[-1].left_out:
+            nested.append(cut)
+    return nested
+
+
 class _Dependencies:
     """Who depends on whom, as bit sets over node positions: one big integer per node."""
 
@@ -136,12 +154,14 @@ class _Dependencies:
         self.nodes = list(graph.nodes)
         self.index = {node: position for position, node in enumerate(self.nodes)}
         self._cones: list[int] = []
+        self._on_sample = 1 << self.index[sample]
         for position, node in enumerate(self.nodes):
             cone = 1 << position
             for operand in node.all_input_nodes:
                 cone |= self._cones[self.index[operand]]
+                if self.depends_on_sample(operand) and _reads_values(node):
+                    self._on_sample |= 1 << position
             self._cones.append(cone)
-        self._sample_bit = 1 << self.index[sample]
 
     def cone(self, node: Node) -> int:
         """The node and everything it rests on."""
@@ -151,25 +171,25 @@ class _Dependencies:
         return self.cone(node).bit_count()
 
     def depends_on_sample(self, node: Node) -> bool:
-        return bool(self.cone(node) & self._sample_bit)
+        """Whether the sample's values, not just its sizes, have a say in the node's values."""
+        return bool(self._on_sample >> self.index[node] & 1)
 
-    @cached_property
-    def on_sample(self) -> int:
-        return self._set(node for node in self.nodes if self.depends_on_sample(node))
+    def cut(self, cat: Node) -> _Cut | None:
+        """The cut at the deep operand of ``cat``, if that is to be cut at all.
 
-    def cut(
-        self, cat: Node, deep: Node, skips: tuple[Node, ...]
-    ) -> tuple[tuple[Node, ...], set[Node]]:
-        """The boundary of a cut at ``deep``, and the nodes a shallow graph leaves out.
-
-        The deep region starts with what ``deep`` rests on and the skips do not. It goes on with
-        all that follows from it, until the concatenation. Values of the region that are read
-        outside of it are the boundary.
+        The deep region starts with what the deep operand rests on and the skips do not. It goes
+        on with all that follows from it, until the concatenation. Values of the region that are
+        read outside of it are the boundary.
         """
+        operands = cat.all_input_nodes  # each once: a tensor next to itself skips nothing
+        if len(operands) < 2 or not all(map(self.depends_on_sample, operands)):
+            return None
+        deep = max(operands, key=lambda node: (self.cone_size(node), self.index[node]))
+        skips = tuple(operand for operand in operands if operand is not deep)
         rests_on_skips = 0
         for skip in skips:
             rests_on_skips |= self.cone(skip)
-        region = self.cone(deep) & ~rests_on_skips & self.on_sample
+        region = self.cone(deep) & ~rests_on_skips & self._on_sample
         cat_bit = 1 << self.index[cat]
         for position, node in enumerate(self.nodes):
             behind_cat = self._cones[position] & cat_bit
@@ -180,7 +200,10 @@ class _Dependencies:
             for node in self._members(region)
             if any(not region >> self.index[user] & 1 for user in node.users)
         )
-        return boundary, self._left_out(set(boundary))
+        left_out = self._left_out(set(boundary))
+        if not any(node_cost(node).flops for node in left_out):
+            return None
+        return _Cut(cat, deep, skips, boundary, left_out)
 
     def _left_out(self, boundary: set[Node]) -> set[Node]:
         needed: set[Node] = set()
@@ -190,8 +213,30 @@ class _Dependencies:
                 needed.add(node)
         return {node for node in self.nodes if node not in needed}
 
-    def _set(self, nodes: Iterable[Node]) -> int:
-        return sum(1 << self.index[node] for node in nodes)
-
     def _members(self, bits: int) -> list[Node]:
         return [node for position, node in enumerate(self.nodes) if bits >> position & 1]
+
+
+# They read a tensor's size, dtype and device, and none of its values.
+_READ_NO_VALUES = frozenset(
+    {
+        torch.ops.aten.empty_like,
+        torch.ops.aten.full_like,
+        torch.ops.aten.new_empty,
+        torch.ops.aten.new_full,
+        torch.ops.aten.new_ones,
+        torch.ops.aten.new_zeros,
+        torch.ops.aten.ones_like,
+        torch.ops.aten.sym_numel,
+        torch.ops.aten.sym_size,
+        torch.ops.aten.sym_stride,
+        torch.ops.aten.zeros_like,
+    }
+)
+
+
+def _reads_values(node: Node) -> bool:
+    target = node.target
+    return not (
+        isinstance(target, torch._ops.OpOverload) and target.overloadpacket in _READ_NO_VALUES
+    )

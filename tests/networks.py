@@ -1,4 +1,4 @@
-"""Small networks of every skip-connection family, with random weights, and how each is called."""
+"""Small networks of every skip-connection family, and the invariants each has to keep."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ from diffusers import (
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dcompile.call import CallForms
+from dcompile.capture import CapturedNetwork, capture
+from dcompile.program import CompiledGraph, Program, convention_of, weights_of
+from passes import SkipConnection, find_skip_connections, split_at
 
 BATCH = 2
 TEXT = 16  # width of a text embedding
@@ -517,3 +523,52 @@ NETWORKS: dict[str, Network] = {
     ),
     "plain": Network(PlainUNet, image),
 }
+
+
+def identical(actual: Any, expected: Any) -> bool:
+    """Same type, same structure, and every bit of every tensor."""
+    ours, theirs = tree_leaves(actual), tree_leaves(expected)
+    return (
+        type(actual) is type(expected)
+        and len(ours) == len(theirs)
+        and all(map(torch.equal, ours, theirs))
+    )
+
+
+def capture_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+) -> tuple[CapturedNetwork, list[Any]]:
+    leaves, form = CallForms(module.forward).flatten(args, kwargs)
+    assert form is not None, "the call has no sample or no timestep"
+    return capture(module, module.forward, leaves, form.spec, form.sample), leaves
+
+
+def eager_program(network: CapturedNetwork, skip: SkipConnection) -> Program:
+    full, shallow = split_at(network.graph_module, skip)
+    assert len(shallow.graph.nodes) < len(full.graph.nodes)
+    return Program(
+        network,
+        skip,
+        CompiledGraph(full.forward, convention_of(full, network)),
+        CompiledGraph(shallow.forward, convention_of(shallow, network)),
+    )
+
+
+@torch.no_grad()
+def check_every_depth(
+    module: nn.Module, args: tuple[Tensor, Tensor], kwargs: Kwargs
+) -> list[SkipConnection]:
+    """Assert that full is exact, that a fresh cache is exact, and that a stale one is not."""
+    expected = module(*args, **kwargs)
+    network, leaves = capture_call(module, args, kwargs)
+    sample, timestep = args
+    earlier = tree_leaves(((torch.randn_like(sample), timestep), kwargs))
+    skips = find_skip_connections(network.graph_module, network.sample)
+    for skip in skips:
+        program = eager_program(network, skip).bind(weights_of(module))
+        full, boundary = program.refresh(leaves)
+        assert identical(full, expected), f"full at depth {skip.depth}"
+        assert identical(program.reuse(leaves, boundary), expected), f"depth {skip.depth}"
+        _, stale = program.refresh(earlier)
+        assert not identical(program.reuse(leaves, stale), expected), f"depth {skip.depth}"
+    return skips

@@ -1,0 +1,249 @@
+"""The command line: ``dcompile demo`` and ``dcompile explain``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcompile.errors import DcompileError, DepthError, NoSkipConnectionError
+from dcompile.version import __version__
+
+if TYPE_CHECKING:
+    from dcompile.demo import DemoResult, Run
+
+app = typer.Typer(
+    help="Diffusion networks with skip connections, 2 to 5 times faster, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+WIDTH_OF_FILES = 110  # columns, where there is no terminal to ask
+BAD_INPUT = 2  # the exit code of a wrong argument, as typer's own
+
+_MODEL_HELP = "ddpm (bundled), a diffusers pipeline's folder, or its id on the Hugging Face hub."
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dcompile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Diffusion networks with skip connections, 2 to 5 times faster, without training."""
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = "ddpm",
+    prompt: Annotated[str | None, typer.Option(help="For text-to-image pipelines.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    interval: Annotated[
+        list[int] | None,
+        typer.Option(help="Refresh every Nth step; repeat for several runs. [default: 3, 5]"),
+    ] = None,
+    depth: Annotated[int, typer.Option(help="The skip connection to cut at; see explain.")] = 0,
+    backend: Annotated[str, typer.Option(help="eager, inductor, ...")] = "eager",
+    count: Annotated[int, typer.Option(min=1, help="Pictures, in one batch.")] = 8,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels per side. [default: the model's]")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale. [default: the pipeline's]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the next has the next.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("dcompile-demo.png"),
+) -> None:
+    """Sample uncached and cached with the same seeds; compare time and pictures."""
+    with _errors_in_one_line(), _quiet_libraries():
+        _check_writable(out)
+        from dcompile.demo import DemoSettings, picture_grid, run_demo
+
+        settings = DemoSettings(
+            model=model,
+            prompt=prompt,
+            steps=steps,
+            intervals=tuple(interval or (3, 5)),
+            depth=depth,
+            backend=backend,
+            count=count,
+            size=size,
+            guidance=guidance,
+            seed=seed,
+            device=device,
+        )
+        with _progress() as progress:
+            result = run_demo(settings, progress)
+        picture_grid(result).save(out)
+        _console().print(_demo_table(result))
+        _note(f"wrote {out}")
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(help=f"{_MODEL_HELP} Or a bare network's folder.", show_default=False)
+    ],
+    depth: Annotated[int, typer.Option(help="The skip connection to cut at.")] = 0,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Height and width. Pixels; of a bare network, its sample's."),
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Write a drawing of the cut network.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
+) -> None:
+    """Show where a model can be cut and what that saves, without generating anything."""
+    with _errors_in_one_line(), _quiet_libraries():
+        if svg is not None:
+            _check_writable(svg)
+        from dcompile.api import cache_compile, handle
+        from dcompile.draw import draw_svg
+        from dcompile.models.loading import example_call
+
+        if depth < 0:
+            raise DepthError(f"depth: expected an int of at least 0, got {depth}")
+        network, args, kwargs = example_call(model, size)
+        found = handle(cache_compile(network, depth=depth, backend="eager", verbose=False))
+        explanation = found.explain(*args, **kwargs)
+        found.remove()
+        if not explanation.depths:
+            raise NoSkipConnectionError(
+                f"{explanation.network} has no skip connection, so there is nothing to cut"
+            )
+        if depth >= len(explanation.depths):
+            raise DepthError(
+                f"depth {depth} is out of range: {explanation.network} has depths 0 to "
+                f"{len(explanation.depths) - 1}"
+            )
+        if as_json:
+            typer.echo(json.dumps(explanation.as_dict(), indent=2))
+        else:
+            _console().print(explanation)
+        if svg is not None:
+            svg.write_text(draw_svg(explanation), encoding="utf-8")
+            _note(f"wrote {svg}")
+
+
+def _demo_table(result: DemoResult) -> Any:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=f"{escape(result.title)}\n[dim]{escape(result.subtitle)}[/dim]",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        caption=(
+            "limit: N / (1 + (N - 1) r), of the network alone; seconds: the whole pipeline.\n"
+            "PSNR (dB) and SSIM: against the uncached pictures."
+        ),
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("seconds", "speed-up", "limit", "reached", "PSNR", "SSIM", "refresh", "reuse"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in result.runs:
+        table.add_row(run.method, f"{run.seconds:.2f}", *_comparison(run))
+    return table
+
+
+def _comparison(run: Run) -> list[str]:
+    if run.interval is None:
+        return ["1.00×", *"––––––"]
+    return [
+        f"[bold]{run.speed_up:.2f}×[/bold]",
+        f"{run.speed_limit:.2f}×",
+        f"{run.speed_up / run.speed_limit:.0%}",
+        "∞" if math.isinf(run.psnr) else f"{run.psnr:.1f}",
+        "–" if math.isnan(run.ssim) else f"{run.ssim:.3f}",
+        str(run.refresh_steps),
+        str(run.reuse_steps),
+    ]
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Print dcompile's own errors, which say what to do, without a traceback."""
+    try:
+        yield
+    except DcompileError as error:
+        from rich.text import Text
+
+        # Text, not markup: messages have brackets in them. Not wrapped: they are searched for.
+        _console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """diffusers' and transformers' bars and notices would tear up the progress display."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    yield
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, gone when done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=_console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("")
+        stage = ""
+
+        def tell(description: str, done: int, of: int) -> None:
+            nonlocal stage
+            if description != stage:
+                stage = description
+                bar.reset(task)
+            bar.update(task, description=description, completed=done, total=of)
+
+        yield tell
+
+
+def _check_writable(file: Path) -> None:
+    """Complain before the work rather than after it."""
+    if file.is_dir():
+        raise DcompileError(f"{file} is a folder; expected a file to write")
+    if not file.absolute().parent.is_dir():
+        raise DcompileError(f"cannot write {file}: there is no folder {file.parent}")
+
+
+def _note(text: str) -> None:
+    from rich.text import Text
+
+    _console(stderr=True).print(Text(text, style="dim"), soft_wrap=True)
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_OF_FILES
+    return console

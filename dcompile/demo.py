@@ -1,0 +1,388 @@
+"""The demo: one model uncached and cached, same seeds; how much faster, and how close."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dcompile.api import cache_compile, handle
+from dcompile.errors import DcompileError, ModelError
+from dcompile.models.loading import (
+    ALIASES,
+    is_unconditional,
+    load_pipeline,
+    resolve_device,
+    set_sample_size,
+)
+from dcompile.report import Explanation
+from dcompile.schedule import Uniform
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DEFAULT_PROMPT = "a photograph of an astronaut riding a horse"
+WARM_UP_STEPS = 2  # one refresh and one reuse step
+SMALLEST_FOR_SSIM = 11  # pixels: the side of its Gaussian window
+
+Progress = Callable[[str, int, int], None]
+"""Told what is running, how many of its steps are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What to run.
+
+    Attributes:
+        model: see ``dcompile.models.loading.locate``.
+        prompt: for text-to-image pipelines.
+        steps: denoising steps.
+        intervals: one cached run for each.
+        depth: the skip connection to cut at.
+        backend: see ``cache_compile``.
+        count: pictures, all in one batch.
+        size: height and width in pixels; None is the model's own.
+        guidance: guidance scale; None is the pipeline's own.
+        seed: of the first picture, the next one's is one more.
+        device: "auto", or any torch device.
+    """
+
+    model: str = "ddpm"
+    prompt: str | None = None
+    steps: int = 50
+    intervals: tuple[int, ...] = (3, 5)
+    depth: int = 0
+    backend: str = "eager"
+    count: int = 8
+    size: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampling run.
+
+    Attributes:
+        interval: None for the uncached run.
+        seconds: of the whole pipeline call.
+        pictures: ``(count, channels, height, width)``, float32 in [0, 1], on the CPU.
+        refresh_steps: calls of the network that ran the full graph.
+        reuse_steps: calls that ran the shallow graph.
+        speed_limit: N / (1 + (N - 1) r): for the network alone, 1 uncached.
+        speed_up: over the uncached run.
+        psnr: in dB, against the uncached run; infinite if equal.
+        ssim: against the uncached run; not a number for pictures under 11 pixels.
+    """
+
+    interval: int | None
+    seconds: float
+    pictures: torch.Tensor
+    refresh_steps: int
+    reuse_steps: int
+    speed_limit: float = 1.0
+    speed_up: float = 1.0
+    psnr: float = math.inf
+    ssim: float = 1.0
+
+    @property
+    def method(self) -> str:
+        return "uncached" if self.interval is None else f"interval {self.interval}"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What ``run_demo`` found: the uncached run first, then one for each interval."""
+
+    title: str
+    subtitle: str
+    explanation: Explanation
+    runs: tuple[Run, ...]
+
+
+def run_demo(
+    settings: DemoSettings, progress: Progress = lambda stage, done, of: None
+) -> DemoResult:
+    """Run the model uncached, then cached at each interval, with the same seeds.
+
+    Everything is compiled and warmed up before anything is timed.
+
+    Raises:
+        DcompileError: bad settings, a model that cannot be found or run, torchmetrics missing.
+    """
+    for interval in settings.intervals:
+        Uniform(interval)  # raises now rather than after the uncached run
+    _require_torchmetrics()
+    device = resolve_device(settings.device)
+    progress("loading", 0, 1)
+    sampler = _Sampler(load_pipeline(settings.model, device), settings)
+    first, *_ = settings.intervals or (1,)
+    sampler.compile(first)
+    sampler.run(WARM_UP_STEPS, "compiling", progress)
+    found = handle(sampler.pipeline)
+    explanation = found.explain()
+    ratio = explanation.depths[settings.depth].ratio
+
+    found.disable()
+    sampler.run(WARM_UP_STEPS, "uncached: warming up", progress)
+    pictures, seconds = sampler.run(settings.steps, "uncached", progress)
+    uncached = Run(None, seconds, pictures, 0, 0)
+    runs = [uncached]
+    for interval in dict.fromkeys(settings.intervals):
+        sampler.compile(interval)
+        sampler.run(WARM_UP_STEPS, f"interval {interval}: warming up", progress)
+        sampler.compile(interval)  # counts from zero; the compiled programs are kept
+        pictures, seconds = sampler.run(settings.steps, f"interval {interval}", progress)
+        stats = found.stats
+        run = Run(interval, seconds, pictures, stats.refresh_steps, stats.reuse_steps)
+        psnr, ssim = fidelity(pictures, uncached.pictures)
+        runs.append(
+            replace(
+                run,
+                speed_limit=interval / (1 + (interval - 1) * ratio),
+                speed_up=uncached.seconds / seconds,
+                psnr=psnr,
+                ssim=ssim,
+            )
+        )
+    found.remove()
+    return DemoResult(
+        title=f"{_short_name(settings.model)}: {settings.count} pictures, {settings.steps} steps",
+        subtitle=(
+            f"{sampler.scheduler}, same seeds, {device.type}, backend {settings.backend}, "
+            f"cut at depth {settings.depth} (r = {ratio:.3f})"
+        ),
+        explanation=explanation,
+        runs=tuple(runs),
+    )
+
+
+def fidelity(pictures: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """PSNR in dB over all pixels of all pictures, and mean SSIM; values lie in [0, 1].
+
+    Raises:
+        DcompileError: torchmetrics is not installed.
+    """
+    _require_torchmetrics()
+    from torchmetrics.functional.image import (
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )
+
+    psnr = float(peak_signal_noise_ratio(pictures, reference, data_range=1.0))
+    if min(pictures.shape[-2:]) < SMALLEST_FOR_SSIM:
+        return psnr, math.nan
+    return psnr, float(structural_similarity_index_measure(pictures, reference, data_range=1.0))
+
+
+def _require_torchmetrics() -> None:
+    try:
+        import torchmetrics  # noqa: F401
+    except ImportError as error:
+        raise DcompileError(
+            'PSNR and SSIM need torchmetrics: pip install "dcompile[plots]"'
+        ) from error
+
+
+class _Sampler:
+    """A pipeline with all settled but the number of steps."""
+
+    def __init__(self, pipeline: Any, settings: DemoSettings) -> None:
+        self.settings = settings
+        parameters = inspect.signature(pipeline.__call__).parameters
+        if is_unconditional(pipeline):
+            import diffusers
+
+            if settings.prompt is not None or settings.guidance is not None:
+                raise ModelError(
+                    f"{type(pipeline).__name__} takes no prompt and no guidance: leave out "
+                    "--prompt and --guidance"
+                )
+            if settings.size is not None:
+                set_sample_size(pipeline, settings.size)
+            # DDPM's own sampler needs 1000 steps; DDIM draws from the same model in 50.
+            pipeline = diffusers.DDIMPipeline(
+                pipeline.unet, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+            )
+            self._arguments: dict[str, Any] = {"batch_size": settings.count, "eta": 0.0}
+        elif "prompt" in parameters and "num_images_per_prompt" in parameters:
+            self._arguments = {
+                "prompt": settings.prompt or DEFAULT_PROMPT,
+                "num_images_per_prompt": settings.count,
+            }
+            if settings.size is not None:
+                self._arguments |= {"height": settings.size, "width": settings.size}
+            if settings.guidance is not None:
+                self._arguments["guidance_scale"] = settings.guidance
+        else:
+            raise ModelError(
+                f"the demo runs unconditional and text-to-image pipelines; "
+                f"{type(pipeline).__name__} is neither"
+            )
+        self.pipeline = pipeline
+        self.scheduler = type(pipeline.scheduler).__name__
+
+    def compile(self, interval: int) -> None:
+        """(Re)set caching; compiled programs are kept."""
+        settings = self.settings
+        cache_compile(
+            self.pipeline,
+            interval=interval,
+            depth=settings.depth,
+            backend=settings.backend,
+            verbose=False,
+        )
+
+    def run(self, steps: int, stage: str, progress: Progress) -> tuple[torch.Tensor, float]:
+        """Pictures and seconds of one call of the pipeline, always with the same seeds."""
+        progress(stage, 0, steps)
+        self.pipeline.progress_bar = _step_bar(lambda done: progress(stage, done, steps))
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.count)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        started = time.perf_counter()
+        try:
+            output = self.pipeline(
+                **self._arguments,
+                generator=generators,
+                num_inference_steps=steps,
+                output_type="pt",
+            )
+        except DcompileError:
+            raise
+        except (TypeError, ValueError) as error:  # what pipelines say of arguments they dislike
+            raise ModelError(f"{type(self.pipeline).__name__}: {error}") from error
+        pictures = output.images.float().cpu()  # waits for the device
+        seconds = time.perf_counter() - started
+        progress(stage, steps, steps)
+        return pictures, seconds
+
+
+def _step_bar(tick: Callable[[int], None]) -> Callable[..., _StepBar]:
+    def progress_bar(iterable: Iterable[Any] = (), total: int | None = None) -> _StepBar:
+        return _StepBar(iterable, tick)
+
+    return progress_bar
+
+
+class _StepBar:
+    """Stands in for the tqdm bar a pipeline makes: the only sign of life all pipelines give."""
+
+    def __init__(self, iterable: Iterable[Any], tick: Callable[[int], None]) -> None:
+        self._iterable, self._tick, self._done = iterable, tick, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable:
+            yield item
+            self.update()
+
+    def __enter__(self) -> _StepBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        self._tick(self._done)
+
+
+def _short_name(model: str) -> str:
+    return ALIASES.get(model) or Path(model).name or model
+
+
+# The picture grid. Pillow's built-in font has no ×, – or ∞: captions do without.
+
+PAD, GAP, CAPTION_WIDTH, HEADER = 36, 10, 236, 92
+PICTURES_WIDTH, MOST_COLUMNS, LARGEST_TILE = 1100, 8, 256
+LINE = 25
+CAPTION_HEIGHT = 4 * LINE + 8
+INK, GREY, BLUE, RULE = "#0f172a", "#64748b", "#1d4ed8", "#e2e8f0"
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """Sizes in pixels of a grid of pictures, one block for each run."""
+
+    columns: int
+    rows: int
+    tile: tuple[int, int]
+    block: int
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, runs: int, count: int, height: int, width: int) -> GridLayout:
+        """Small pictures are enlarged by a whole factor, large ones reduced to fit."""
+        columns = min(count, MOST_COLUMNS)
+        rows = math.ceil(count / columns)
+        most = min(LARGEST_TILE, (PICTURES_WIDTH + GAP) // columns - GAP)
+        side = max(height, width)
+        scale = most // side if side <= most else most / side
+        tile = (max(1, round(width * scale)), max(1, round(height * scale)))
+        block = max(rows * (tile[1] + GAP) - GAP, CAPTION_HEIGHT)
+        # A single picture leaves room for the title all the same.
+        pictures = max(columns * (tile[0] + GAP) - GAP, 560)
+        return cls(
+            columns,
+            rows,
+            tile,
+            block,
+            (
+                2 * PAD + CAPTION_WIDTH + pictures,
+                2 * PAD + HEADER + runs * block + (runs - 1) * PAD,
+            ),
+        )
+
+
+def picture_grid(result: DemoResult) -> Image.Image:
+    """One image: a block of pictures for each run, with what it took beside it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, _, height, width = result.runs[0].pictures.shape
+    layout = GridLayout.of(len(result.runs), count, height, width)
+    grid = Image.new("RGB", layout.size, "white")
+    draw = ImageDraw.Draw(grid)
+    fonts = {size: ImageFont.load_default(size=size) for size in (16, 17, 20, 22, 30)}
+    draw.text((PAD, PAD - 6), result.title, INK, fonts[30])
+    draw.text((PAD, PAD + 36), result.subtitle, GREY, fonts[16])
+    enlarge = layout.tile[0] >= width
+    resampling = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+    y = PAD + HEADER
+    for index, run in enumerate(result.runs):
+        if index:
+            middle = y - PAD // 2
+            draw.line((PAD, middle, layout.size[0] - PAD, middle), RULE)
+        draw.text((PAD, y - 4), run.method, INK, fonts[22])
+        for line, (text, colour, font) in enumerate(_caption(run), start=1):
+            draw.text((PAD, y + 5 + line * LINE), text, colour, fonts[font])
+        for position, picture in enumerate(run.pictures):
+            row, column = divmod(position, layout.columns)
+            corner = (
+                PAD + CAPTION_WIDTH + column * (layout.tile[0] + GAP),
+                y + row * (layout.tile[1] + GAP),
+            )
+            grid.paste(_image(picture).resize(layout.tile, resampling), corner)
+        y += layout.block + PAD
+    return grid
+
+
+def _caption(run: Run) -> list[tuple[str, str, int]]:
+    """Lines with their colour and size."""
+    seconds = (f"{run.seconds:.2f} s", GREY, 17)
+    if run.interval is None:
+        return [seconds]
+    psnr = "identical" if math.isinf(run.psnr) else f"PSNR {run.psnr:.1f} dB"
+    return [(f"{run.speed_up:.2f}x as fast", BLUE, 20), seconds, (psnr, GREY, 17)]
+
+
+def _image(picture: torch.Tensor) -> Image.Image:
+    from PIL import Image
+
+    pixels = (picture.expand(3, -1, -1).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

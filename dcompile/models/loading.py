@@ -1,0 +1,298 @@
+"""Find and load a model by the name a user gives, and make an example call of its denoiser."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcompile import models
+from dcompile.api import cache_compile, handle
+from dcompile.errors import DcompileError, ModelError
+
+ALIASES = {"ddpm": "ddpm-emoji"}
+
+PIPELINE_FILE, NETWORK_FILE = "model_index.json", "config.json"
+
+# What reading somebody else's files can end in; huggingface_hub's own errors are OSErrors.
+_LOAD_ERRORS = (
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+_EXAMPLE_PROMPT = "a photograph"
+_EXAMPLE_STEPS = 4  # enough for image-to-image, which leaves the first steps out
+_TEXT_TOKENS = 77  # of CLIP's text encoders
+
+
+def locate(model: str) -> str | Path:
+    """The folder, or the id on the Hugging Face hub, that a user's ``model`` means.
+
+    Args:
+        model: a bundled model's name ("ddpm" for short), a folder with a diffusers pipeline or
+            network, or an id, ``owner/name``.
+
+    Raises:
+        ModelError: it is none of these.
+    """
+    if model in ALIASES or model in models.names():
+        return models.path(ALIASES.get(model, model))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not any((path / name).is_file() for name in (PIPELINE_FILE, NETWORK_FILE)):
+            raise ModelError(
+                f"{model} is not a diffusers model: expected a {PIPELINE_FILE} (pipeline) or a "
+                f"{NETWORK_FILE} (network) in it"
+            )
+        return path
+    if path.exists():
+        raise ModelError(f"{model} is a file; expected the folder of a diffusers pipeline")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        return model
+    if "/" in model or "\\" in model:
+        raise ModelError(f"there is no folder {model}")
+    known = sorted({*ALIASES, *models.names()})
+    raise ModelError(
+        f"unknown model {model!r}: expected {', '.join(known)}, the folder of a diffusers "
+        "pipeline, or an id on the Hugging Face hub (owner/name)"
+    )
+
+
+def load_pipeline(model: str, device: torch.device | None = None) -> Any:
+    """A diffusers pipeline, without progress bars, on ``device``.
+
+    Half precision on CUDA, except for the bundled models; otherwise float32.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded.
+    """
+    place = locate(model)
+    if isinstance(place, Path) and not (place / PIPELINE_FILE).is_file():
+        raise ModelError(
+            f"{model} is a network, not a pipeline: expected a folder with a {PIPELINE_FILE}"
+        )
+    import diffusers
+
+    bundled = isinstance(place, Path) and place.parent == Path(models.__file__).parent
+    half = device is not None and device.type == "cuda" and not bundled
+    bars = diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # Newer releases say "use dtype", which older ones do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                place, torch_dtype=torch.float16 if half else torch.float32
+            )
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
+    finally:
+        if bars:
+            diffusers.utils.logging.enable_progress_bar()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline if device is None else pipeline.to(device)
+
+
+def example_call(
+    model: str, size: int | None = None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A model's denoiser and the arguments of one call of it.
+
+    A pipeline is run up to the first call of its denoiser. A bare network is built from its
+    configuration alone, without weights, on the meta device; its arguments follow from it.
+
+    Args:
+        model: see ``locate``.
+        size: height and width: in pixels for a pipeline, of the sample for a network.
+
+    Raises:
+        ModelError: there is no such model, or no example call can be made of it.
+    """
+    place = locate(model)
+    if isinstance(place, Path) and not (place / PIPELINE_FILE).is_file():
+        return _network_call(model, place, size)
+    return _first_call(load_pipeline(model), size)
+
+
+def is_unconditional(pipeline: Any) -> bool:
+    """Whether a pipeline is nothing but a UNet and a scheduler, as ``DDPMPipeline`` is."""
+    return set(pipeline.components) == {"unet", "scheduler"} and "encoder_hidden_states" not in (
+        inspect.signature(pipeline.unet.forward).parameters
+    )
+
+
+def set_sample_size(pipeline: Any, size: int) -> None:
+    """Make an unconditional pipeline draw pictures of another size.
+
+    Raises:
+        ModelError: the network halves the resolution more often than the size allows.
+    """
+    factor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    if size % factor:
+        raise ModelError(f"size: expected a multiple of {factor} for this network, got {size}")
+    pipeline.unet.register_to_config(sample_size=size)
+
+
+class _FirstCallError(Exception):
+    """Leaves a pipeline once its denoiser is called."""
+
+
+def _first_call(
+    pipeline: Any, size: int | None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    found = handle(cache_compile(pipeline, backend="eager", verbose=False))
+    network = found.module
+    found.remove()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(*args: Any, **kwargs: Any) -> None:
+        calls.append((args, kwargs))
+        raise _FirstCallError
+
+    arguments = _pipeline_arguments(pipeline, size)
+    network.__dict__["forward"] = record
+    try:
+        pipeline(**arguments)
+    except _FirstCallError:
+        pass
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"cannot make an example call of {type(pipeline).__name__}: {_first_line(error)}"
+        ) from error
+    finally:
+        del network.__dict__["forward"]
+    if not calls:
+        raise ModelError(
+            f"{type(pipeline).__name__} never called its {type(network).__name__} as a function"
+        )
+    return network, *calls[0]
+
+
+def _pipeline_arguments(pipeline: Any, size: int | None) -> dict[str, Any]:
+    """Arguments for a run of the pipeline that is of no interest beyond its first step."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    wanted: dict[str, Any] = {
+        "prompt": _EXAMPLE_PROMPT,
+        "batch_size": 1,
+        "num_inference_steps": _EXAMPLE_STEPS,
+        "output_type": "pt",
+    }
+    if "image" in parameters or "mask_image" in parameters:
+        from PIL import Image
+
+        wanted["image"] = Image.new("RGB", (size or 512, size or 512), "gray")
+        wanted["mask_image"] = Image.new("L", (size or 512, size or 512), "white")
+    if size is not None:
+        if is_unconditional(pipeline):
+            set_sample_size(pipeline, size)
+        wanted |= {"height": size, "width": size}
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in wanted
+    ]
+    if missing:
+        raise ModelError(
+            f"cannot make an example call of {type(pipeline).__name__}: it needs "
+            f"{', '.join(missing)}. In Python: handle(network).explain(sample, timestep, ...)"
+        )
+    return {name: value for name, value in wanted.items() if name in parameters}
+
+
+def _network_call(
+    model: str, folder: Path, size: int | None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    import diffusers
+
+    try:
+        config = json.loads((folder / NETWORK_FILE).read_text())
+        network_class = getattr(diffusers, config["_class_name"])
+        with torch.device("meta"):
+            network = network_class.from_config(config).eval()
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"cannot build a network from {model}: {_first_line(error)}") from error
+    return network, (), _network_arguments(model, network, size)
+
+
+def _network_arguments(model: str, network: Any, size: int | None) -> dict[str, Any]:
+    """Arguments for a network that is called as diffusers' 2-D UNets are."""
+    config = network.config
+    parameters = inspect.signature(network.forward).parameters
+    side = size or config.get("sample_size")
+    sides = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
+    arguments: dict[str, Any] = {}
+    if None not in sides and "in_channels" in config:
+        arguments |= {
+            "sample": torch.empty(1, config["in_channels"], *sides, device="meta"),
+            "timestep": torch.empty((), dtype=torch.int64, device="meta"),
+        }
+    width = config.get("cross_attention_dim")
+    if "encoder_hidden_states" in parameters and width is not None:
+        width = width[0] if isinstance(width, (list, tuple)) else width
+        arguments["encoder_hidden_states"] = torch.empty(1, _TEXT_TOKENS, width, device="meta")
+    if config.get("addition_embed_type") == "text_time":  # SDXL: pooled text and six sizes
+        sizes = 6
+        pooled = config["projection_class_embeddings_input_dim"]
+        pooled -= sizes * config["addition_time_embed_dim"]
+        arguments["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled, device="meta"),
+            "time_ids": torch.empty(1, sizes, device="meta"),
+        }
+    if config.get("num_class_embeds") is not None:
+        arguments["class_labels"] = torch.empty(1, dtype=torch.int64, device="meta")
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if (parameter.default is parameter.empty and name not in arguments)
+    ]
+    unknown = config.get("addition_embed_type") not in (None, "text_time")
+    if missing or unknown or "sample" not in parameters:
+        reason = f"nothing tells its {', '.join(missing)}" if missing else "its inputs are unusual"
+        hint = " (try --size)" if side is None else ""
+        raise ModelError(
+            f"{model} is a bare {type(network).__name__}, and {reason}{hint}: give the folder of a "
+            "pipeline it belongs to"
+        )
+    return arguments
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of a name; "auto" is the best there is.
+
+    Raises:
+        DcompileError: no such device here.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if device == "auto":
+        return torch.device(available[0])
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise DcompileError(
+            f"unknown device {device!r}: expected auto, {', '.join(available)}"
+        ) from error
+    if chosen.type not in available:
+        raise DcompileError(f"no device {device!r} here; there is {', '.join(available)}")
+    return chosen
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
