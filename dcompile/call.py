@@ -110,7 +110,7 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> Signature:
         for leaf in leaves
     )
     device = leaves[form.sample].device.type
-    autocast = (
-        (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-    )
+    autocast = None
+    if device != "meta" and torch.is_autocast_enabled(device):
+        autocast = (device, torch.get_autocast_dtype(device))
     return Signature(form, described, autocast)

@@ -17,6 +17,8 @@ from torch import nn
 
 # nn.Module's own bookkeeping is compared through what it holds, not as attributes.
 _BOOKKEEPING = frozenset(vars(nn.Module()))
+# Around the whole network, where dcompile and accelerate's hooks take turns; capture goes beneath.
+_ROOT_WRAPPERS = frozenset({"forward", "_old_forward", "_hf_hook"})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _MAX_DEPTH = 4
 
@@ -70,7 +72,7 @@ def _describe_module(module: nn.Module, path: str, ignored: frozenset[str]) -> d
     for name, value in module.__dict__.items():
         if name in _BOOKKEEPING or (ignored and f"{path}:{name}" in ignored):
             continue
-        if not (name == "forward" or name.startswith(("_dcompile", "_hf_hook", "_old_forward"))):
+        if path or name not in _ROOT_WRAPPERS:
             entry[name] = value if type(value) in _PLAIN else _describe(value, _MAX_DEPTH)
     for table_name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = module.__dict__[table_name]

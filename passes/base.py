@@ -67,8 +67,14 @@ def is_mutating(node: Node) -> bool:
 
 
 def is_inactive_dropout(node: Node) -> bool:
-    """Whether ``node`` is a dropout (``input, p, train``) that returns its input."""
+    """Whether ``node`` is a dropout (``input, p, train``) that returns its input.
+
+    ``native_dropout`` is not one: it returns a mask as well.
+    """
     if not (has_argument(node, "p") and has_argument(node, "train")):
+        return False
+    assert isinstance(node.target, torch._ops.OpOverload)
+    if len(node.target._schema.returns) != 1:
         return False
     return argument(node, "train") is False or argument(node, "p") == 0.0
 

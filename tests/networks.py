@@ -405,6 +405,10 @@ def as_float(timestep: Tensor) -> Tensor:
     return timestep.expand(BATCH).float()
 
 
+def as_sigma(timestep: Tensor) -> Tensor:
+    return timestep + 0.01  # its embedding takes the logarithm
+
+
 def as_ratio(timestep: Tensor) -> Tensor:
     return timestep.expand(BATCH) / 1000
 
@@ -429,6 +433,7 @@ NETWORKS: dict[str, Network] = {
             mid_block_scale_factor=2**0.5,
         ),
         image,
+        timestep=as_sigma,
     ),
     "sd15": Network(lambda: stable_diffusion(layers_per_block=2), latent, text),
     "sd15_free_u": Network(free_u, latent, text),

@@ -120,7 +120,7 @@ def test_disable_enable_remove() -> None:
     handle(network).remove()
     assert set(network.__dict__) == before
     assert torch.equal(sampled(network, picture(), timesteps()), uncached())
-    with pytest.raises(dcompile.NotCompiledError, match="call dcompile.cache_compile first"):
+    with pytest.raises(dcompile.NotCompiledError, match=r"call dcompile\.cache_compile first"):
         handle(network)
 
 
@@ -365,7 +365,7 @@ class TestRefusals:
             dcompile.cache_compile(nn.Conv2d(3, 3, 3))
 
     def test_unknown_backend(self) -> None:
-        with pytest.raises(dcompile.BackendError, match="unknown backend 'indctor'.*aot_eager"):
+        with pytest.raises(dcompile.BackendError, match=r"unknown backend .indctor.*aot_eager"):
             compiled(backend="indctor")
 
     def test_unknown_option(self) -> None:
@@ -383,7 +383,7 @@ class TestRefusals:
             network(picture(), timesteps()[0])
         assert isinstance(error.value.__cause__, ZeroDivisionError)
         assert torch.equal(sampled(network, picture(), timesteps()), uncached())
-        with pytest.raises(dcompile.BackendError, match="instead of|expected a callable"):
+        with pytest.raises(dcompile.BackendError, match="expected a callable"):
             compiled(backend=lambda graph_module, inputs: None)(picture(), timesteps()[0])
 
     def test_plain_module_and_other_objects(self) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +89,17 @@ def load_pipeline(model: str, device: torch.device | None = None) -> Any:
 
     bundled = isinstance(place, Path) and place.parent == Path(models.__file__).parent
     half = device is not None and device.type == "cuda" and not bundled
-    bars = diffusers.utils.logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()
+    pipeline_class = diffusers.DiffusionPipeline  # imports transformers, if it is there
     try:
-        with warnings.catch_warnings():
+        with _without_bars(), warnings.catch_warnings():
             # Newer releases say "use dtype", which older ones do not know.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            pipeline = pipeline_class.from_pretrained(
                 place, torch_dtype=torch.float16 if half else torch.float32
             )
     except _LOAD_ERRORS as error:
-        raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
-    finally:
-        if bars:
-            diffusers.utils.logging.enable_progress_bar()
+        origin = "" if isinstance(place, Path) else ", no folder here, from the Hugging Face hub"
+        raise ModelError(f"cannot load {model}{origin}: {_first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
 
@@ -291,6 +291,20 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type not in available:
         raise DcompileError(f"no device {device!r} here; there is {', '.join(available)}")
     return chosen
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """diffusers and transformers would each draw bars for the files they read."""
+    loaded = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    enabled: list[Any] = [log for log in loaded if log and log.is_progress_bar_enabled()]
+    for log in enabled:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in enabled:
+            log.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
