@@ -122,10 +122,11 @@ def main(
     widths = tuple(int(width) for width in channels.split(","))
     names, pictures = glyphs(size, font)
     data = (pictures.float() / 127.5 - 1).to(device)
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     # Predicting the velocity, not the noise: at high noise it is (minus) the picture itself, so
     # that a short training gets backgrounds and colours right.
-    scheduler.register_to_config(prediction_type="v_prediction")
+    scheduler = DDPMScheduler(
+        num_train_timesteps=1000, beta_schedule="linear", prediction_type="v_prediction"
+    )
     model = build(size, widths).to(device)
     if init is not None:
         model.load_state_dict(torch.load(init, map_location=device, weights_only=True)["ema"])

@@ -218,15 +218,15 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         transient=True,
     )
     with bar:
-        task = bar.add_task("")
+        task = bar.add_task("starting")
         stage = ""
 
         def tell(description: str, done: int, of: int) -> None:
             nonlocal stage
             if description != stage:
                 stage = description
-                bar.reset(task)
-            bar.update(task, description=description, completed=done, total=of)
+                bar.reset(task, description=description, total=of)
+            bar.update(task, completed=done, total=of)
 
         yield tell
 

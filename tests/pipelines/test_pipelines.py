@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,11 +165,11 @@ def test_after_another_prompt_size_guidance_or_length(pipes: Any, change: dict[s
         assert torch.equal(found, run(plain, **change))
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
 def test_exception_midway_leaves_nothing(pipes: Any, error: type[BaseException]) -> None:
     _, pipe = pipes
     expected = run(pipe)
@@ -324,8 +325,6 @@ def test_a_torch_compiled_unet_inside_a_pipeline_is_unwrapped() -> None:
 
 
 def test_a_pipeline_without_a_denoiser_is_refused() -> None:
-    class Nothing:
-        components = {"vae": torch.nn.Linear(1, 1)}
-
+    nothing = SimpleNamespace(components={"vae": torch.nn.Linear(1, 1)})
     with pytest.raises(dcompile.DcompileError, match="no single denoiser"):
-        cached(Nothing())
+        cached(nothing)
