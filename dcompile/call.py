@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from dcompile.errors import TimestepError
@@ -46,17 +47,28 @@ class CallForms:
         self._sample = names[0]
         self._timestep = (timed or names[1:])[0]
         self._position = names.index(self._timestep)
-        self._known: dict[TreeSpec, CallForm | None] = {}
+        self._known: dict[tuple[Any, ...], CallForm | None] = {}
 
     def flatten(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], CallForm | None]:
-        """The call's leaves and form; no form if sample or timestep is not given as one leaf."""
-        leaves, spec = tree_flatten((args, kwargs))
+        """The call's leaves and form; no form if sample or timestep is not given as one leaf.
+
+        Leaves come in the order of ``torch.utils._pytree``, whose own flattening would take half
+        of all that a reuse step may cost; it is asked once for each form.
+        """
+        leaves: list[Any] = []
+        structure: list[Any] = [len(args), *kwargs]
+        for value in args:
+            _flatten_into(value, leaves, structure)
+        for value in kwargs.values():
+            _flatten_into(value, leaves, structure)
+        key = tuple(structure)
         try:
-            return leaves, self._known[spec]
+            return leaves, self._known[key]
         except KeyError:
-            form = self._known[spec] = self._analyse(spec, args, kwargs)
+            _, spec = tree_flatten((args, kwargs))
+            form = self._known[key] = self._analyse(spec, args, kwargs)
             return leaves, form
 
     def _analyse(
@@ -67,6 +79,29 @@ class CallForms:
         if sample is None or timestep is None:
             return None
         return CallForm(spec, sample, timestep)
+
+
+_LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter})
+
+
+def _flatten_into(value: Any, leaves: list[Any], structure: list[Any]) -> None:
+    """Append the leaves of one argument, and what tells its structure from others'."""
+    kind = type(value)
+    if kind in _LEAVES:
+        leaves.append(value)
+    elif kind is dict:
+        structure.append((dict, *value))
+        for item in value.values():
+            _flatten_into(item, leaves, structure)
+    elif kind is list or kind is tuple:
+        structure.append((kind, len(value)))
+        for item in value:
+            _flatten_into(item, leaves, structure)
+    else:
+        found, spec = tree_flatten(value)
+        leaves.extend(found)
+        if not spec.is_leaf():
+            structure.append(spec)
 
 
 def _leaf_of(
@@ -103,14 +138,14 @@ class Signature(NamedTuple):
 
 def signature_of(form: CallForm, leaves: Sequence[Any]) -> Signature:
     """The signature of a call; equal signatures can run the same program."""
-    described = tuple(
-        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-        if isinstance(leaf, torch.Tensor)
-        else (type(leaf), leaf)
-        for leaf in leaves
-    )
+    described: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            described += (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+        else:
+            described += (type(leaf), leaf)
     device = leaves[form.sample].device.type
     autocast = None
     if device != "meta" and torch.is_autocast_enabled(device):
         autocast = (device, torch.get_autocast_dtype(device))
-    return Signature(form, described, autocast)
+    return Signature(form, tuple(described), autocast)

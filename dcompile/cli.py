@@ -55,16 +55,16 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     interval: Annotated[
         list[int] | None,
-        typer.Option(help="Refresh every Nth step; repeat for several runs. [default: 3, 5]"),
+        typer.Option(help="Refresh every Nth step; repeat for several runs. Default: 3 and 5."),
     ] = None,
     depth: Annotated[int, typer.Option(help="The skip connection to cut at; see explain.")] = 0,
     backend: Annotated[str, typer.Option(help="eager, inductor, ...")] = "eager",
     count: Annotated[int, typer.Option(min=1, help="Pictures, in one batch.")] = 8,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels per side. [default: the model's]")
+        int | None, typer.Option(min=1, help="Pixels per side. Default: the model's own.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. [default: the pipeline's]")
+        float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next has the next.")] = 0,
     repeat: Annotated[

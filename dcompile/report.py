@@ -61,7 +61,7 @@ class Explanation:
         from rich.table import Table
 
         table = Table(
-            title=f"{self.network}: {self.flops / 2e9:,.2f} GMACs per call",
+            title=f"{self.network}: {self.flops / 2e9:,.4g} GMACs per call",
             caption="r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r).",
         )
         table.add_column("depth", justify="right")

@@ -65,7 +65,7 @@ def resolve(backend: str | GraphCompiler, options: Mapping[str, Any] | None) -> 
         from torch._dynamo.backends.registry import lookup_backend
 
         return FromTorch(backend, lookup_backend(backend))
-    names = ", ".join(["eager", "inductor", *(name for name in known if name != "inductor")])
+    names = ", ".join(dict.fromkeys(["eager", "inductor", *known]))
     raise BackendError(
         f"unknown backend {backend!r}; known are {names}, and any callable "
         "(graph_module, example_inputs) -> callable"

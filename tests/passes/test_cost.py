@@ -126,12 +126,12 @@ def test_functions_that_are_no_operators_have_no_flops() -> None:
 
 
 def test_an_operator_without_a_meta_kernel_has_no_flops() -> None:
-    with torch.library._scoped_library("dcompile_test", "FRAGMENT") as library:
+    with torch.library._scoped_library("passes_test", "FRAGMENT") as library:
         library.define("opaque(Tensor x) -> Tensor")
         graph = Graph()
         x = graph.placeholder("x")
         x.meta["val"] = torch.zeros(3)
-        node = graph.call_function(torch.ops.dcompile_test.opaque.default, (x,))
+        node = graph.call_function(torch.ops.passes_test.opaque.default, (x,))
         node.meta["val"] = torch.zeros(3)
         assert node_cost(node) == Cost(flops=0, bytes=4 * 2 * 3)
 

@@ -1,0 +1,87 @@
+"""What counts as a change of the module's structure, and what does not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from plain import Plain, picture, plain, timesteps
+from torch import nn
+
+import dcompile
+from dcompile.structure import changed_by_running, difference, structure_of
+
+
+def set_attribute(module: Plain) -> None:
+    module.up.scale = 0.5  # type: ignore[assignment]
+
+
+def set_nested(module: Plain) -> None:
+    module.up.scaling = {"default": 1.0}  # type: ignore[assignment]
+    module.up.scaling["default"] = 2.0
+
+
+def set_object(module: Plain) -> None:
+    module.up.processor = SimpleNamespace(heads=4)  # type: ignore[assignment]
+
+
+def replace_layer(module: Plain) -> None:
+    module.up = nn.Sequential(module.up)  # type: ignore[assignment]
+
+
+def add_hook(module: Plain) -> None:
+    module.up.register_forward_hook(lambda *_: None)
+
+
+def patch_forward(module: Plain) -> None:
+    own = module.up.forward
+    module.up.forward = lambda x: own(x)  # type: ignore[method-assign]
+
+
+def change_tensor(module: Plain) -> None:
+    module.up.table = SimpleNamespace(values=torch.ones(3))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [set_attribute, set_nested, set_object, replace_layer, add_hook, patch_forward, change_tensor],
+)
+def test_changes_that_count(change: object) -> None:
+    module = plain()
+    before = structure_of(module)
+    assert structure_of(module) == before
+    change(module)  # type: ignore[operator]
+    after = structure_of(module)
+    assert after != before
+    assert "up" in difference(before, after)
+
+
+def test_weights_do_not_count_but_their_shapes_do() -> None:
+    module = plain()
+    before = structure_of(module)
+    with torch.no_grad():
+        module.up.weight.mul_(2)
+    module.up.bias = nn.Parameter(torch.zeros(8))
+    assert structure_of(module) == before
+    module.up.bias = None
+    assert structure_of(module) != before
+
+
+def test_what_forward_itself_writes_is_no_change() -> None:
+    class Counting(Plain):
+        calls = 0
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> object:  # type: ignore[override]
+            self.calls = self.calls + 1
+            return super().forward(sample, timestep)
+
+    network = dcompile.cache_compile(Counting().eval(), backend="eager", verbose=False)
+    with torch.no_grad():
+        for _ in range(3):
+            network(picture(), timesteps()[0])
+    assert dcompile.handle(network).stats.captures == 1
+    before = structure_of(network)
+    network.calls = 7
+    written = changed_by_running(before, structure_of(network))
+    assert written == {":calls"}
+    assert structure_of(network, written) != before
+    assert "calls" not in structure_of(network, written)[""]
