@@ -38,7 +38,7 @@ behave as a real network's do.
 - **Network**: `UNet2DModel`, {parameters:.1f} M parameters, channels {channels}, 2 layers per
   block, attention at the lowest resolution, predicts the velocity; averaged (EMA) weights in fp16.
 - **Data**: the {glyphs} single-code-point glyphs of Noto Color Emoji (SIL Open Font License
-  1.1) on white, shifted by up to {shift} pixels and mirrored.
+  1.1) on white, shifted by up to {shift} px and mirrored.
 - **Training**: `bench/train_demo.py`, {steps} steps of {batch} pictures, {samples:,} in all;
   AdamW, mean squared error, linear betas, 1000 steps.
 - **Limits**: it knows nothing but emoji, many samples are blends of several glyphs, lettering

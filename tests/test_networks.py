@@ -43,6 +43,9 @@ EXPECTED = {
     "plain": (4, "output_blocks.3"),
 }
 
+# A picture beside the features; a residual beside what its block has normalized.
+TWO_TENSORS = {"ncsnpp", "stable_cascade"}
+
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_full_and_freshly_fed_shallow_graphs_are_exact(name: str) -> None:
@@ -53,6 +56,7 @@ def test_full_and_freshly_fed_shallow_graphs_are_exact(name: str) -> None:
     assert len(skips) == count
     assert [skip.depth for skip in skips] == list(range(count))
     assert skips[0].module_path.removeprefix("network.") == outermost
+    assert len(skips[0].boundary) == (2 if name in TWO_TENSORS else 1)
     ratios = [skip.ratio for skip in skips]
     assert all(outer < inner for outer, inner in pairwise(ratios)), ratios
     assert ratios[0] > 0
