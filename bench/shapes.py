@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 Call = dict[str, Any]
+Subject = tuple[UNet2DConditionModel, Call]
 
 
 def _random(network: torch.nn.Module) -> None:
@@ -26,7 +27,7 @@ def _built(config: dict[str, Any]) -> UNet2DConditionModel:
     return network
 
 
-def sd15(small: bool = False) -> tuple[UNet2DConditionModel, Call]:
+def sd15(small: bool = False) -> Subject:
     """Stable Diffusion 1.5: 860 M parameters, 64x64 latents, guidance's batch of 2."""
     channels = (96, 192, 384, 384) if small else (320, 640, 1280, 1280)
     network = _built({"block_out_channels": channels, "cross_attention_dim": 768})
@@ -39,7 +40,7 @@ def sd15(small: bool = False) -> tuple[UNet2DConditionModel, Call]:
     return network, call
 
 
-def sdxl(width: int = 32) -> tuple[UNet2DConditionModel, Call]:
+def sdxl(width: int = 32) -> Subject:
     """SDXL's 1,930 submodules and 1,680 parameters, narrow: what dispatch costs, not the maths."""
     network = _built(
         {

@@ -1,7 +1,4 @@
-"""Turn a benchmark's JSON into the Markdown table beside it.
-
-python bench/tables.py bench/results/unet.json
-"""
+"""Turn the benchmarks' JSON into one Markdown page beside it: python bench/tables.py"""
 
 from __future__ import annotations
 
@@ -110,11 +107,13 @@ def bars_table(found: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def main(
-    results: Annotated[Path, typer.Argument()] = Path("bench/results/unet.json"),
-) -> None:
-    data = json.loads(results.read_text())
-    found = {entry["name"]: entry["extra_info"] for entry in data["benchmarks"]}
+def main(results: Annotated[Path, typer.Argument()] = Path("bench/results")) -> None:
+    data = json.loads((results / "unet.json").read_text())
+    overhead = json.loads((results / "overhead.json").read_text())
+    found = {
+        entry["name"]: entry["extra_info"]
+        for entry in (*data["benchmarks"], *overhead["benchmarks"])
+    }
     machine = data["machine_info"]
     any_row = found["test_diffusers_eager"]
     ours = found["test_dcompile[eager]"]
@@ -131,7 +130,7 @@ def main(
         *bars_table(found),
         "",
     ]
-    results.with_suffix(".md").write_text("\n".join(lines))
+    (results / "unet.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -122,30 +122,26 @@ def _leaf_of(
     return next(index for index, leaf in enumerate(leaves) if leaf is mark)
 
 
-class Signature(NamedTuple):
-    """Everything a graph depends on besides the values of tensors.
+Signature = tuple[Any, ...]
+"""Everything a graph depends on besides the values of tensors: the call's form, each tensor's
+shape, strides, dtype and device, each constant's type and value, and autocast."""
 
-    Attributes:
-        form: structure of the call.
-        leaves: shape, strides, dtype and device of each tensor; type and value of each constant.
-        autocast: device type and dtype, if autocast is on.
+
+def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list[torch.Tensor]]:
+    """The signature of a call, and its conditioning: its tensors but for sample and timestep.
+
+    Calls of equal signatures can run the same program.
     """
-
-    form: CallForm
-    leaves: tuple[Any, ...]
-    autocast: tuple[str, torch.dtype] | None
-
-
-def signature_of(form: CallForm, leaves: Sequence[Any]) -> Signature:
-    """The signature of a call; equal signatures can run the same program."""
-    described: list[Any] = []
+    parts: list[Any] = [form]
+    conditioning: list[torch.Tensor] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            described += (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+            parts += (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+            conditioning.append(leaf)
         else:
-            described += (type(leaf), leaf)
-    device = leaves[form.sample].device.type
-    autocast = None
+            parts += (type(leaf), leaf)
+    sample, timestep = leaves[form.sample], leaves[form.timestep]
+    device = sample.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        autocast = (device, torch.get_autocast_dtype(device))
-    return Signature(form, tuple(described), autocast)
+        parts += (device, torch.get_autocast_dtype(device))
+    return tuple(parts), [x for x in conditioning if x is not sample and x is not timestep]

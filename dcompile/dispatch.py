@@ -23,7 +23,7 @@ from dcompile.display import Display
 from dcompile.errors import CaptureError, DcompileError
 from dcompile.program import BoundProgram, Program, weights_of
 from dcompile.schedule import Schedule
-from dcompile.steps import Generation, StepTracker
+from dcompile.steps import Generation, Lane, StepTracker
 from dcompile.structure import Structure, changed_by_running, difference, structure_of
 
 
@@ -110,31 +110,43 @@ class Dispatcher:
         timestep = leaves[form.timestep]
         if not isinstance(timestep, torch.Tensor):
             leaves[form.timestep] = torch.tensor(timestep)  # not a constant of the graph
+        signature, conditioning = signature_of(form, leaves)
         tracker, schedule = self._tracker, self.settings.schedule
-        generation, lane, step = tracker.enter(timestep, _conditioning(leaves, form))
+        generation, lane, step = tracker.enter(timestep, conditioning)
         try:
-            signature = signature_of(form, leaves)
-            try:
-                bound = generation.programs.get(signature)
-            except TypeError:
-                return self._run_uncached("an argument cannot be hashed", args, kwargs)
+            if signature == generation.signature:  # nearly always, and sooner told than hashed
+                bound = generation.bound
+            else:
+                try:
+                    bound = generation.programs.get(signature)
+                except TypeError:
+                    return self._run_uncached("an argument cannot be hashed", args, kwargs)
             if bound is None:
                 bound = self._bind(generation, signature, leaves, form)
+            generation.signature, generation.bound = signature, bound
             scheduled = schedule.refresh(step, generation.steps)
             if scheduled:
                 generation.beat = step
+            refresh = scheduled or lane.program is not bound or lane.refreshed < generation.beat
             # Autocast, if on, stays on: the graph was captured without its conversions.
-            with torch.no_grad():
-                if scheduled or lane.program is not bound or lane.refreshed < generation.beat:
-                    self._count("refresh")
-                    result, lane.boundary = bound.refresh(leaves)
-                    lane.program, lane.refreshed = bound, step
-                    return result
-                self._count("reuse")
-                return bound.reuse(leaves, lane.boundary)
+            if torch.is_grad_enabled():
+                with torch.no_grad():
+                    return self._run(bound, lane, step, leaves, refresh)
+            return self._run(bound, lane, step, leaves, refresh)
         except BaseException:  # an interrupt too: nothing of this generation may be used again
             tracker.forget(generation)
             raise
+
+    def _run(
+        self, bound: BoundProgram, lane: Lane, step: int, leaves: list[Any], refresh: bool
+    ) -> Any:
+        if not refresh:
+            self._count("reuse")
+            return bound.reuse(leaves, lane.boundary)
+        self._count("refresh")
+        result, lane.boundary = bound.refresh(leaves)
+        lane.program, lane.refreshed = bound, step
+        return result
 
     def reset(self) -> None:
         """Drop all that is cached; the next call of each generation refreshes."""
@@ -160,7 +172,8 @@ class Dispatcher:
         if not isinstance(leaves[form.timestep], torch.Tensor):
             leaves[form.timestep] = torch.tensor(leaves[form.timestep])
         with self._building:
-            return self._captured(signature_of(form, leaves), leaves, form, self._display())
+            signature, _ = signature_of(form, leaves)
+            return self._captured(signature, leaves, form, self._display())
 
     def networks(self) -> list[CapturedNetwork]:
         """The networks captured so far, one for each call signature and structure."""
@@ -278,11 +291,3 @@ class Dispatcher:
             f"a cache_compiled {type(self.module).__name__} cannot be pickled: its compiled code "
             "belongs to this process. Call handle(module).remove() first, or save its state_dict"
         )
-
-
-def _conditioning(leaves: list[Any], form: CallForm) -> list[torch.Tensor]:
-    return [
-        leaf
-        for position, leaf in enumerate(leaves)
-        if isinstance(leaf, torch.Tensor) and position not in (form.sample, form.timestep)
-    ]

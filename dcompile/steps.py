@@ -84,12 +84,15 @@ class Generation:
         step: the step of the latest call, counted from this generation's first call.
         beat: the latest step that the schedule wanted refreshed.
         programs: what runs this generation, by call signature; filled by the dispatcher.
+        signature, bound: of the latest call.
     """
 
     steps: int | None
     step: int = -1
     beat: int = 0
     programs: dict[Any, BoundProgram] = field(default_factory=dict)
+    signature: Any = None
+    bound: BoundProgram | None = None
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)
     _timestep: Any = None  # the latest call's timestep; weakly, if it is a tensor
@@ -129,6 +132,9 @@ class Generation:
 
     def _advance(self) -> None:
         """Keep the lanes that the step before went through, and nothing that is doubtful."""
+        if len(self._served) == len(self.lanes) and not self._doubtful:
+            self._served.clear()
+            return
         gone = [lane for lane in self.lanes if id(lane) not in self._served]
         self.lanes = [
             lane
@@ -144,6 +150,7 @@ class Generation:
         self._open_ends.add(self.step + 1)
         self.lanes = []
         self.programs.clear()  # the module may have changed since: look again
+        self.signature = self.bound = None
         self._served = set()
         self._doubtful = True
         self.beat = min(self.beat, step)

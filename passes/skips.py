@@ -69,7 +69,7 @@ def find_skip_connections(
             first one that is not a lifted parameter, buffer or constant.
 
     Raises:
-        PreconditionError: there is no placeholder of that name.
+        PreconditionError: there is no placeholder of that name, or it is of another graph.
     """
     graph = graph_module.graph
     analysis = _Dependencies(graph, _sample_placeholder(graph, sample))
@@ -94,6 +94,8 @@ def find_skip_connections(
 def _sample_placeholder(graph: Graph, sample: str | Node | None) -> Node:
     placeholders: list[Node] = graph.find_nodes(op="placeholder")
     if isinstance(sample, Node):
+        if sample.graph is not graph:
+            raise PreconditionError(f"node {sample.name} belongs to another graph")
         return sample
     if sample is None:
         # torch.export's names for what it lifts: parameters, buffers, constants, objects, tokens.

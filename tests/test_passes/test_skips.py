@@ -178,6 +178,12 @@ def test_by_default_the_sample_is_the_first_input_that_is_not_lifted() -> None:
     assert find_skip_connections(graph_module, "sample") == skips
 
 
+def test_a_sample_of_another_graph_is_refused() -> None:
+    foreign = Graph().placeholder("sample")
+    with pytest.raises(PreconditionError, match="sample belongs to another graph"):
+        find_skip_connections(GraphModule(nn.Module(), Graph()), foreign)
+
+
 def test_an_unknown_sample_lists_the_names_there_are() -> None:
     with pytest.raises(PreconditionError, match="no placeholder is called 'latent'") as error:
         find_skip_connections(export(UNet()).graph_module, "latent")

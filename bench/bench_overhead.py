@@ -1,0 +1,169 @@
+"""What caching costs besides: dispatch, capture, compiling, memory.
+
+pytest bench/bench_overhead.py --benchmark-only --benchmark-json=bench/results/overhead.json
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import shapes
+import torch
+
+import dcompile
+from dcompile.backends import resolve
+from dcompile.build import build
+from dcompile.call import CallForms
+from dcompile.display import Display
+
+
+@pytest.mark.benchmark(group="overhead")
+def test_dispatch_of_a_reuse_step(benchmark: Any) -> None:
+    """A reuse call of the module against a call of its shallow graph, in turns.
+
+    Both get a timestep they have not seen, as in a sampling loop: a tensor that was never touched
+    costs some 50 microseconds of its own on the machine this was written on.
+    """
+    network, call = shapes.sdxl()
+    dcompile.cache_compile(network, interval=10_000, backend="eager", verbose=False)
+    dispatcher = dcompile.handle(network)._dispatcher
+    steps, others = iter(torch.arange(2000, 0, -1)), iter(torch.arange(2000, 0, -1))
+    network(timestep=next(steps), **call)
+    leaves, form = dispatcher._forms.flatten((), {"timestep": next(others), **call})
+    assert form is not None
+    position = form.timestep
+    ((_, generation, _),) = dispatcher._tracker._by_storage.values()
+    (bound,) = generation.programs.values()
+    (lane,) = generation.lanes
+
+    def dispatched() -> None:
+        network(timestep=next(steps), **call)
+
+    def direct() -> None:
+        leaves[position] = next(others)
+        bound._shallow(leaves, lane.boundary)
+
+    seconds: dict[Callable[[], None], list[float]] = {dispatched: [], direct: []}
+    for _ in range(1000):
+        for run, taken in seconds.items():
+            started = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - started)
+    benchmark.pedantic(direct, rounds=20)
+    difference = statistics.median(seconds[dispatched]) - statistics.median(seconds[direct])
+    benchmark.extra_info.update(
+        dispatch_microseconds=difference * 1e6,
+        submodules=sum(1 for _ in network.modules()),
+        parameters=sum(1 for _ in network.parameters()),
+    )
+    assert dispatcher.stats().reuse_steps == 1000
+
+
+@pytest.mark.benchmark(group="overhead")
+def test_capture_and_passes(benchmark: Any, subject: shapes.Subject) -> None:
+    """torch.export alone, and capture plus passes, in turns."""
+    network, call = subject
+    t = torch.tensor(100)
+    leaves, _ = CallForms(network.forward).flatten((), {"timestep": t, **call})
+    alone: list[float] = []
+    ours: list[float] = []
+
+    def export() -> None:
+        torch.export.export(network, (), {"timestep": t, **call}, strict=False)
+
+    def capture() -> None:
+        dcompile.cache_compile(network, backend="eager", verbose=False)
+        try:
+            dispatcher = dcompile.handle(network)._dispatcher
+            captured = dispatcher.network_for((), {"timestep": t, **call})
+            build(captured, 0, resolve("eager", None), network, leaves, Display("", False))
+        finally:
+            dcompile.handle(network).remove()
+
+    export()
+    for _ in range(3):
+        for run, seconds in ((export, alone), (capture, ours)):
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+    benchmark.pedantic(capture, rounds=1)
+    benchmark.extra_info.update(
+        export_seconds=statistics.median(alone), capture_seconds=statistics.median(ours)
+    )
+
+
+@pytest.mark.benchmark(group="overhead")
+def test_compiling_both_graphs(benchmark: Any, tmp_path: Any) -> None:
+    """Seconds Inductor takes for the full graph and for the shallow one, in one process."""
+    network, call = shapes.sd15(small=True)
+    leaves, form = CallForms(network.forward).flatten((), {"timestep": torch.tensor(100), **call})
+    assert form is not None
+    dcompile.cache_compile(network, backend="eager", verbose=False)
+    captured = dcompile.handle(network)._dispatcher.network_for(
+        (), {"timestep": torch.tensor(100), **call}
+    )
+    dcompile.handle(network).remove()
+    display = Display("", False)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # nothing compiled before
+    try:
+        benchmark.pedantic(
+            lambda: build(captured, 0, resolve("inductor", None), network, leaves, display),
+            rounds=1,
+        )
+    finally:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    benchmark.extra_info.update(
+        full_seconds=display.seconds["compiling the full graph (inductor)"],
+        shallow_seconds=display.seconds["compiling the shallow graph (inductor)"],
+    )
+
+
+MEMORY = """
+import gc, sys
+import psutil, shapes, torch
+import dcompile
+network, call = shapes.sd15(small={small})
+resident = lambda: (gc.collect(), psutil.Process().memory_info().rss)[1]
+ts = torch.arange(6, 0, -1)
+with torch.no_grad():
+    for t in ts[:2]:
+        network(timestep=t, **call)
+    before = resident()
+    dcompile.cache_compile(network, interval=3, backend="eager", verbose=False)
+    for t in ts[:3]:
+        network(timestep=t, **call)
+    after = resident()
+weights = sum(p.numel() * p.element_size() for p in network.parameters())
+print(before, after, weights, dcompile.handle(network).stats.cache_bytes)
+"""
+
+
+@pytest.mark.benchmark(group="overhead")
+def test_resident_memory(benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """Growth of the process from uncached steps to cached ones, in a process of its own."""
+    small = request.config.getoption("--width") == "small"
+    code = MEMORY.format(small=small)
+    found: list[str] = []
+
+    def run() -> None:
+        process = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=os.path.dirname(__file__),
+        )
+        found.extend(process.stdout.split()[-4:])
+
+    benchmark.pedantic(run, rounds=1)
+    before, after, weights, cached = map(int, found)
+    benchmark.extra_info.update(
+        extra_bytes=after - before - cached, weight_bytes=weights, cache_bytes=cached
+    )
