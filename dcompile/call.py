@@ -134,14 +134,15 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
     """
     parts: list[Any] = [form]
     conditioning: list[torch.Tensor] = []
+    sample, timestep = leaves[form.sample], leaves[form.timestep]
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            parts += (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-            conditioning.append(leaf)
+            parts += (leaf.shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride())
+            if leaf is not sample and leaf is not timestep:
+                conditioning.append(leaf)
         else:
             parts += (type(leaf), leaf)
-    sample, timestep = leaves[form.sample], leaves[form.timestep]
     device = sample.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         parts += (device, torch.get_autocast_dtype(device))
-    return tuple(parts), [x for x in conditioning if x is not sample and x is not timestep]
+    return tuple(parts), conditioning
