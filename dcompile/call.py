@@ -90,18 +90,18 @@ def _flatten_into(value: Any, leaves: list[Any], structure: list[Any]) -> None:
     if kind in _LEAVES:
         leaves.append(value)
     elif kind is dict:
-        structure.append((dict, *value))
+        structure.append((dict, len(leaves), *value))
         for item in value.values():
             _flatten_into(item, leaves, structure)
     elif kind is list or kind is tuple:
-        structure.append((kind, len(value)))
+        structure.append((kind, len(leaves), len(value)))
         for item in value:
             _flatten_into(item, leaves, structure)
     else:
         found, spec = tree_flatten(value)
-        leaves.extend(found)
         if not spec.is_leaf():
-            structure.append(spec)
+            structure.append((len(leaves), spec))
+        leaves.extend(found)
 
 
 def _leaf_of(

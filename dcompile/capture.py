@@ -59,7 +59,7 @@ class _Network(nn.Module):
     def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
         self.network = network
-        self.train(network.training)
+        self.training = network.training  # not .train(): that would reach into the network
         self.__dict__["_call"] = forward
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.backends import Backend
 from dcompile.build import build
@@ -69,8 +69,29 @@ class Dispatcher:
     begins.
     """
 
-    # Dynamo must not trace into this if the module is called from compiled code.
-    _torchdynamo_disable = True
+    # Only what functools.update_wrapper writes is in __dict__: accelerate's hooks copy that into
+    # their own wrapper, and with it would keep and deep-copy all state.
+    __slots__ = (
+        "__dict__",
+        "_building",
+        "_captures",
+        "_compile_seconds",
+        "_counting",
+        "_counts",
+        "_forms",
+        "_networks",
+        "_programs",
+        "_structures",
+        "_tracker",
+        "_warned",
+        "_written",
+        "compiled_call",
+        "enabled",
+        "module",
+        "original",
+        "replaced",
+        "settings",
+    )
 
     def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
         self._forms = CallForms(original)
@@ -127,25 +148,31 @@ class Dispatcher:
             scheduled = schedule.refresh(step, generation.steps)
             if scheduled:
                 generation.beat = step
-            refresh = scheduled or lane.program is not bound or lane.refreshed < generation.beat
+            refresh = (
+                scheduled
+                or lane.program is not bound.program
+                or lane.refreshed < generation.beat
+                or lane.signature != signature
+            )
             # Autocast, if on, stays on: the graph was captured without its conversions.
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    return self._run(bound, lane, step, leaves, refresh)
-            return self._run(bound, lane, step, leaves, refresh)
+                    result = self._run(bound, lane, leaves, refresh)
+            else:
+                result = self._run(bound, lane, leaves, refresh)
+            if refresh:
+                lane.program, lane.signature, lane.refreshed = bound.program, signature, step
+            return result
         except BaseException:  # an interrupt too: nothing of this generation may be used again
             tracker.forget(generation)
             raise
 
-    def _run(
-        self, bound: BoundProgram, lane: Lane, step: int, leaves: list[Any], refresh: bool
-    ) -> Any:
+    def _run(self, bound: BoundProgram, lane: Lane, leaves: list[Any], refresh: bool) -> Any:
         if not refresh:
             self._count("reuse")
             return bound.reuse(leaves, lane.boundary)
         self._count("refresh")
         result, lane.boundary = bound.refresh(leaves)
-        lane.program, lane.refreshed = bound, step
         return result
 
     def reset(self) -> None:
@@ -188,8 +215,11 @@ class Dispatcher:
             return "an input requires grad"
         if not isinstance(leaves[form.sample], torch.Tensor):
             return "the sample is no tensor"
-        if not isinstance(leaves[form.timestep], (torch.Tensor, int, float)):
+        timestep = leaves[form.timestep]
+        if not isinstance(timestep, (torch.Tensor, int, float)):
             return "the timestep is neither a tensor nor a number"
+        if leaves[form.sample].numel() == 0:
+            return "the sample is empty"
         return None
 
     def _run_uncached(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -210,6 +240,12 @@ class Dispatcher:
             try:
                 network = self._captured(signature, leaves, form, display)
                 program = self._compiled(network, leaves, display)
+            except CaptureError:
+                args, kwargs = tree_unflatten(leaves, form.spec)
+                with torch.no_grad():  # a call the network itself refuses raises its own error
+                    self.original(*args, **kwargs)
+                self.enabled = False
+                raise
             except DcompileError:
                 self.enabled = False
                 raise

@@ -125,11 +125,12 @@ class Program:
 class BoundProgram:
     """A program with the weights of one module, for one generation."""
 
-    __slots__ = ("_full", "_outputs", "_shallow", "_spec", "_tuple", "program")
+    __slots__ = ("_aliased", "_full", "_outputs", "_shallow", "_spec", "_tuple", "program")
 
     def __init__(self, program: Program, full: Bound, shallow: Bound) -> None:
         self.program = program
         self._full = full
+        self._aliased = False
         self._shallow = shallow
         self._spec = program.network.out_spec
         self._outputs = self._spec.num_leaves
@@ -138,14 +139,30 @@ class BoundProgram:
     def refresh(self, leaves: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
         """Run the full graph: what the module returns, and the boundary to cache."""
         values = tuple(self._full(leaves))
-        return self._packed(values[: self._outputs]), values[self._outputs :]
+        results, boundary = values[: self._outputs], values[self._outputs :]
+        self._aliased = _share_storage(results, boundary)
+        if self._aliased:  # what the caller does to its result must not reach the cache
+            boundary = tuple(_own(value) for value in boundary)
+        return self._packed(results), boundary
 
     def reuse(self, leaves: Sequence[Any], boundary: tuple[Any, ...]) -> Any:
         """Run the shallow graph from a cached boundary: what the module returns."""
-        return self._packed(tuple(self._shallow(leaves, boundary)))
+        results = tuple(self._shallow(leaves, boundary))
+        return self._packed(tuple(map(_own, results)) if self._aliased else results)
 
     def _packed(self, values: tuple[Any, ...]) -> Any:
         return values if self._tuple else tree_unflatten(list(values), self._spec)
+
+
+def _share_storage(results: Sequence[Any], boundary: Sequence[Any]) -> bool:
+    def storages(values: Sequence[Any]) -> set[int]:
+        return {id(x.untyped_storage()) for x in values if isinstance(x, torch.Tensor)}
+
+    return not storages(results).isdisjoint(storages(boundary))
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
-from dcompile.program import BoundProgram
+from dcompile.program import BoundProgram, Program
 
 # Value-told generations kept at a time; interleaving more than this only refreshes more often.
 MAX_VALUE_TRACKS = 8
+# Calls at one timestep that are told apart; no sampler makes more.
+MAX_LANES = 8
 # Of a value-told generation's first value: a second one further away begins another generation.
 FIRST_GAP = 0.3
 
@@ -38,13 +40,14 @@ class Lane:
 
     Attributes:
         anchors: the conditioning's storages, weakly, with offsets.
-        program: what made the cached boundary; None before the first refresh.
+        program, signature: what made the cached boundary; None before the first refresh.
         boundary: the cached tensors. The lane owns them: they are freed with the lane.
         refreshed: the step that made them.
     """
 
     anchors: tuple[tuple[weakref.ref[Any], int], ...]
-    program: BoundProgram | None = None
+    program: Program | None = None
+    signature: Any = None
     boundary: tuple[Any, ...] = ()
     refreshed: int = -1
 
@@ -95,17 +98,17 @@ class Generation:
     bound: BoundProgram | None = None
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)
-    _timestep: Any = None  # the latest call's timestep; weakly, if it is a tensor
     # Two generations may walk over one timesteps tensor (a loop that is begun again, or a server
     # that interleaves requests). Then the next call may belong to either, and until it is clear,
     # nothing is reused. _open_ends are the steps at which an abandoned walk might go on.
     _doubtful: bool = False
     _open_ends: set[int] = field(default_factory=set)
 
-    def enter(self, step: int, timestep: Any, conditioning: Sequence[torch.Tensor]) -> Lane:
+    def enter(self, step: int, conditioning: Sequence[torch.Tensor]) -> Lane:
         """Register a call and return its lane; a lane without a program has to be refreshed."""
         if step == self.step:
-            if not self._same_timestep(timestep) and any(
+            # Another lane, if its conditioning says so; else it may as well be another run.
+            if len(self.lanes) >= MAX_LANES or any(
                 id(lane) in self._served and not lane.contradicts(conditioning)
                 for lane in self.lanes
             ):
@@ -115,15 +118,31 @@ class Generation:
         elif self.step >= 0:
             self._begin_again(step)
         self.step = step
-        self._remember(timestep)
         for lane in self.lanes:
             if id(lane) not in self._served and not lane.contradicts(conditioning):
                 break
         else:
             lane = Lane(_anchors(conditioning))
             self.lanes.append(lane)
+            if step == 0:  # perhaps another run's first step: look at the module again
+                self.look_again()
         self._served.add(id(lane))
         return lane
+
+    def look_again(self) -> None:
+        """The module may have changed since its programs were bound."""
+        self.programs.clear()
+        self.signature = self.bound = None
+
+    def doubt(self) -> None:
+        """Reuse nothing at the next step."""
+        self._doubtful = True
+
+    def drop(self) -> None:
+        """Free all that is cached; the run itself goes on."""
+        self.lanes = []
+        self._served = set()
+        self.look_again()
 
     def inherit_doubts(self, earlier: Generation, shift: int) -> None:
         """Another walk over the same timesteps, ``shift`` steps behind, may go on at any time."""
@@ -149,20 +168,10 @@ class Generation:
     def _begin_again(self, step: int) -> None:
         self._open_ends.add(self.step + 1)
         self.lanes = []
-        self.programs.clear()  # the module may have changed since: look again
-        self.signature = self.bound = None
+        self.look_again()
         self._served = set()
         self._doubtful = True
         self.beat = min(self.beat, step)
-
-    def _same_timestep(self, timestep: Any) -> bool:
-        if isinstance(self._timestep, weakref.ref):
-            return self._timestep() is timestep
-        return self._timestep is timestep and not isinstance(timestep, int)
-
-    def _remember(self, timestep: Any) -> None:
-        is_tensor = isinstance(timestep, torch.Tensor)
-        self._timestep = weakref.ref(timestep) if is_tensor else timestep
 
 
 @dataclass(eq=False)
@@ -219,9 +228,9 @@ class StepTracker:
                 storage = timestep.untyped_storage()
                 if storage.nbytes() > timestep.element_size() * _own_elements(timestep):
                     generation, step = self._step_by_storage(timestep, storage)
-                    return generation, generation.enter(step, timestep, conditioning), step
+                    return generation, generation.enter(step, conditioning), step
             generation, step = self._step_by_value(_value(timestep))
-            return generation, generation.enter(step, timestep, conditioning), step
+            return generation, generation.enter(step, conditioning), step
 
     def forget(self, generation: Generation) -> None:
         """Drop a generation: something went wrong in the middle of it."""
@@ -232,9 +241,10 @@ class StepTracker:
                     del self._by_storage[key]
 
     def reset(self) -> None:
-        """Drop all generations and what they cached."""
+        """Drop all that is cached; runs go on, and refresh at their next step."""
         with self._lock:
-            self._by_storage.clear()
+            for _, generation, _ in self._by_storage.values():
+                generation.drop()
             self._by_value.clear()
 
     def cached(self) -> list[tuple[Any, ...]]:
@@ -270,7 +280,12 @@ class StepTracker:
         ]
         if fits:
             track = min(fits, key=lambda fit: fit[0])[1]
+            # A first gap proves little, and so does a track that others were called in between.
+            if track.gap is None or track is not self._by_value[-1]:
+                track.generation.doubt()
             track.move_to(value)
+            self._by_value.remove(track)
+            self._by_value.append(track)
             return track.generation, track.step
         track = _ValueTrack(Generation(None), value)
         self._by_value = [*self._by_value[-(MAX_VALUE_TRACKS - 1) :], track]

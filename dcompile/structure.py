@@ -8,6 +8,7 @@ compared by name, shape, dtype and device only: their values are inputs of the g
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,8 +34,9 @@ def structure_of(module: nn.Module, ignore: Iterable[str] = ()) -> Structure:
         ignore: entries of ``changed_by_running``; they are left out.
     """
     ignored = frozenset(ignore)
+    first_names: dict[int, str] = {}
     return {
-        path: _describe_module(submodule, path, ignored)
+        path: _describe_module(submodule, path, ignored, first_names)
         for path, submodule in module.named_modules(remove_duplicate=False)
     }
 
@@ -63,12 +65,16 @@ def changed_by_running(before: Structure, after: Structure) -> frozenset[str]:
     )
 
 
-def _describe_module(module: nn.Module, path: str, ignored: frozenset[str]) -> dict[str, Any]:
+def _describe_module(
+    module: nn.Module, path: str, ignored: frozenset[str], first_names: dict[int, str]
+) -> dict[str, Any]:
     entry: dict[str, Any] = {"class": type(module), "training": module.training}
     for table in (module._parameters, module._buffers):
         for name, tensor in table.items():
             if tensor is not None:
-                entry[name] = (tuple(tensor.shape), tensor.dtype, tensor.device)
+                # A tied weight goes by its first name, in the graph too.
+                tied_to = first_names.setdefault(id(tensor), f"{path}.{name}")
+                entry[name] = (tuple(tensor.shape), tensor.dtype, tensor.device, tied_to)
     for name, value in module.__dict__.items():
         if name in _BOOKKEEPING or (ignored and f"{path}:{name}" in ignored):
             continue
@@ -95,9 +101,23 @@ def _describe(value: Any, depth: int) -> Any:
         return kind, tuple(_describe(item, depth - 1) for item in value)
     if isinstance(value, (set, frozenset)):
         return kind, frozenset(map(repr, value))
-    if isinstance(value, (types.FunctionType, types.MethodType, type)):
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        inside = _describe([cells, value.__defaults__, value.__kwdefaults__], depth - 1)
+        return value.__module__, value.__qualname__, inside
+    if isinstance(value, functools.partial):
+        return kind, _describe([value.func, value.args, value.keywords], depth - 1)
+    if isinstance(value, (types.MethodType, type)):
         return getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
     state = getattr(value, "__dict__", None)
     if not state:
         return kind
     return kind, tuple((name, _describe(item, depth - 1)) for name, item in state.items())
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -288,6 +288,47 @@ def slow_backend(graph_module: nn.Module, inputs: list[torch.Tensor]) -> object:
     return graph_module.forward
 
 
+def test_calls_that_differ_in_nesting_only_are_told_apart() -> None:
+    class Nested(Plain):
+        def forward(
+            self, sample: torch.Tensor, timestep: torch.Tensor, a: object, b: object
+        ) -> object:  # type: ignore[override]
+            scale = 2.0 if isinstance(a, list) else 3.0
+            return (super().forward(sample, timestep)[0] * scale,)
+
+    network = dcompile.cache_compile(Nested().eval(), interval=1, backend="eager", verbose=False)
+    x, t, one = picture(), timesteps()[0], torch.ones(1)
+    with torch.no_grad():
+        assert torch.allclose(network(x, t, [one], one)[0] * 1.5, network(x, t, one, [one])[0])
+
+
+def test_capture_leaves_the_modules_modes_alone() -> None:
+    network = compiled()
+    network.deep.train()
+    network(picture(), timesteps()[0])
+    assert network.deep.training
+
+
+def test_a_call_the_network_refuses_raises_its_own_error_and_changes_nothing() -> None:
+    network = compiled()
+    with pytest.raises(RuntimeError, match="channels") as error:
+        network(torch.randn(2, 5, 8, 8), timesteps()[0])
+    assert not isinstance(error.value, dcompile.DcompileError)
+    with pytest.warns(UserWarning, match="sample is empty"):
+        network(torch.randn(0, 3, 8, 8), timesteps()[0])
+    sampled(network, picture(), timesteps())
+    assert handle(network).stats.reuse_steps == 4
+
+
+def test_a_copy_beneath_a_hook() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    network = compiled()
+    add_hook_to_module(network, ModelHook())
+    twin = copy.deepcopy(network)
+    assert torch.equal(sampled(twin, picture(), timesteps())[0], uncached()[0])
+
+
 class TestRefusals:
     @pytest.mark.parametrize("interval", [0, -2, 1.5, "3", True])
     def test_interval(self, interval: object) -> None:

@@ -226,11 +226,56 @@ def test_reset_in_the_middle_refreshes(network: Plain) -> None:
 
 
 @pytest.mark.parametrize("kind", [int, float, lambda t: t.clone(), lambda t: t.repeat(2)])
-def test_timesteps_of_other_kinds_give_the_same_picture(
+def test_timesteps_of_other_kinds_refresh_once_more(
     network: Plain, kind: Callable[[torch.Tensor], object]
 ) -> None:
     ts = timesteps(9)
     found = sampled(network, picture(), [kind(t) for t in ts])
-    assert torch.equal(found, alone(picture(), ts))
     stats = dcompile.handle(network).stats
-    assert (stats.refresh_steps, stats.reuse_steps, stats.captures) == (3, 6, 1)
+    assert (stats.refresh_steps, stats.reuse_steps, stats.captures) == (4, 5, 1)
+    schedule = dcompile.Steps([0, 1, 3, 6])
+    dcompile.cache_compile(network, schedule=schedule, backend="eager", verbose=False)
+    assert torch.equal(found, sampled(network, picture(), ts))
+
+
+def test_a_change_between_one_step_runs_at_one_timestep_is_seen(network: Plain) -> None:
+    expected = plain()
+    t = timesteps()[0]
+    for scale in (1.0, 2.0):
+        for each in (network, expected):
+            each.leave = torch.nn.Conv2d(16, 3, 3, padding=1, bias=False)
+            torch.nn.init.constant_(each.leave.weight, scale)
+        condition = torch.full((2, 4), scale)
+        with torch.no_grad():
+            found = network(picture(), t, condition)[0]
+            assert torch.equal(found, expected(picture(), t, condition)[0])
+
+
+def test_reset_keeps_count_of_the_run(network: Plain) -> None:
+    schedule = dcompile.Steps([0, 2, 5])
+    dcompile.cache_compile(network, schedule=schedule, backend="eager", verbose=False)
+    ts = timesteps()
+    sampled(network, picture(), ts[:4])
+    dcompile.handle(network).reset()
+    assert dcompile.handle(network).stats.cache_bytes == 0
+    sampled(network, picture(), ts[4:])
+    stats = dcompile.handle(network).stats
+    assert (stats.refresh_steps, stats.reuse_steps) == (4, 3)  # 0 2 5, and 4 after the reset
+
+
+def test_what_the_caller_does_to_a_result_does_not_reach_the_cache() -> None:
+    class Telling(Plain):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> object:  # type: ignore[override]
+            outer = self.enter(sample)
+            up = torch.nn.functional.interpolate(self.deep(self.down(outer)), size=outer.shape[-2:])
+            return self.leave(torch.cat([up, outer], 1)), up
+
+    torch.manual_seed(0)
+    network = dcompile.cache_compile(Telling().eval(), backend="eager", verbose=False)
+    with torch.no_grad():
+        for t in timesteps(3):
+            _, up = network(picture(), t)
+            if t == 999:
+                first = up.clone()
+            assert torch.equal(up, first)
+            up.mul_(100)

@@ -1,5 +1,6 @@
 """What counts as a change of the module's structure, and what does not."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +40,29 @@ def patch_forward(module: Plain) -> None:
 
 def change_tensor(module: Plain) -> None:
     module.up.table = SimpleNamespace(values=torch.ones(3))  # type: ignore[assignment]
+
+
+def patched(scale: float) -> object:
+    return lambda x: x * scale
+
+
+def test_what_a_patched_forward_holds_counts() -> None:
+    module = plain()
+    structures = []
+    for make in (patched, lambda scale: partial(torch.mul, other=scale)):
+        for scale in (1.0, 5.0, 1.0):
+            module.up.forward = make(scale)  # type: ignore[method-assign, assignment]
+            structures.append(structure_of(module))
+    assert structures[0] == structures[2] != structures[1]
+    assert structures[3] == structures[5] != structures[4]
+
+
+def test_untying_weights_counts() -> None:
+    module = plain()
+    module.up.bias = module.enter.bias
+    before = structure_of(module)
+    module.up.bias = nn.Parameter(module.enter.bias.detach().clone())
+    assert structure_of(module) != before
 
 
 @pytest.mark.parametrize(
