@@ -223,6 +223,12 @@ def _chosen_schedule(interval: int | None, schedule: Schedule | None) -> Schedul
         raise ScheduleError(
             f"schedule: expected an object with refresh(step, steps) -> bool, got {schedule!r}"
         )
+    try:
+        inspect.signature(schedule.refresh).bind(0, None)
+    except TypeError as error:
+        raise ScheduleError(
+            f"schedule: {schedule!r} must have refresh(step, steps) -> bool; {error}"
+        ) from error
     return schedule
 
 

@@ -201,6 +201,10 @@ def _size_guard(
                 or given.device != example.device
                 or given.dim() != example.dim()
                 or given.is_contiguous() != example.is_contiguous()
+                or any(
+                    isinstance(size, int) and size != actual  # a constant of the graph
+                    for size, actual in zip(example.shape, given.shape, strict=True)
+                )
             ):
                 return False
         return expression is None or bool(

@@ -343,6 +343,14 @@ class TestRefusals:
         with pytest.raises(dcompile.ScheduleError, match="refresh"):
             compiled(interval=None, schedule=[0, 3])
 
+    def test_schedule_with_another_refresh(self) -> None:
+        class Bad:
+            def refresh(self, step: int) -> bool:
+                return True
+
+        with pytest.raises(dcompile.ScheduleError, match=r"must have refresh\(step, steps\)"):
+            compiled(interval=None, schedule=Bad())
+
     def test_negative_depth(self) -> None:
         with pytest.raises(dcompile.DepthError, match="at least 0, got -1"):
             compiled(depth=-1)

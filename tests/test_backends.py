@@ -90,5 +90,12 @@ def test_dynamic_sizes_share_one_capture() -> None:
         )
     assert dcompile.handle(network).stats.captures == 1
     x = picture(batch=1)  # export treats a size of 1 as a constant
+    other = dcompile.cache_compile(
+        plain(), interval=3, backend="eager", dynamic=True, verbose=False
+    )
+    for batch in (1, 2, 1):
+        y = picture(batch=batch)
+        assert torch.equal(sampled(other, y, timesteps()), sampled(expected, y, timesteps()))
+    assert dcompile.handle(other).stats.captures == 2
     assert torch.equal(sampled(network, x, timesteps()), sampled(expected, x, timesteps()))
     assert dcompile.handle(network).stats.captures == 2
