@@ -1,4 +1,4 @@
-"""dcompile: skip-connection diffusion networks 2 to 5 times faster, without training.
+"""dcompile: compiled feature caching for skip-connection diffusion networks, without training.
 
 unet = dcompile.cache_compile(unet, interval=3)
 """
