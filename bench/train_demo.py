@@ -10,8 +10,7 @@ killed at any point; the next run goes on from the last checkpoint.
 
 from __future__ import annotations
 
-import copy
-import os
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,8 +20,7 @@ import torch.nn.functional as F
 import typer
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from emoji_data import FONT, glyphs
-from PIL import Image
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from training import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = """---
@@ -59,11 +57,6 @@ def build(size: int, channels: tuple[int, ...]) -> UNet2DModel:
     )
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm up over 200 steps, stay, and go down to zero over the last 40 %."""
-    return peak * min(1.0, (step + 1) / 200, (steps - step) / (0.4 * steps))
-
-
 def augmented(pictures: torch.Tensor, shift: int) -> torch.Tensor:
     """Shift each picture by up to ``shift`` pixels (white comes in) and mirror half of them."""
     n, _, size, _ = pictures.shape
@@ -76,29 +69,16 @@ def augmented(pictures: torch.Tensor, shift: int) -> torch.Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), moved.flip(-1), moved)
 
 
-def replace_file(path: Path, write: Any) -> None:
-    """Write to a neighbour, then rename: a kill leaves the old file or the new one."""
-    partial = path.with_suffix(".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def sample_sheet(model: UNet2DModel, scheduler: DDPMScheduler, path: Path, count: int = 64) -> None:
-    """Draw ``count`` samples with 50 DDIM steps from seed 0 and save them as one PNG."""
+def draw(model: UNet2DModel, scheduler: DDPMScheduler, count: int = 64) -> torch.Tensor:
+    """Draw ``count`` samples with 50 DDIM steps from seed 0."""
     ddim = DDIMScheduler.from_config(scheduler.config)
     ddim.set_timesteps(50)
     size = int(model.config.sample_size)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(count, 3, size, size, generator=generator).to(model.device)
-    with torch.no_grad():
-        for t in ddim.timesteps:
-            x = ddim.step(model(x, t).sample, t, x).prev_sample
-    side = int(count**0.5)
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    sheet = pixels.view(side, side, 3, size, size).permute(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(side * size, side * size, 3).contiguous()
-    image = Image.fromarray(sheet.numpy())
-    image.resize((side * size * 3, side * size * 3), Image.Resampling.NEAREST).save(path)
+    for t in ddim.timesteps:
+        x = ddim.step(model(x, t).sample, t, x).prev_sample
+    return x
 
 
 def main(
@@ -110,6 +90,7 @@ def main(
     shift: Annotated[int, typer.Option(help="Augmentation: pixels.")] = 1,
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     sheet_every: Annotated[int, typer.Option(help="Steps between sample sheets.")] = 1000,
+    minutes: Annotated[float, typer.Option(help="Stop in time to go on later.")] = math.inf,
     font: Annotated[Path, typer.Option(help="NotoColorEmoji.ttf")] = FONT,
     init: Annotated[Path | None, typer.Option(help="A checkpoint to take weights from.")] = None,
     out: Annotated[Path, typer.Option(help="The exported pipeline folder.")] = ROOT
@@ -129,84 +110,38 @@ def main(
     )
     model = build(size, widths).to(device)
     if init is not None:
-        model.load_state_dict(torch.load(init, map_location=device, weights_only=True)["ema"])
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=1e-4)
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "checkpoint.pt"
-    settings = {"size": size, "channels": widths}
-    done = 0
-    if checkpoint.is_file():
-        try:
-            state = torch.load(checkpoint, map_location=device, weights_only=True)
-        except Exception as error:
-            raise SystemExit(
-                f"{checkpoint} is damaged ({error}); delete it to begin anew"
-            ) from error
-        if state["settings"] != settings:
-            raise SystemExit(
-                f"{checkpoint} was made with {state['settings']}, asked for {settings}: "
-                "delete it or choose another --work folder"
-            )
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
-        torch.manual_seed(done)
+        state = torch.load(init, map_location=device, weights_only=True)["averaged"]
+        model.load_state_dict({name.removeprefix("unet."): w for name, w in state.items()})
 
-    progress = Progress(
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    def loss() -> torch.Tensor:
+        clean = augmented(data[torch.randint(0, len(data), (batch,), device=device)], shift)
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (batch,), device=device)
+        # Half the multiply-adds of float32 where the processor has bf16 units; 0.61 s
+        # against 0.86 s per step on the two cores it was first trained on.
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = model(scheduler.add_noise(clean, noise, t), t).sample
+        return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, t))
+
+    stage = Stage(
+        "ddpm",
+        torch.nn.ModuleDict({"unet": model}),
+        loss,
+        steps,
+        peak=peak,
+        settings={"size": size, "channels": list(widths)},
+        sheet=lambda averaged: draw(averaged["unet"], scheduler),
     )
-    loss_average = 0.0
-    started = time.perf_counter()
-    with progress:
-        bar = progress.add_task("train", total=steps, completed=done, loss=0.0)
-        for step in range(done, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
-            chosen = data[torch.randint(0, len(data), (batch,), device=device)]
-            clean = augmented(chosen, shift)
-            noise = torch.randn_like(clean)
-            t = torch.randint(0, 1000, (batch,), device=device)
-            # Half the multiply-adds of float32 where the processor has bf16 units; 0.61 s
-            # against 0.86 s per step on the two cores it was first trained on.
-            with torch.autocast(device.type, torch.bfloat16):
-                predicted = model(scheduler.add_noise(clean, noise, t), t).sample
-            loss = F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, t))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            decay = min(0.999, (step + 1) / (step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            value = float(loss.detach())
-            loss_average = value if step == done else 0.98 * loss_average + 0.02 * value
-            progress.update(bar, completed=step + 1, loss=loss_average)
-            if (step + 1) % every == 0 or step + 1 == steps:
-                state = {
-                    "settings": settings,
-                    "step": step + 1,
-                    "model": model.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
-                replace_file(checkpoint, lambda path, state=state: torch.save(state, path))
-                with (work / "log.csv").open("a") as log:
-                    elapsed = time.perf_counter() - started
-                    log.write(f"{step + 1},{loss_average:.5f},{elapsed:.0f}\n")
-            if (step + 1) % sheet_every == 0 or step + 1 == steps:
-                sample_sheet(ema, scheduler, work / f"samples-{step + 1:06d}.png")
-
-    pipeline = DDPMPipeline(unet=copy.deepcopy(ema).half().cpu(), scheduler=scheduler)
+    deadline = time.monotonic() + 60 * minutes
+    trained = stage.run(work, every=every, sheet_every=sheet_every, deadline=deadline)
+    if trained is None:
+        raise SystemExit("out of time; the same command goes on")
+    ema: Any = trained["unet"]
+    pipeline = DDPMPipeline(unet=ema.half().cpu(), scheduler=scheduler)
     pipeline.save_pretrained(out)
     card = CARD.format(
         size=size,
-        parameters=sum(p.numel() for p in ema.parameters()) / 1e6,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         channels=widths,
         glyphs=len(names),
         shift=shift,

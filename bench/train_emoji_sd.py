@@ -1,0 +1,476 @@
+"""Train emoji-sd, a small Stable Diffusion that draws emoji from their names, from scratch.
+
+    python bench/train_emoji_sd.py                 # two CPU cores: hours; a GPU: minutes
+    python bench/train_emoji_sd.py --minutes 8     # stop in time; the same line goes on later
+
+One command does everything: render the glyphs, train the autoencoder, then text encoder and
+diffusion network together, write samples and checkpoints on the way, and export the averaged
+weights as a stock ``StableDiffusionPipeline`` folder. It may be killed at any point; the next
+run goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from emoji_data import FONT, GROUNDS, Captioned, captions, with_ground
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from training import Stage
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import logging as transformers_logging
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 64
+TOKENS = 24
+SHOWN = """
+red apple; grinning face; blue heart; dog; pizza; rocket; cat face; car; tree; house; sun; star;
+banana; strawberry; fish; penguin; octopus; hamburger; red heart; fire; snowman; robot face;
+clown face; face with tears of joy; guitar; soccer ball; airplane; rainbow; cactus; mushroom;
+ghost; skull; crown; present; a picture of green apple; rocket on a blue background
+"""
+CARD = """---
+license: apache-2.0
+pipeline_tag: text-to-image
+---
+# emoji-sd
+
+A small, genuine Stable Diffusion that draws {size}x{size} emoji from a prompt. It is the subject
+of `dcompile demo` and of the fidelity benchmark: small enough to ship and to run on a CPU,
+trained, so that its features behave as a real network's do. Stock
+`StableDiffusionPipeline.from_pretrained` loads it; guidance 5 and 50 DDIM steps suit it.
+
+- **Network**: `UNet2DConditionModel`, {unet:.1f} M parameters, channels {channels}, 2 layers per
+  block, cross-attention, predicts the velocity; `AutoencoderKL`, {vae:.1f} M, 4 latent channels, a
+  quarter of the side; `CLIPTextModel`, {text:.1f} M, {tokens} tokens. Averaged (EMA) weights in
+  fp16.
+- **Data**: {glyphs} glyphs of Noto Color Emoji (SIL Open Font License 1.1), on white and on nine
+  plain colours, half of them shifted by up to 3 px, shrunk by up to 15 % and mirrored where their
+  name allows; captions are their Unicode names, some synonyms and plain paraphrases. One caption
+  in ten was held out.
+- **Training**: `bench/train_emoji_sd.py`: autoencoder {ae_steps} steps of {ae_batch} pictures, then
+  text encoder and diffusion network {steps} steps of {batch} latents with 10 % of the captions
+  dropped; AdamW.
+- **Limits**: it knows nothing but these emoji and their names. Unknown words give some emoji or
+  a blend. Glyphs that look alike get mixed up, and lettering is illegible.
+"""
+
+
+# --- the four parts -------------------------------------------------------------------------------
+
+
+def build_tokenizer(vocabulary: int, corpus: list[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-level pairs were learnt from the captions.
+
+    Every byte is in the vocabulary, within and at the end of a word, so that any prompt has tokens.
+    """
+    begin, end = "<|startoftext|>", "<|endoftext|>"
+    stock = CLIPTokenizer().backend_tokenizer
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
+    learner.normalizer, learner.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary - len(alphabet),
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    learnt = json.loads(learner.to_str())["model"]
+    tokens = [token for token, _ in sorted(learnt["vocab"].items(), key=lambda item: item[1])]
+    tokens += [byte + "</w>" for byte in alphabet if byte + "</w>" not in learnt["vocab"]]
+    tokens += [begin, end]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learnt["merges"]]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=merges,
+        model_max_length=TOKENS,
+    )
+
+
+def build_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=SIZE,
+        scaling_factor=1.0,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet(channels: tuple[int, ...], text_width: int) -> UNet2DConditionModel:
+    attending = len(channels) - 1
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        block_out_channels=channels,
+        layers_per_block=2,
+        norm_num_groups=16,
+        attention_head_dim=4,
+        cross_attention_dim=text_width,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * attending,
+        up_block_types=("CrossAttnUpBlock2D",) * attending + ("UpBlock2D",),
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule.
+
+    The network predicts the velocity: at high noise that is (minus) the picture itself, so that a
+    short training gets grounds and colours right.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+# --- first stage: the autoencoder -----------------------------------------------------------------
+
+
+def slopes(pictures: torch.Tensor) -> torch.Tensor:
+    """Differences of neighbouring pixels, down and across, flattened together."""
+    down = pictures[..., 1:, :] - pictures[..., :-1, :]
+    across = pictures[..., 1:] - pictures[..., :-1]
+    return torch.cat([down.flatten(), across.flatten()])
+
+
+def autoencoder_stage(
+    data: Captioned, channels: tuple[int, ...], steps: int, batch: int, device: torch.device
+) -> Stage:
+    vae = build_autoencoder(channels).to(device)
+    grounds = torch.tensor([0.5] + [0.5 / (len(GROUNDS) - 1)] * (len(GROUNDS) - 1))
+
+    def loss() -> torch.Tensor:
+        which = torch.randint(0, len(data.names), (batch,))
+        ground = torch.multinomial(grounds, batch, replacement=True)
+        pictures = data.pictures(which, ground, augment=True).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(pictures).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        decoded = decoded.float()
+        edges = F.l1_loss(slopes(decoded), slopes(pictures))
+        likeness = F.l1_loss(decoded, pictures) + 2 * F.mse_loss(decoded, pictures)
+        return likeness + edges + 1e-6 * posterior.kl().float().mean()
+
+    def sheet(averaged: torch.nn.ModuleDict) -> torch.Tensor:
+        which = torch.arange(0, len(data.names), len(data.names) // 32)[:32]
+        pictures = data.pictures(which, torch.arange(32) % len(GROUNDS), augment=False).to(device)
+        decoded = averaged["vae"](pictures).sample
+        return torch.stack([pictures, decoded], dim=1).flatten(0, 1)
+
+    return Stage(
+        "autoencoder",
+        torch.nn.ModuleDict({"vae": vae}),
+        loss,
+        steps,
+        peak=1e-3,
+        settings={"channels": list(channels)},
+        sheet=sheet,
+        average=0.995,
+    )
+
+
+@torch.no_grad()
+def standardize(vae: AutoencoderKL, latents: torch.Tensor) -> None:
+    """Make each latent channel's mean 0 and deviation 1, by the 1x1 convolutions around them.
+
+    Args:
+        vae: changed in place: what it encodes changes, what it decodes that to does not.
+        latents: posterior means of training pictures, shape (n, 4, height, width).
+    """
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    into, out = vae.quant_conv, vae.post_quant_conv
+    count = len(mean)
+    into.weight[:count] /= deviation.view(-1, 1, 1, 1)
+    into.bias[:count] = (into.bias[:count] - mean) / deviation
+    into.bias[count:] -= 2 * deviation.log()
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= deviation.view(1, -1, 1, 1)
+
+
+class LatentBank:
+    """Encoded training pictures: several variants of each glyph, the first plain and on white.
+
+    Attributes:
+        latents: float16, shape (glyphs, variants, 4, side, side).
+        ground: numbers into GROUNDS, shape (glyphs, variants).
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        data: Captioned,
+        vae: AutoencoderKL,
+        variants: int,
+        *,
+        seed: int = 1,
+        white: bool = False,
+    ) -> None:
+        generator_state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        count, device = len(data.names), next(vae.parameters()).device
+        ground = torch.where(
+            torch.rand(count, variants) < 0.6, 0, torch.randint(1, len(GROUNDS), (count, variants))
+        )
+        ground[:, : variants if white else 1] = 0
+        encoded = []
+        for variant in range(variants):
+            for which in torch.arange(count).split(128):
+                pictures = data.pictures(which, ground[which, variant], augment=variant > 0)
+                posterior = vae.encode(pictures.to(device)).latent_dist
+                encoded.append(posterior.mean.half())
+        torch.set_rng_state(generator_state)
+        self.ground = ground
+        self.latents = torch.cat(encoded).unflatten(0, (variants, count)).transpose(0, 1)
+
+
+# --- second stage: text encoder and diffusion network ---------------------------------------------
+
+
+class Captions:
+    """Draws training captions, as token ids."""
+
+    def __init__(self, names: list[str], tokenizer: CLIPTokenizer) -> None:
+        self.training = [captions(name)[0] for name in names]
+        self.tokenizer = tokenizer
+        self.grounds = list(GROUNDS)
+        self._ids: dict[str, list[int]] = {}
+
+    def draw(self, glyph: int, ground: int) -> str:
+        """A caption: the plain name four times in ten; the ground named if it is not white."""
+        choices = self.training[glyph]
+        caption = choices[0] if random.random() < 0.4 else random.choice(choices)
+        if random.random() < (0.15 if ground == 0 else 0.9):
+            caption = with_ground(caption, self.grounds[ground], random.randrange(3))
+        return caption
+
+    def ids(self, caption: str) -> list[int]:
+        if caption not in self._ids:
+            self._ids[caption] = self.tokenizer(
+                caption, padding="max_length", truncation=True, max_length=TOKENS
+            ).input_ids
+        return self._ids[caption]
+
+
+def diffusion_stage(
+    bank: LatentBank,
+    text: Captions,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    *,
+    steps: int,
+    batch: int,
+    peak: float,
+    compiled: bool,
+    settings: dict[str, Any],
+) -> Stage:
+    device = next(unet.parameters()).device
+    scheduler = build_scheduler()
+    count, variants = bank.ground.shape
+    latents = bank.latents.to(device)
+    network = torch.compile(unet) if compiled else unet
+
+    def loss() -> torch.Tensor:
+        which = torch.randint(0, count, (batch,))
+        variant = torch.where(torch.rand(batch) < 0.3, 0, torch.randint(0, variants, (batch,)))
+        random.seed(int(torch.randint(0, 2**31, ())))
+        drawn = [
+            "" if random.random() < 0.1 else text.draw(glyph, ground)
+            for glyph, ground in zip(
+                which.tolist(), bank.ground[which, variant].tolist(), strict=True
+            )
+        ]
+        ids = torch.tensor([text.ids(caption) for caption in drawn], device=device)
+        clean = latents[which.to(device), variant.to(device)].float()
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (batch,), device=device)
+        noisy = scheduler.add_noise(clean, noise, t)
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = network(noisy, t, text_encoder(ids).last_hidden_state).sample
+        return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, t))
+
+    def sheet(averaged: torch.nn.ModuleDict) -> torch.Tensor:
+        pipeline = assemble(vae, averaged["text_encoder"], text.tokenizer, averaged["unet"])
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        pictures = pipeline(
+            [prompt.strip() for prompt in SHOWN.split(";")],
+            num_inference_steps=25,
+            guidance_scale=5.0,
+            generator=generator,
+            output_type="pt",
+        ).images
+        return pictures * 2 - 1
+
+    return Stage(
+        "diffusion",
+        torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}),
+        loss,
+        steps,
+        peak=peak,
+        settings=settings,
+        sheet=sheet,
+    )
+
+
+def assemble(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
+    """Save the pipeline in fp16, with the tokenizer's files as older transformers want them too."""
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.to("cpu", torch.float16)
+    pipeline.save_pretrained(out)
+    model = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())["model"]
+    (out / "tokenizer/vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (out / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+
+
+def widths(text: str) -> tuple[int, ...]:
+    return tuple(int(width) for width in text.split(","))
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="Steps of the diffusion network.")] = 10000,
+    batch: Annotated[int, typer.Option(help="Latents per step.")] = 48,
+    peak: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 8e-4,
+    channels: Annotated[str, typer.Option(help="Diffusion channels per resolution.")] = "48,96,144",
+    text_width: Annotated[int, typer.Option(help="Width of the text encoder.")] = 128,
+    text_layers: Annotated[int, typer.Option(help="Layers of the text encoder.")] = 3,
+    vocabulary: Annotated[int, typer.Option(help="Tokens.")] = 2048,
+    variants: Annotated[int, typer.Option(help="Encoded variants of each glyph.")] = 12,
+    ae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2500,
+    ae_batch: Annotated[int, typer.Option(help="Pictures per step of the autoencoder.")] = 16,
+    ae_channels: Annotated[str, typer.Option(help="Autoencoder channels.")] = "32,64,64",
+    every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    sheet_every: Annotated[int, typer.Option(help="Steps between sample sheets.")] = 1000,
+    minutes: Annotated[float, typer.Option(help="Stop in time to go on later.")] = math.inf,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Train through torch.compile.")
+    ] = False,
+    font: Annotated[Path, typer.Option(help="NotoColorEmoji.ttf")] = FONT,
+    out: Annotated[Path, typer.Option(help="The exported pipeline folder.")] = ROOT
+    / "dcompile/models/emoji-sd",
+    work: Annotated[Path, typer.Option(help="Checkpoints and sample sheets.")] = ROOT
+    / ".training/emoji-sd",
+) -> None:
+    deadline = time.monotonic() + 60 * minutes
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    transformers_logging.set_verbosity_error()
+    try:
+        data = Captioned.render(SIZE, font)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
+
+    torch.manual_seed(0)
+    first = autoencoder_stage(data, widths(ae_channels), ae_steps, ae_batch, device)
+    trained = first.run(work, every=every, sheet_every=sheet_every, deadline=deadline)
+    if trained is None:
+        raise SystemExit("out of time; the same command goes on")
+    vae: Any = trained["vae"]
+
+    standardize(vae, LatentBank(data, vae, variants=2).latents.flatten(0, 1).float())
+    bank = LatentBank(data, vae, variants)
+
+    corpus = [caption for name in data.names for caption in captions(name)[0]]
+    corpus += [with_ground("", ground, frame) for ground in GROUNDS for frame in range(3)] * 50
+    tokenizer = build_tokenizer(vocabulary, corpus)
+    torch.manual_seed(0)
+    text_encoder = build_text_encoder(tokenizer, text_width, text_layers).to(device)
+    unet = build_unet(widths(channels), text_width).to(device)
+    second = diffusion_stage(
+        bank,
+        Captions(data.names, tokenizer),
+        vae,
+        text_encoder,
+        unet,
+        steps=steps,
+        batch=batch,
+        peak=peak,
+        compiled=compiled,
+        settings={
+            "channels": list(widths(channels)),
+            "text": [text_width, text_layers, len(tokenizer)],
+        },
+    )
+    trained = second.run(work, every=every, sheet_every=sheet_every, deadline=deadline)
+    if trained is None:
+        raise SystemExit("out of time; the same command goes on")
+
+    pipeline = assemble(vae, trained["text_encoder"], tokenizer, trained["unet"])
+
+    def millions(part: torch.nn.Module) -> float:
+        return sum(p.numel() for p in part.parameters()) / 1e6
+
+    card = CARD.format(
+        size=SIZE,
+        unet=millions(pipeline.unet),
+        vae=millions(vae),
+        text=millions(pipeline.text_encoder),
+        channels=widths(channels),
+        tokens=TOKENS,
+        glyphs=len(data.names),
+        ae_steps=ae_steps,
+        ae_batch=ae_batch,
+        steps=steps,
+        batch=batch,
+    )
+    export(pipeline, out)
+    (out / "README.md").write_text(card)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
