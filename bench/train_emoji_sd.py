@@ -11,6 +11,7 @@ run goes on from the last checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -443,6 +444,10 @@ def main(
         settings={
             "channels": list(widths(channels)),
             "text": [text_width, text_layers, len(tokenizer)],
+            # Token numbers mean nothing under another vocabulary.
+            "vocabulary": hashlib.sha256(
+                json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+            ).hexdigest(),
         },
     )
     trained = second.run(work, every=every, sheet_every=sheet_every, deadline=deadline)

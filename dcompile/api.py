@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
+import torch
 from torch import nn
 
 from dcompile.backends import GraphCompiler, resolve
 from dcompile.dispatch import Dispatcher, Settings, Stats
-from dcompile.errors import DcompileError, DepthError, NotCompiledError, ScheduleError
+from dcompile.errors import BackendError, DcompileError, DepthError, NotCompiledError, ScheduleError
 from dcompile.report import Explanation, explain
 from dcompile.schedule import Schedule, Uniform
 
@@ -28,6 +29,7 @@ def cache_compile(
     depth: int = 0,
     backend: str | GraphCompiler = "inductor",
     dynamic: bool = False,
+    cuda_graphs: bool | Literal["auto"] = "auto",
     options: Mapping[str, Any] | None = None,
     verbose: bool = True,
 ) -> M:
@@ -53,6 +55,9 @@ def cache_compile(
         backend: "inductor", "eager" (exact), any name of ``torch.compiler.list_backends()``, or a
             callable ``(graph_module, example_inputs) -> callable``.
         dynamic: capture once for many sizes instead of once for each.
+        cuda_graphs: record both graphs as CUDA graphs, which takes the launch overhead off a step;
+            "auto" does so on CUDA devices. Costs one set of input buffers for each call
+            signature.
         options: Inductor settings, such as ``{"max_autotune": True}`` or, on CPUs,
             ``{"freezing": True}``.
         verbose: show on standard error what is captured and compiled.
@@ -63,7 +68,7 @@ def cache_compile(
     Raises:
         ScheduleError: a bad interval or schedule, or both given.
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
-        BackendError: unknown backend or option.
+        BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
         DcompileError: a pipeline without a recognisable denoiser.
         TimestepError: the network's forward takes no timestep.
     """
@@ -73,6 +78,7 @@ def cache_compile(
         backend=resolve(backend, options),
         dynamic=dynamic,
         verbose=verbose,
+        cuda_graphs=_checked_cuda_graphs(cuda_graphs),
     )
     if _is_pipeline(module):
         name = _denoiser_name(module)
@@ -117,7 +123,7 @@ class Handle:
     def disable(self) -> None:
         """Run uncached, as before ``cache_compile``, and drop what is cached."""
         self._dispatcher.enabled = False
-        self._dispatcher.reset()
+        self._dispatcher.release()
 
     def reset(self) -> None:
         """Drop what is cached: the next step of every running generation refreshes."""
@@ -236,6 +242,17 @@ def _checked_depth(depth: int) -> int:
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
         raise DepthError(f"depth: expected an int of at least 0, got {depth!r}")
     return depth
+
+
+def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto"]:
+    if wanted not in (True, False, "auto"):
+        raise BackendError(f'cuda_graphs: expected "auto", True or False, got {wanted!r}')
+    if wanted is True and not torch.cuda.is_available():
+        raise BackendError(
+            'cuda_graphs=True, and there is no CUDA device here; "auto" uses CUDA graphs where '
+            "there is one"
+        )
+    return wanted
 
 
 def _is_pipeline(module: Any) -> bool:

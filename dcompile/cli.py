@@ -29,7 +29,10 @@ app = typer.Typer(
 WIDTH_OF_FILES = 110  # columns, where there is no terminal to ask
 BAD_INPUT = 2  # the exit code of a wrong argument, as typer's own
 
-_MODEL_HELP = "ddpm (bundled), a diffusers pipeline's folder, or its id on the Hugging Face hub."
+_MODEL_HELP = (
+    "emoji-sd or ddpm (both bundled), a diffusers pipeline's folder, or its id on the Hugging Face "
+    "hub."
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -50,8 +53,11 @@ def main(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = "ddpm",
-    prompt: Annotated[str | None, typer.Option(help="For text-to-image pipelines.")] = None,
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = "emoji-sd",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to draw; repeat for several. Default: of emoji-sd, eight things."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     interval: Annotated[
         list[int] | None,
@@ -59,12 +65,15 @@ def demo(
     ] = None,
     depth: Annotated[int, typer.Option(help="The skip connection to cut at; see explain.")] = 0,
     backend: Annotated[str, typer.Option(help="eager, inductor, ...")] = "eager",
-    count: Annotated[int, typer.Option(min=1, help="Pictures, in one batch.")] = 8,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pictures, in one batch. Default: 8, or one for each prompt."),
+    ] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Pixels per side. Default: the model's own.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")
+        float | None, typer.Option(help="Guidance scale. Default: what suits the model.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next has the next.")] = 0,
     repeat: Annotated[
@@ -80,7 +89,7 @@ def demo(
 
         settings = DemoSettings(
             model=model,
-            prompt=prompt,
+            prompts=tuple(prompt or ()),
             steps=steps,
             intervals=tuple(interval or (3, 5)),
             depth=depth,

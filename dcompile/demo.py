@@ -7,15 +7,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dcompile import models
 from dcompile.api import cache_compile, handle
 from dcompile.errors import DcompileError, ModelError
 from dcompile.models.loading import (
-    ALIASES,
     is_unconditional,
     load_pipeline,
     resolve_device,
@@ -25,9 +26,9 @@ from dcompile.report import Explanation
 from dcompile.schedule import Uniform
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageFont
 
-DEFAULT_PROMPT = "a photograph of an astronaut riding a horse"
+DEFAULT_COUNT = 8
 WARM_UP_STEPS = 2  # one refresh and one reuse step
 SMALLEST_FOR_SSIM = 11  # pixels: the side of its Gaussian window
 
@@ -41,31 +42,40 @@ class DemoSettings:
 
     Attributes:
         model: see ``dcompile.models.loading.locate``.
-        prompt: for text-to-image pipelines.
+        prompts: for text-to-image pipelines; pictures take them in turn. None given: the model's
+            own, see ``dcompile.models.defaults``.
         steps: denoising steps.
         intervals: one cached run for each.
         depth: the skip connection to cut at.
         backend: see ``cache_compile``.
-        count: pictures, all in one batch.
+        count: pictures, all in one batch; None is 8, or as many as there are prompts given if
+            these are several.
         size: height and width in pixels; None is the model's own.
-        guidance: guidance scale; None is the pipeline's own.
+        guidance: guidance scale; None is the model's own.
         seed: of the first picture, the next one's is one more.
         repeat: runs of each kind; the fastest counts.
         device: "auto", or any torch device.
     """
 
-    model: str = "ddpm"
-    prompt: str | None = None
+    model: str = "emoji-sd"
+    prompts: tuple[str, ...] = ()
     steps: int = 50
     intervals: tuple[int, ...] = (3, 5)
     depth: int = 0
     backend: str = "eager"
-    count: int = 8
+    count: int | None = None
     size: int | None = None
     guidance: float | None = None
     seed: int = 0
     repeat: int = 1
     device: str = "auto"
+
+    @property
+    def pictures(self) -> int:
+        """How many are drawn."""
+        if self.count is not None:
+            return self.count
+        return len(self.prompts) if len(self.prompts) > 1 else DEFAULT_COUNT
 
 
 @dataclass(frozen=True)
@@ -101,10 +111,19 @@ class Run:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What ``run_demo`` found: the uncached run first, then one for each interval."""
+    """What ``run_demo`` found.
+
+    Attributes:
+        title: model, pictures and steps.
+        subtitle: the other settings.
+        prompts: one for each picture; none of an unconditional model.
+        explanation: what each depth would save.
+        runs: the uncached run first, then one for each interval.
+    """
 
     title: str
     subtitle: str
+    prompts: tuple[str, ...]
     explanation: Explanation
     runs: tuple[Run, ...]
 
@@ -121,6 +140,11 @@ def run_demo(
     """
     for interval in settings.intervals:
         Uniform(interval)  # raises now rather than after the uncached run
+    if settings.pictures < len(settings.prompts):
+        raise DcompileError(
+            f"count: expected at least {len(settings.prompts)}, a picture for each prompt, "
+            f"got {settings.pictures}"
+        )
     _require_torchmetrics()
     device = resolve_device(settings.device)
     progress("loading", 0, 1)
@@ -161,15 +185,19 @@ def run_demo(
             )
         )
     found.remove()
+    title = (
+        f"{_short_name(settings.model)}: {_counted(settings.pictures, 'picture')}, "
+        f"{_counted(settings.steps, 'step')}"
+    )
+    if len(set(sampler.prompts)) == 1:
+        title += f', "{_one_line(sampler.prompts[0])}"'
     return DemoResult(
-        title=(
-            f"{_short_name(settings.model)}: {_counted(settings.count, 'picture')}, "
-            f"{_counted(settings.steps, 'step')}"
-        ),
+        title=title,
         subtitle=(
             f"{sampler.scheduler}, same seeds, {device.type}, backend {settings.backend}, "
             f"cut at depth {settings.depth} (r = {ratio:.3f})"
         ),
+        prompts=sampler.prompts,
         explanation=explanation,
         runs=tuple(runs),
     )
@@ -198,20 +226,27 @@ def _require_torchmetrics() -> None:
         import torchmetrics  # noqa: F401
     except ImportError as error:
         raise DcompileError(
-            'PSNR and SSIM need torchmetrics: pip install "dcompile[plots]"'
+            'PSNR and SSIM need torchmetrics: pip install "dcompile[demo]"'
         ) from error
 
 
 class _Sampler:
-    """A pipeline with all settled but the number of steps."""
+    """A pipeline with all settled but the number of steps.
+
+    Attributes:
+        pipeline: what is called.
+        scheduler: its scheduler's class.
+        prompts: one for each picture; none of an unconditional model.
+    """
 
     def __init__(self, pipeline: Any, settings: DemoSettings) -> None:
         self.settings = settings
+        self.prompts: tuple[str, ...] = ()
         parameters = inspect.signature(pipeline.__call__).parameters
         if is_unconditional(pipeline):
             import diffusers
 
-            if settings.prompt is not None or settings.guidance is not None:
+            if settings.prompts or settings.guidance is not None:
                 raise ModelError(
                     f"{type(pipeline).__name__} takes no prompt and no guidance: leave out "
                     "--prompt and --guidance"
@@ -222,16 +257,21 @@ class _Sampler:
             pipeline = diffusers.DDIMPipeline(
                 pipeline.unet, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
             )
-            self._arguments: dict[str, Any] = {"batch_size": settings.count, "eta": 0.0}
+            self._arguments: dict[str, Any] = {"batch_size": settings.pictures, "eta": 0.0}
         elif "prompt" in parameters and "num_images_per_prompt" in parameters:
-            self._arguments = {
-                "prompt": settings.prompt or DEFAULT_PROMPT,
-                "num_images_per_prompt": settings.count,
-            }
+            defaults = models.defaults(settings.model)
+            prompts = settings.prompts or defaults.prompts
+            self.prompts = tuple(islice(cycle(prompts), settings.pictures))
+            self._arguments = (
+                {"prompt": prompts[0], "num_images_per_prompt": settings.pictures}
+                if len(prompts) == 1  # read once, not for every picture
+                else {"prompt": list(self.prompts)}
+            )
             if settings.size is not None:
                 self._arguments |= {"height": settings.size, "width": settings.size}
-            if settings.guidance is not None:
-                self._arguments["guidance_scale"] = settings.guidance
+            guidance = defaults.guidance if settings.guidance is None else settings.guidance
+            if guidance is not None:
+                self._arguments["guidance_scale"] = guidance
         else:
             raise ModelError(
                 f"the demo runs unconditional and text-to-image pipelines; "
@@ -261,7 +301,7 @@ class _Sampler:
         """Pictures and seconds of one call of the pipeline, always with the same seeds."""
         progress(stage, 0, steps)
         self.pipeline.progress_bar = _step_bar(lambda done: progress(stage, done, steps))
-        seeds = range(self.settings.seed, self.settings.seed + self.settings.count)
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.pictures)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         started = time.perf_counter()
         try:
@@ -315,7 +355,11 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _short_name(model: str) -> str:
-    return ALIASES.get(model) or Path(model).name or model
+    return models.ALIASES.get(model) or Path(model).name or model
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 # The picture grid. Pillow's built-in font has no ×, – or ∞: captions do without.
@@ -323,22 +367,35 @@ def _short_name(model: str) -> str:
 PAD, GAP, CAPTION_WIDTH, HEADER = 36, 10, 236, 92
 PICTURES_WIDTH, MOST_COLUMNS, LARGEST_TILE = 1100, 8, 256
 LINE = 26
+LABEL = 26  # the height of a prompt beneath its picture
 CAPTION_HEIGHT = 4 * LINE
 INK, GREY, BLUE, RULE = "#0f172a", "#64748b", "#1d4ed8", "#e2e8f0"
 
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Sizes in pixels of a grid of pictures, one block for each run."""
+    """Sizes in pixels of a grid of pictures, one block for each run.
+
+    Attributes:
+        columns: of pictures.
+        rows: of pictures, in each block.
+        tile: width and height of a picture.
+        pitch: from one row to the next.
+        block: height of a block.
+        size: width and height of it all.
+    """
 
     columns: int
     rows: int
     tile: tuple[int, int]
+    pitch: int
     block: int
     size: tuple[int, int]
 
     @classmethod
-    def of(cls, runs: int, count: int, height: int, width: int) -> GridLayout:
+    def of(
+        cls, runs: int, count: int, height: int, width: int, labelled: bool = False
+    ) -> GridLayout:
         """Small pictures are enlarged by a whole factor, large ones reduced to fit."""
         columns = min(count, MOST_COLUMNS)
         rows = math.ceil(count / columns)
@@ -346,13 +403,15 @@ class GridLayout:
         side = max(height, width)
         scale = most // side if side <= most else most / side
         tile = (max(1, round(width * scale)), max(1, round(height * scale)))
-        block = max(rows * (tile[1] + GAP) - GAP, CAPTION_HEIGHT)
+        pitch = tile[1] + (LABEL if labelled else 0) + GAP
+        block = max(rows * pitch - GAP, CAPTION_HEIGHT)
         # A single picture leaves room for the title all the same.
         pictures = max(columns * (tile[0] + GAP) - GAP, 560)
         return cls(
             columns,
             rows,
             tile,
+            pitch,
             block,
             (
                 2 * PAD + CAPTION_WIDTH + pictures,
@@ -362,15 +421,20 @@ class GridLayout:
 
 
 def picture_grid(result: DemoResult) -> Image.Image:
-    """One image: a block of pictures for each run, with what it took beside it."""
+    """One image: a block of pictures for each run, with what it took beside it.
+
+    Prompts stand beneath the pictures if they differ.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     count, _, height, width = result.runs[0].pictures.shape
-    layout = GridLayout.of(len(result.runs), count, height, width)
+    labelled = len(set(result.prompts)) > 1
+    layout = GridLayout.of(len(result.runs), count, height, width, labelled)
     grid = Image.new("RGB", layout.size, "white")
     draw = ImageDraw.Draw(grid)
-    fonts = {size: ImageFont.load_default(size=size) for size in (16, 17, 20, 22, 30)}
-    draw.text((PAD, PAD - 6), result.title, INK, fonts[30])
+    fonts = {size: ImageFont.load_default(size=size) for size in (15, 16, 17, 20, 22, 30)}
+    title = _fitted(result.title, fonts[30], layout.size[0] - 2 * PAD)
+    draw.text((PAD, PAD - 6), title, INK, fonts[30])
     draw.text((PAD, PAD + 36), result.subtitle, GREY, fonts[16])
     enlarge = layout.tile[0] >= width
     resampling = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
@@ -386,11 +450,24 @@ def picture_grid(result: DemoResult) -> Image.Image:
             row, column = divmod(position, layout.columns)
             corner = (
                 PAD + CAPTION_WIDTH + column * (layout.tile[0] + GAP),
-                y + row * (layout.tile[1] + GAP),
+                y + row * layout.pitch,
             )
             grid.paste(_image(picture).resize(layout.tile, resampling), corner)
+            if labelled:
+                label = _fitted(_one_line(result.prompts[position]), fonts[15], layout.tile[0])
+                below = (corner[0] + layout.tile[0] / 2, corner[1] + layout.tile[1] + LABEL / 2)
+                draw.text(below, label, GREY, fonts[15], anchor="mm")
         y += layout.block + PAD
     return grid
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text, or as much of its beginning as the width has room for."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}..."
 
 
 def _caption(run: Run) -> list[tuple[str, str, int]]:

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,12 +19,18 @@ from dcompile.backends import Backend
 from dcompile.build import build
 from dcompile.call import CallForm, CallForms, Signature, signature_of
 from dcompile.capture import CapturedNetwork, capture
+from dcompile.cuda_graphs import RECORDERS, RecordedProgram
 from dcompile.display import Display
 from dcompile.errors import CaptureError, DcompileError
 from dcompile.program import BoundProgram, Program, weights_of
 from dcompile.schedule import Schedule
 from dcompile.steps import Generation, Lane, StepTracker
 from dcompile.structure import Structure, changed_by_running, difference, structure_of
+
+# Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
+MAX_RECORDED = 16
+
+Runner = BoundProgram | RecordedProgram
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Settings:
     backend: Backend
     dynamic: bool
     verbose: bool
+    cuda_graphs: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Dispatcher:
         "_forms",
         "_networks",
         "_programs",
+        "_recorded",
         "_structures",
         "_tracker",
         "_warned",
@@ -107,6 +115,7 @@ class Dispatcher:
         self._written: frozenset[str] = frozenset()
         self._networks: dict[tuple[int, Signature, bool], CapturedNetwork] = {}
         self._programs: dict[tuple[CapturedNetwork, int, Backend], Program] = {}
+        self._recorded: dict[tuple[Program, Signature], RecordedProgram] = {}
         self._warned: set[str] = set()
         self.configure(settings)
 
@@ -115,6 +124,7 @@ class Dispatcher:
         self.settings = settings
         self.enabled = True
         self._tracker = StepTracker()
+        self._recorded.clear()
         self._counts: Counter[str] = Counter()
         self._captures = 0
         self._compile_seconds = 0.0
@@ -131,6 +141,10 @@ class Dispatcher:
         timestep = leaves[form.timestep]
         if not isinstance(timestep, torch.Tensor):
             leaves[form.timestep] = torch.tensor(timestep)  # not a constant of the graph
+        sample = leaves[form.sample]
+        if sample.device.type == "cuda" and self.settings.cuda_graphs is not False:
+            # A recorded graph reads from its device only. This waits for nothing on the device.
+            leaves[form.timestep] = leaves[form.timestep].to(sample.device, non_blocking=True)
         signature, conditioning = signature_of(form, leaves)
         tracker, schedule = self._tracker, self.settings.schedule
         generation, lane, step = tracker.enter(timestep, conditioning)
@@ -167,20 +181,25 @@ class Dispatcher:
             tracker.forget(generation)
             raise
 
-    def _run(self, bound: BoundProgram, lane: Lane, leaves: list[Any], refresh: bool) -> Any:
+    def _run(self, bound: Runner, lane: Lane, leaves: list[Any], refresh: bool) -> Any:
         if not refresh:
             self._count("reuse")
             return bound.reuse(leaves, lane.boundary)
         self._count("refresh")
-        result, lane.boundary = bound.refresh(leaves)
+        result, lane.boundary = bound.refresh(leaves, lane.boundary)
         return result
 
     def reset(self) -> None:
         """Drop all that is cached; the next call of each generation refreshes."""
         self._tracker.reset()
 
+    def release(self) -> None:
+        """Drop all that is cached, and the buffers of CUDA graphs."""
+        self._tracker.reset()
+        self._recorded.clear()
+
     def stats(self) -> Stats:
-        cached = tree_leaves(self._tracker.cached())
+        cached = tree_leaves([getattr(b, "tensors", b) for b in self._tracker.cached()])
         return Stats(
             refresh_steps=self._counts["refresh"],
             reuse_steps=self._counts["reuse"],
@@ -224,16 +243,12 @@ class Dispatcher:
 
     def _run_uncached(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._count("uncached")
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"dcompile: {reason}; {type(self.module).__name__} runs uncached", stacklevel=4
-            )
+        self._warn(f"{reason}; {type(self.module).__name__} runs uncached")
         return self.original(*args, **kwargs)
 
     def _bind(
         self, generation: Generation, signature: Signature, leaves: list[Any], form: CallForm
-    ) -> BoundProgram:
+    ) -> Runner:
         """A program for this call with the module's weights: found, or captured and compiled."""
         with self._building:
             display = self._display()
@@ -251,8 +266,34 @@ class Dispatcher:
                 raise
             finally:
                 self._compile_seconds += sum(display.seconds.values())
-        bound = generation.programs[signature] = program.bind(weights_of(self.module))
-        return bound
+            runner = self._runner(program, signature, leaves[form.sample].device)
+        generation.programs[signature] = runner
+        return runner
+
+    def _runner(self, program: Program, signature: Signature, device: torch.device) -> Runner:
+        """The program with the module's weights; as CUDA graphs where those are wanted."""
+        bound = program.bind(weights_of(self.module))
+        if not self._wants_cuda_graphs(device):
+            return bound
+        key = (program, signature)
+        recorded = self._recorded.pop(key, None)
+        if recorded is None or not recorded.still_fits(bound):
+            recorded = RecordedProgram(bound, device)
+        self._recorded[key] = recorded  # the latest last
+        while len(self._recorded) > MAX_RECORDED:
+            del self._recorded[next(iter(self._recorded))]
+        return recorded
+
+    def _wants_cuda_graphs(self, device: torch.device) -> bool:
+        wanted = self.settings.cuda_graphs
+        if wanted is False or self.settings.backend.records_cuda_graphs:
+            return False
+        if device.type not in RECORDERS:
+            if wanted is True:
+                self._warn(f"cuda_graphs=True, but the sample is on {device}: runs without")
+            return False
+        # Offloading moves the weights at every generation, and each move would mean recording anew.
+        return wanted is True or not hasattr(self.module, "_hf_hook")
 
     def _captured(
         self, signature: Signature, leaves: list[Any], form: CallForm, display: Display
@@ -302,6 +343,12 @@ class Dispatcher:
             )
             self._programs[key] = program
         return program
+
+    def _warn(self, message: str) -> None:
+        """Once for each message."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"dcompile: {message}", stacklevel=5)
 
     def _count(self, what: str) -> None:
         with self._counting:

@@ -123,34 +123,44 @@ class Program:
 
 
 class BoundProgram:
-    """A program with the weights of one module, for one generation."""
+    """A program with the weights of one module, for one generation.
 
-    __slots__ = ("_aliased", "_full", "_outputs", "_shallow", "_spec", "_tuple", "program")
+    Attributes:
+        results: how many of the full graph's outputs the module returns; the rest is boundary.
+    """
+
+    __slots__ = ("_aliased", "_spec", "_tuple", "full", "program", "results", "shallow")
 
     def __init__(self, program: Program, full: Bound, shallow: Bound) -> None:
         self.program = program
-        self._full = full
+        self.full = full
+        self.shallow = shallow
         self._aliased = False
-        self._shallow = shallow
         self._spec = program.network.out_spec
-        self._outputs = self._spec.num_leaves
-        self._tuple = self._spec.type is tuple and self._spec.num_children == self._outputs
+        self.results = self._spec.num_leaves
+        self._tuple = self._spec.type is tuple and self._spec.num_children == self.results
 
-    def refresh(self, leaves: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-        """Run the full graph: what the module returns, and the boundary to cache."""
-        values = tuple(self._full(leaves))
-        results, boundary = values[: self._outputs], values[self._outputs :]
+    def refresh(self, leaves: Sequence[Any], previous: Any = ()) -> tuple[Any, tuple[Any, ...]]:
+        """Run the full graph: what the module returns, and the boundary to cache.
+
+        Args:
+            leaves: the call's leaves.
+            previous: the boundary cached until now, which the caller will drop.
+        """
+        values = tuple(self.full(leaves))
+        results, boundary = values[: self.results], values[self.results :]
         self._aliased = _share_storage(results, boundary)
         if self._aliased:  # what the caller does to its result must not reach the cache
             boundary = tuple(_own(value) for value in boundary)
-        return self._packed(results), boundary
+        return self.packed(results), boundary
 
     def reuse(self, leaves: Sequence[Any], boundary: tuple[Any, ...]) -> Any:
         """Run the shallow graph from a cached boundary: what the module returns."""
-        results = tuple(self._shallow(leaves, boundary))
-        return self._packed(tuple(map(_own, results)) if self._aliased else results)
+        results = tuple(self.shallow(leaves, boundary))
+        return self.packed(tuple(map(_own, results)) if self._aliased else results)
 
-    def _packed(self, values: tuple[Any, ...]) -> Any:
+    def packed(self, values: tuple[Any, ...]) -> Any:
+        """The graph's results in the form in which the module returns them."""
         return values if self._tuple else tree_unflatten(list(values), self._spec)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dcompile.program import BoundProgram, Program
+from dcompile.program import Program
 
 # Value-told generations kept at a time; interleaving more than this only refreshes more often.
 MAX_VALUE_TRACKS = 8
@@ -41,14 +41,15 @@ class Lane:
     Attributes:
         anchors: the conditioning's storages, weakly, with offsets.
         program, signature: what made the cached boundary; None before the first refresh.
-        boundary: the cached tensors. The lane owns them: they are freed with the lane.
+        boundary: the cached tensors, or what holds them (``cuda_graphs.HeldBoundary``). The lane
+            owns them: they are freed with the lane.
         refreshed: the step that made them.
     """
 
     anchors: tuple[tuple[weakref.ref[Any], int], ...]
     program: Program | None = None
     signature: Any = None
-    boundary: tuple[Any, ...] = ()
+    boundary: Any = ()
     refreshed: int = -1
 
     def contradicts(self, conditioning: Sequence[torch.Tensor]) -> bool:
@@ -93,9 +94,9 @@ class Generation:
     steps: int | None
     step: int = -1
     beat: int = 0
-    programs: dict[Any, BoundProgram] = field(default_factory=dict)
+    programs: dict[Any, Any] = field(default_factory=dict)
     signature: Any = None
-    bound: BoundProgram | None = None
+    bound: Any = None
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)
     # Two generations may walk over one timesteps tensor (a loop that is begun again, or a server
@@ -247,7 +248,7 @@ class StepTracker:
                 generation.drop()
             self._by_value.clear()
 
-    def cached(self) -> list[tuple[Any, ...]]:
+    def cached(self) -> list[Any]:
         """The boundaries held at present."""
         with self._lock:
             known = [generation for _, generation, _ in self._by_storage.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +17,26 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 torch.set_num_threads(1)  # the networks are small: several threads would mostly wait for each other
 pytest.register_assert_rewrite("networks")
+
+
+@pytest.fixture(params=["plain", "simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test as it is, with graphs recorded on the CPU, and on a GPU with CUDA graphs."""
+    import plain
+    from simulated_graphs import SimulatedRecorder
+
+    from dcompile.cuda_graphs import RECORDERS
+
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        monkeypatch.setattr(plain, "DEVICE", torch.device("cuda"))
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+        torch.set_default_device("cuda")
+    elif request.param == "simulated":
+        monkeypatch.setitem(RECORDERS, "cpu", SimulatedRecorder)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+DEVICE = torch.device("cpu")  # the fixture ``graphs`` moves the tests to a GPU
+
 
 class Plain(nn.Module):
     """Three levels, so two skip connections (depths 0 and 1); an optional conditioning vector."""
@@ -31,8 +33,8 @@ class Plain(nn.Module):
         return_dict: bool = False,
     ) -> tuple[torch.Tensor] | dict[str, torch.Tensor]:
         if not isinstance(timestep, torch.Tensor):
-            timestep = torch.tensor(timestep)
-        bias = self.time(timestep.to(sample.dtype).reshape(-1, 1) / 1000)
+            timestep = torch.tensor(timestep, device=sample.device)
+        bias = self.time(timestep.to(sample).reshape(-1, 1) / 1000)
         if condition is not None:
             bias = bias + scale * self.condition(condition)
         outer = self.enter(sample) + bias[:, :, None, None]
@@ -46,15 +48,16 @@ class Plain(nn.Module):
 
 def plain(seed: int = 0, width: int = 8) -> Plain:
     torch.manual_seed(seed)
-    return Plain(width).eval()
+    return Plain(width).eval().to(DEVICE)
 
 
 def picture(seed: int = 0, batch: int = 2, size: tuple[int, int] = (8, 8)) -> torch.Tensor:
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, *size, generator=generator, device="cpu").to(DEVICE)
 
 
 def timesteps(count: int = 7) -> torch.Tensor:
-    return torch.linspace(999, 0, count).round().long()
+    return torch.linspace(999, 0, count, device="cpu").round().long().to(DEVICE)
 
 
 @torch.no_grad()

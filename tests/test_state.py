@@ -14,6 +14,12 @@ import dcompile
 N = 3
 
 
+@pytest.fixture(autouse=True)
+def each_way(graphs: str) -> None:
+    """All of this, with plain calls, with recorded graphs, and on a GPU."""
+    _reference.cache_clear()
+
+
 @pytest.fixture
 def network() -> Plain:
     return dcompile.cache_compile(plain(), interval=N, backend="eager", verbose=False)

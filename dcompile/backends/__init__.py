@@ -26,6 +26,7 @@ class Backend(Protocol):
         bakes_weights: weights are attributes of the graphs it gets instead of inputs, and it may
             fold them into its code. Such a program is compiled again when a weight has changed.
         needs_examples: it looks at example inputs when it compiles.
+        records_cuda_graphs: it records CUDA graphs itself, so nobody else must.
     """
 
     @property
@@ -36,6 +37,9 @@ class Backend(Protocol):
 
     @property
     def needs_examples(self) -> bool: ...
+
+    @property
+    def records_cuda_graphs(self) -> bool: ...
 
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph for inputs like these; call the result with such inputs."""

@@ -16,6 +16,7 @@ class Eager:
     name: str = "eager"
     bakes_weights: bool = False
     needs_examples: bool = False
+    records_cuda_graphs: bool = False
 
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # The generated forward, without nn.Module.__call__ around it.

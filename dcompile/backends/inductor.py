@@ -43,6 +43,10 @@ class Inductor:
     def bakes_weights(self) -> bool:
         return bool(self.options.get("freezing", False))
 
+    @property
+    def records_cuda_graphs(self) -> bool:
+        return bool(self.options.get("triton.cudagraphs", False))
+
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         patches = {option.replace("-", "_"): value for option, value in self.options.items()}
         if self.bakes_weights:

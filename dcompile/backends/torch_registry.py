@@ -25,5 +25,9 @@ class FromTorch:
     bakes_weights: bool = False
     needs_examples: bool = True
 
+    @property
+    def records_cuda_graphs(self) -> bool:
+        return self.name.startswith("cudagraphs")
+
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return self.compiler(graph_module, list(inputs))

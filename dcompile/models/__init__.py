@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from dcompile.errors import ModelError
 
 _FOLDER = Path(__file__).parent
+
+ALIASES = {"ddpm": "ddpm-emoji", "sd": "emoji-sd"}
+"""Short names for bundled models."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What to draw with a text-to-image model where a user does not say.
+
+    Attributes:
+        prompts: pictures take them in turn.
+        guidance: guidance scale; None is the pipeline's own.
+    """
+
+    prompts: tuple[str, ...] = ("a photograph of an astronaut riding a horse",)
+    guidance: float | None = None
+
+
+_DEFAULTS = {
+    "emoji-sd": Defaults(
+        prompts=(
+            "red apple",
+            "grinning face",
+            "blue heart",
+            "dog",
+            "pizza",
+            "rocket",
+            "cactus",
+            "snowman",
+        ),
+        guidance=5.0,
+    )
+}
 
 
 def names() -> list[str]:
@@ -26,4 +60,9 @@ def path(name: str) -> Path:
     return _FOLDER / name
 
 
-__all__ = ["names", "path"]
+def defaults(model: str) -> Defaults:
+    """What suits a model, by its bundled name or alias; any other has the general defaults."""
+    return _DEFAULTS.get(ALIASES.get(model, model), Defaults())
+
+
+__all__ = ["ALIASES", "Defaults", "defaults", "names", "path"]

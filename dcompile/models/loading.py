@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import re
@@ -19,8 +20,6 @@ from dcompile import models
 from dcompile.api import cache_compile, handle
 from dcompile.errors import DcompileError, ModelError
 
-ALIASES = {"ddpm": "ddpm-emoji"}
-
 PIPELINE_FILE, NETWORK_FILE = "model_index.json", "config.json"
 
 # What reading somebody else's files can end in; huggingface_hub's own errors are OSErrors.
@@ -37,20 +36,21 @@ _LOAD_ERRORS = (
 _EXAMPLE_PROMPT = "a photograph"
 _EXAMPLE_STEPS = 4  # enough for image-to-image, which leaves the first steps out
 _TEXT_TOKENS = 77  # of CLIP's text encoders
+_INSTALL_TRANSFORMERS = 'pip install "dcompile[demo]"'
 
 
 def locate(model: str) -> str | Path:
     """The folder, or the id on the Hugging Face hub, that a user's ``model`` means.
 
     Args:
-        model: a bundled model's name ("ddpm" for short), a folder with a diffusers pipeline or
+        model: a bundled model's name or alias ("ddpm", "sd"), a folder with a diffusers pipeline or
             network, or an id, ``owner/name``.
 
     Raises:
         ModelError: it is none of these.
     """
-    if model in ALIASES or model in models.names():
-        return models.path(ALIASES.get(model, model))
+    if model in models.ALIASES or model in models.names():
+        return models.path(models.ALIASES.get(model, model))
     path = Path(model).expanduser()
     if path.is_dir():
         if not any((path / name).is_file() for name in (PIPELINE_FILE, NETWORK_FILE)):
@@ -65,7 +65,7 @@ def locate(model: str) -> str | Path:
         return model
     if "/" in model or "\\" in model:
         raise ModelError(f"there is no folder {model}")
-    known = sorted({*ALIASES, *models.names()})
+    known = sorted({*models.ALIASES, *models.names()})
     raise ModelError(
         f"unknown model {model!r}: expected {', '.join(known)}, the folder of a diffusers "
         "pipeline, or an id on the Hugging Face hub (owner/name)"
@@ -78,13 +78,17 @@ def load_pipeline(model: str, device: torch.device | None = None) -> Any:
     Half precision on CUDA, except for the bundled models; otherwise float32.
 
     Raises:
-        ModelError: there is no such model, or it cannot be loaded.
+        ModelError: there is no such model, it cannot be loaded, or transformers is missing.
     """
     place = locate(model)
     if isinstance(place, Path) and not (place / PIPELINE_FILE).is_file():
         raise ModelError(
             f"{model} is a network, not a pipeline: expected a folder with a {PIPELINE_FILE}"
         )
+    # What diffusers says without it names neither transformers nor the model.
+    without_transformers = importlib.util.find_spec("transformers") is None
+    if isinstance(place, Path) and without_transformers and _has_parts_of_transformers(place):
+        raise ModelError(f"{model} needs transformers: {_INSTALL_TRANSFORMERS}")
     import diffusers
 
     bundled = isinstance(place, Path) and place.parent == Path(models.__file__).parent
@@ -99,9 +103,14 @@ def load_pipeline(model: str, device: torch.device | None = None) -> Any:
             )
     except _LOAD_ERRORS as error:
         origin = "" if isinstance(place, Path) else ", no folder here, from the Hugging Face hub"
-        raise ModelError(f"cannot load {model}{origin}: {_first_line(error)}") from error
+        hint = f" (without transformers: {_INSTALL_TRANSFORMERS})" if without_transformers else ""
+        raise ModelError(f"cannot load {model}{origin}: {_first_line(error)}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
+
+
+def _has_parts_of_transformers(folder: Path) -> bool:
+    return b'"transformers"' in (folder / PIPELINE_FILE).read_bytes()
 
 
 def example_call(

@@ -1,0 +1,283 @@
+"""A compiled pair recorded as CUDA graphs: a step is a few copies in, one launch, one copy out.
+
+Our own recording, not Inductor's CUDA graph trees: those free what an earlier run returned, which
+is just what a cache must keep. Who owns which buffer:
+
+- **Inputs** live in static buffers of the ``RecordedProgram``, one set for each call signature;
+  every step copies the call's tensors into them.
+- **The boundary** is an output of the full graph at one address, and the shallow graph reads it
+  there: nothing is copied between the two. It holds the features of one generation's lane, its
+  owner. When another lane comes to use the buffer, the owner's features are first copied out to
+  tensors of their own, and copied back in when it goes on.
+- **Results** are copied out at every step: samplers keep earlier results.
+- **Weights** are read where they were when recording. Their storages are held, so that a weight
+  that moved (``.to()``) is never read from freed memory; the next generation records anew.
+
+Full and shallow graph share one memory pool. That is safe because the full graph is recorded
+first, its outputs stay alive, and the two never run at the same time.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from dcompile.program import Bound, BoundProgram, Program
+
+Tensors = tuple[Any, ...]
+Runs = Callable[[Sequence[Any]], Sequence[Any]]
+
+WARM_UPS = 2  # runs before recording: autotuning, lazy handles and workspaces come first
+
+
+class Recorder(Protocol):
+    """Records what a function launches, and launches it again.
+
+    A recording reads its inputs and weights from the addresses they had, and writes its outputs
+    to the addresses they were given while recording. All recordings of one recorder share memory
+    for what they do not return.
+    """
+
+    def capture(self, run: Runs, reads: Sequence[Any]) -> tuple[Any, Tensors]:
+        """Record ``run(reads)``: the recording, and its output tensors (filled by replays only)."""
+        ...
+
+    def replay(self, recording: Any) -> None:
+        """Launch it again, after all that was launched before."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all in one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Runs, reads: Sequence[Any]) -> tuple[Any, Tensors]:
+        with torch.cuda.device(self._device):
+            # Not on the stream of the caller: what a graph holds must not be ordered after the
+            # legacy default stream (PyTorch, "CUDA semantics", whole-network capture).
+            side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    run(reads)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on launching and allocating meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+            ):
+                outputs = tuple(run(reads))
+        return graph, outputs
+
+    def replay(self, recording: Any) -> None:
+        recording.replay()
+
+
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+"""What records graphs, by type of device."""
+
+
+class HeldBoundary:
+    """What a lane caches: the static boundary while the lane owns it, else a copy.
+
+    Attributes:
+        tensors: the features.
+    """
+
+    __slots__ = ("__weakref__", "tensors")
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+
+
+class _Graph(NamedTuple):
+    recording: Any
+    outputs: Tensors
+
+
+class RecordedProgram:
+    """A program with one module's weights, as CUDA graphs, for calls of one signature.
+
+    Stands where a ``BoundProgram`` stands. Recorded at first use; where that fails, for lack of
+    memory or because something in the graph cannot be recorded, one warning names the cause, all
+    that was taken is released, and calls run as if there were no CUDA graphs.
+    """
+
+    def __init__(self, bound: BoundProgram, device: torch.device) -> None:
+        self.program: Program = bound.program
+        self._bound = bound
+        self._device = device
+        self._recorder: Recorder | None = None
+        # One set of buffers: calls from several threads take turns while they launch.
+        self._turn = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+        self._failed = False
+        self._static: dict[int, Any] = {}
+        self._buffers: list[torch.Tensor] = []
+        self._copied: list[tuple[int, tuple[int, ...]]] = []
+        self._full: _Graph | None = None
+        self._shallow: _Graph | None = None
+        self._boundary: Tensors = ()
+        self._owner: weakref.ref[HeldBoundary] | None = None
+        weights = (*bound.full.weights, *bound.shallow.weights)
+        self._storages = [weight.untyped_storage() for weight in weights]
+        self._addresses = _addresses(bound)
+
+    def still_fits(self, bound: BoundProgram) -> bool:
+        """Whether another binding of the program has its weights at the recorded addresses."""
+        return bound.program is self.program and _addresses(bound) == self._addresses
+
+    def refresh(self, leaves: Sequence[Any], previous: Any = ()) -> tuple[Any, Any]:
+        """Run the full graph: what the module returns, and the boundary to cache.
+
+        Args:
+            leaves: the call's leaves.
+            previous: what the caller had cached until now, and will drop.
+        """
+        with self._turn:
+            if self._full is None and not self._failed:
+                self._record("full", leaves)
+            if self._full is not None:
+                self._follow_last_stream()
+                if self._owner is not None and self._owner() is not previous:
+                    self._copy_out()
+                results = self._run(self._full, leaves)
+                held = HeldBoundary(self._boundary)
+                self._owner = weakref.ref(held)
+                return self._bound.packed(results), held
+        return self._bound.refresh(leaves)
+
+    def reuse(self, leaves: Sequence[Any], boundary: Any) -> Any:
+        """Run the shallow graph from a cached boundary: what the module returns."""
+        if not isinstance(boundary, HeldBoundary):  # cached after recording had failed
+            return self._bound.reuse(leaves, boundary)
+        with self._turn:
+            if self._full is not None:
+                self._follow_last_stream()
+                self._take(boundary)
+                if self._shallow is None:
+                    self._record("shallow", leaves)
+            if self._shallow is not None:
+                return self._bound.packed(self._run(self._shallow, leaves))
+        return self._bound.reuse(leaves, boundary.tensors)
+
+    def _follow_last_stream(self) -> None:
+        """Buffers are used again only after the stream that used them last is done with them."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def _run(self, graph: _Graph, leaves: Sequence[Any]) -> Tensors:
+        assert self._recorder is not None
+        torch._foreach_copy_(self._buffers, [_narrowed(leaves[i], d) for i, d in self._copied])
+        self._recorder.replay(graph.recording)
+        return tuple(map(_copy, graph.outputs[: self._bound.results]))
+
+    def _take(self, held: HeldBoundary) -> None:
+        """Make ``held`` the owner of the static boundary."""
+        if held.tensors is self._boundary:
+            return
+        self._copy_out()
+        for static, own in zip(self._boundary, held.tensors, strict=True):
+            if isinstance(static, torch.Tensor):
+                static.copy_(own)
+                if self._stream is not None:
+                    own.record_stream(self._stream)
+        held.tensors = self._boundary
+        self._owner = weakref.ref(held)
+
+    def _copy_out(self) -> None:
+        """The owner, if its lane still lives, gets tensors of its own."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is not None:
+            owner.tensors = tuple(map(_copy, self._boundary))
+        self._owner = None
+
+    def _record(self, which: str, leaves: Sequence[Any]) -> None:
+        try:
+            # Buffers that any call may write to, whether or not it is in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                if which == "full":
+                    self._prepare(leaves)
+                    self._full = self._capture(self._bound.full, ())
+                    self._boundary = self._full.outputs[self._bound.results :]
+                else:
+                    self._shallow = self._capture(self._bound.shallow, self._boundary)
+        except Exception as error:
+            self._give_up(which, error)
+
+    def _prepare(self, leaves: Sequence[Any]) -> None:
+        """Make the static inputs, laid out as the call's own: compiled code relies on that."""
+        self._recorder = RECORDERS[self._device.type](self._device)
+        for i in sorted({*self._bound.full.inputs, *self._bound.shallow.inputs}):
+            leaf = leaves[i]
+            if not isinstance(leaf, torch.Tensor):
+                self._static[i] = leaf
+                continue
+            if leaf.device != self._device:
+                raise RuntimeError(
+                    f"a tensor argument is on {leaf.device}, the sample on {self._device}, and a "
+                    "recording reads from one device"
+                )
+            expanded = tuple(d for d, stride in enumerate(leaf.stride()) if stride == 0)
+            part = _narrowed(leaf, expanded)
+            buffer = torch.empty_strided(
+                part.size(), part.stride(), dtype=leaf.dtype, device=leaf.device
+            ).copy_(part)
+            self._static[i] = buffer.expand(leaf.size())
+            self._buffers.append(buffer)
+            self._copied.append((i, expanded))
+
+    def _capture(self, graph: Bound, boundary: Tensors) -> _Graph:
+        assert self._recorder is not None
+        inputs = [self._static[i] for i in graph.inputs]
+        return _Graph(
+            *self._recorder.capture(
+                lambda reads: graph.run(*reads), (*graph.weights, *inputs, *boundary)
+            )
+        )
+
+    def _give_up(self, which: str, error: Exception) -> None:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        self._failed = True
+        self._full = self._shallow = self._recorder = None
+        self._static, self._buffers, self._copied, self._storages = {}, [], [], []
+        if which == "shallow":  # the owner's features stay good: it holds the tensors
+            self._boundary, self._owner = (), None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"dcompile: the {which} graph cannot be recorded as a CUDA graph "
+            f"({type(error).__name__}: {first}); it runs without. cuda_graphs=False says so "
+            "beforehand",
+            stacklevel=5,
+        )
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _narrowed(tensor: torch.Tensor, expanded: tuple[int, ...]) -> torch.Tensor:
+    """The elements of an expanded tensor, each once."""
+    for dimension in expanded:
+        tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
+
+
+def _addresses(bound: BoundProgram) -> tuple[int, ...]:
+    return tuple(weight.data_ptr() for weight in (*bound.full.weights, *bound.shallow.weights))
+
+
+__all__ = ["RECORDERS", "CudaRecorder", "HeldBoundary", "RecordedProgram", "Recorder"]
