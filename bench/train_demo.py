@@ -101,7 +101,10 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     widths = tuple(int(width) for width in channels.split(","))
-    names, pictures = glyphs(size, font)
+    try:
+        names, pictures = glyphs(size, font)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
     data = (pictures.float() / 127.5 - 1).to(device)
     # Predicting the velocity, not the noise: at high noise it is (minus) the picture itself, so
     # that a short training gets backgrounds and colours right.

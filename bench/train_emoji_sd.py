@@ -24,8 +24,9 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from emoji_data import FONT, GROUNDS, Captioned, captions, with_ground
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from training import Stage
+from training import Stage, replace_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers import logging as transformers_logging
 
@@ -97,6 +98,13 @@ def build_tokenizer(vocabulary: int, corpus: list[str]) -> CLIPTokenizer:
         merges=merges,
         model_max_length=TOKENS,
     )
+
+
+def kept_tokenizer(folder: Path, vocabulary: int, corpus: list[str]) -> CLIPTokenizer:
+    """This training's tokenizer, built once: pairs of equal counts may be merged in any order."""
+    if not (folder / "tokenizer_config.json").is_file():
+        build_tokenizer(vocabulary, corpus).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def build_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
@@ -232,6 +240,9 @@ class LatentBank:
         ground: numbers into GROUNDS, shape (glyphs, variants).
     """
 
+    latents: torch.Tensor
+    ground: torch.Tensor
+
     @torch.no_grad()
     def __init__(
         self,
@@ -258,6 +269,22 @@ class LatentBank:
         torch.set_rng_state(generator_state)
         self.ground = ground
         self.latents = torch.cat(encoded).unflatten(0, (variants, count)).transpose(0, 1)
+
+
+def kept_bank(file: Path, data: Captioned, vae: AutoencoderKL, variants: int) -> LatentBank:
+    """The bank of this training, encoded once for each autoencoder."""
+    made_by = sum(float(p.detach().abs().sum()) for p in vae.parameters())
+    settings = {"autoencoder": round(made_by, 2), "glyphs": len(data.names), "variants": variants}
+    if file.is_file():
+        state = torch.load(file, weights_only=True)
+        if state["settings"] == settings:
+            bank = LatentBank.__new__(LatentBank)
+            bank.latents, bank.ground = state["latents"], state["ground"]
+            return bank
+    bank = LatentBank(data, vae, variants)
+    content = {"settings": settings, "latents": bank.latents.cpu(), "ground": bank.ground}
+    replace_file(file, lambda path: torch.save(content, path))
+    return bank
 
 
 # --- second stage: text encoder and diffusion network ---------------------------------------------
@@ -369,10 +396,21 @@ def assemble(
 
 
 def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
-    """Save the pipeline in fp16, with the tokenizer's files as older transformers want them too."""
+    """Save the pipeline in fp16, so that older transformers (4.48) load it as newer ones do."""
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.to("cpu", torch.float16)
     pipeline.save_pretrained(out)
+    # transformers loads a part in the precision its configuration names, diffusers in float32: the
+    # two would not fit together.
+    config = out / "text_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
+    # Older transformers leave weights without this prefix at random, newer ones take both.
+    weights = out / "text_encoder/model.safetensors"
+    named = {
+        f"text_model.{k.removeprefix('text_model.')}": w for k, w in load_file(weights).items()
+    }
+    save_file(named, weights, metadata={"format": "pt"})
+    # They want the tokenizer as two files, too.
     model = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())["model"]
     (out / "tokenizer/vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
@@ -423,11 +461,11 @@ def main(
     vae: Any = trained["vae"]
 
     standardize(vae, LatentBank(data, vae, variants=2).latents.flatten(0, 1).float())
-    bank = LatentBank(data, vae, variants)
+    bank = kept_bank(work / "latents.pt", data, vae, variants)
 
     corpus = [caption for name in data.names for caption in captions(name)[0]]
     corpus += [with_ground("", ground, frame) for ground in GROUNDS for frame in range(3)] * 50
-    tokenizer = build_tokenizer(vocabulary, corpus)
+    tokenizer = kept_tokenizer(work / "tokenizer", vocabulary, corpus)
     torch.manual_seed(0)
     text_encoder = build_text_encoder(tokenizer, text_width, text_layers).to(device)
     unet = build_unet(widths(channels), text_width).to(device)

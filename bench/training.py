@@ -33,9 +33,9 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.devic
         state = torch.load(path, map_location=device, weights_only=True)
         made_with = state["settings"]
     except Exception as error:
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise SystemExit(
-            f"{path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "delete it to begin this stage anew"
+            f"{path} is damaged ({reason}); delete it to begin this stage anew"
         ) from error
     if made_with != dict(settings):
         raise SystemExit(

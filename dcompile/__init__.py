@@ -3,13 +3,15 @@
 unet = dcompile.cache_compile(unet, interval=3)
 """
 
-from dcompile.api import Handle, cache_compile, handle
+from dcompile.api import Handle, cache_compile, handle, load
 from dcompile.dispatch import Stats
 from dcompile.errors import (
+    ArtifactError,
     BackendError,
     CaptureError,
     DcompileError,
     DepthError,
+    ExportError,
     ModelError,
     NoSkipConnectionError,
     NotCompiledError,
@@ -21,12 +23,14 @@ from dcompile.schedule import Power, Schedule, Steps, Uniform
 from dcompile.version import __version__
 
 __all__ = [
+    "ArtifactError",
     "BackendError",
     "CaptureError",
     "DcompileError",
     "DepthError",
     "DepthReport",
     "Explanation",
+    "ExportError",
     "Handle",
     "ModelError",
     "NoSkipConnectionError",
@@ -41,4 +45,5 @@ __all__ = [
     "__version__",
     "cache_compile",
     "handle",
+    "load",
 ]

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from dcompile.artifact import read, write
 from dcompile.backends import GraphCompiler, resolve
+from dcompile.capture import DynamicSizes
 from dcompile.dispatch import Dispatcher, Settings, Stats
-from dcompile.errors import BackendError, DcompileError, DepthError, NotCompiledError, ScheduleError
+from dcompile.display import Display
+from dcompile.errors import (
+    BackendError,
+    CaptureError,
+    DcompileError,
+    DepthError,
+    ExportError,
+    NotCompiledError,
+    ScheduleError,
+)
+from dcompile.onnx import export, without_autocast
 from dcompile.report import Explanation, explain
 from dcompile.schedule import Schedule, Uniform
+from dcompile.structure import portable, structure_of
 
 M = TypeVar("M")
 
@@ -28,7 +44,7 @@ def cache_compile(
     schedule: Schedule | None = None,
     depth: int = 0,
     backend: str | GraphCompiler = "inductor",
-    dynamic: bool = False,
+    dynamic: bool | Mapping[str, Sequence[int]] = False,
     cuda_graphs: bool | Literal["auto"] = "auto",
     options: Mapping[str, Any] | None = None,
     verbose: bool = True,
@@ -52,14 +68,20 @@ def cache_compile(
         schedule: decides which steps refresh; see ``dcompile.schedule``.
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to
             the uncached result. Equals DeepCache's ``cache_branch_id``.
-        backend: "inductor", "eager" (exact), any name of ``torch.compiler.list_backends()``, or a
-            callable ``(graph_module, example_inputs) -> callable``.
-        dynamic: capture once for many sizes instead of once for each.
+        backend: "inductor", "tensorrt", "eager" (exact), any name of
+            ``torch.compiler.list_backends()``, or a callable
+            ``(graph_module, example_inputs) -> callable``.
+        dynamic: capture once for many sizes instead of once for each: True for as far as the
+            network's code allows, or ranges of the sample's sizes (in latents, not pixels):
+            ``{"batch": (2, 8), "height": (64, 128), "width": (64, 128)}``; sizes left out are
+            fixed. A call beyond them, and batch size 1, which export cannot leave open, gets a
+            program of its own.
         cuda_graphs: record both graphs as CUDA graphs, which takes the launch overhead off a step;
             "auto" does so on CUDA devices. Costs one set of input buffers for each call
             signature.
         options: Inductor settings, such as ``{"max_autotune": True}`` or, on CPUs,
-            ``{"freezing": True}``.
+            ``{"freezing": True}``; or arguments of ``torch_tensorrt.dynamo.compile``, such as
+            ``{"engine_cache_dir": folder}``, and ``profiles`` (see ``TensorRT``).
         verbose: show on standard error what is captured and compiled.
 
     Returns:
@@ -68,6 +90,7 @@ def cache_compile(
     Raises:
         ScheduleError: a bad interval or schedule, or both given.
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
+        CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
         DcompileError: a pipeline without a recognisable denoiser.
         TimestepError: the network's forward takes no timestep.
@@ -76,25 +99,13 @@ def cache_compile(
         schedule=_chosen_schedule(interval, schedule),
         depth=_checked_depth(depth),
         backend=resolve(backend, options),
-        dynamic=dynamic,
+        dynamic=DynamicSizes.of(dynamic),
         verbose=verbose,
         cuda_graphs=_checked_cuda_graphs(cuda_graphs),
     )
-    if _is_pipeline(module):
-        name = _denoiser_name(module)
-        network = _without_torch_compile(getattr(module, name))
-        if network is not getattr(module, name):
-            setattr(module, name, network)
-        _install(network, settings)
-        return module
-    if not isinstance(module, nn.Module):
-        raise DcompileError(
-            "cache_compile takes a torch.nn.Module or a diffusers pipeline, got "
-            f"{type(module).__name__}"
-        )
-    network = _without_torch_compile(module)
+    network = _network_of(module)
     _install(network, settings)
-    return cast(M, network)
+    return module if _is_pipeline(module) else cast(M, network)
 
 
 class Handle:
@@ -150,6 +161,50 @@ class Handle:
             stacklevel=2,
         )
 
+    def warmup(self, *calls: Mapping[str, Any] | Sequence[Any]) -> None:
+        """Compile ahead of traffic: capture, compile and run both graphs once for each call.
+
+        Nothing that is being generated notices. The kernels of a graph are compiled in parallel
+        processes, as many as ``TORCHINDUCTOR_COMPILE_THREADS`` says.
+
+        Args:
+            calls: example calls, each ``(sample, timestep, ...)``, a dict of keyword arguments,
+                or a pair ``((sample, timestep), {...})``. Values do not matter, sizes do.
+
+        Raises:
+            CaptureError: such a call would run uncached, or cannot be captured.
+            BackendError, DepthError, NoSkipConnectionError: as at a first call.
+        """
+        dispatcher = self._dispatcher
+        display = Display(type(self.module).__name__, dispatcher.settings.verbose)
+        for number, call in enumerate(calls, start=1):
+            args, kwargs = _arguments_of(call)
+            with display.stage(f"warming up, call {number} of {len(calls)}"):
+                dispatcher.warm_up(args, kwargs)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the compiled programs of all call signatures so far, for ``dcompile.load``.
+
+        The folder holds no weights. It appears at once, when it is complete; programs that were
+        saved there before are replaced.
+
+        Args:
+            folder: where to write.
+
+        Returns:
+            The folder's full path.
+
+        Raises:
+            NotCompiledError: nothing is compiled yet.
+            ArtifactError: the backend's programs cannot be saved, or the folder cannot be written.
+        """
+        target = Path(folder).expanduser().resolve()
+        settings = self._dispatcher.settings
+        device = _device_of(self.module)
+        with Display(type(self.module).__name__, settings.verbose).stage(f"saving to {target}"):
+            write(target, self._dispatcher.saved(), settings.backend, device)
+        return target
+
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What can be cut where, and what it saves: a table, and a dict (``as_dict()``).
 
@@ -174,6 +229,125 @@ class Handle:
             )
         return explain(network, dispatcher.settings.depth, type(self.module).__name__)
 
+    def export_onnx(self, folder: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> Path:
+        """Write both graphs for ONNX runtimes and TensorRT: a folder that needs no Python.
+
+        ``full.onnx`` and ``shallow.onnx``, cut at the current depth, read their weights from one
+        ``weights.data``, where each is stored once and goes by its parameter's name. Inputs have
+        the names of forward's parameters, results are ``out_0`` (or ``out_sample``, if the network
+        returns named fields), and the full graph's ``boundary_0`` feeds the shallow graph's.
+        ``manifest.json`` lists names, dtypes and shapes of all of them, and the schedule.
+
+        Weights and inputs keep their dtypes; autocast is no part of the graphs. A capture made
+        with ``dynamic=True`` has named sizes, such as ``sample_2``, where others have numbers.
+        The folder appears at once, when it is complete; an export that stands there is replaced.
+
+        Args:
+            folder: where to write.
+            args, kwargs: an example call of the network; only shapes matter. Without one, the
+                network as it was called first.
+
+        Returns:
+            The folder's full path.
+
+        Raises:
+            NotCompiledError: no example, and the network was not called since it last changed.
+            ExportError: a package is missing, the folder cannot be written or holds other files,
+                the network is in training mode, its weights have no values, or an operator has no
+                ONNX form.
+            CaptureError: the network cannot be captured.
+            NoSkipConnectionError, DepthError: there is nothing to cut at this depth.
+        """
+        dispatcher = self._dispatcher
+        if self.module.training:
+            raise ExportError("the network is in training mode: call .eval() before the export")
+        if args or kwargs:
+            with without_autocast(tree_leaves((args, kwargs))):
+                network = dispatcher.network_for(args, kwargs)
+        else:
+            current = dispatcher.current_networks()
+            if not current:
+                raise NotCompiledError(
+                    "nothing is captured of the network as it is now: call it or its pipeline "
+                    "once, or give an example call: "
+                    "handle(unet).export_onnx(folder, sample, timestep, ...)"
+                )
+            network = current[0]
+        target = Path(folder).expanduser().resolve()
+        settings = dispatcher.settings
+        export(
+            network,
+            self.module,
+            dispatcher.original,
+            settings.depth,
+            settings.schedule,
+            target,
+            Display(type(self.module).__name__, settings.verbose),
+        )
+        return target
+
+
+def load(
+    module: M,
+    folder: str | os.PathLike[str],
+    *,
+    interval: int | None = None,
+    schedule: Schedule | None = None,
+    verbose: bool = True,
+) -> M:
+    """``cache_compile`` with programs that ``Handle.save`` wrote: nothing is captured or compiled.
+
+    Everything is checked first: that the files are whole, and that they were made with this torch,
+    for this kind of device, and for a module built like this one, parameter by parameter. A call
+    that none of the programs serves is captured and compiled as usual.
+
+    Saved programs are code, and loading runs it: load only what you trust.
+
+    Args:
+        module: the network or pipeline, with its weights, where it is to run.
+        folder: what ``Handle.save`` wrote.
+        interval, schedule: see ``cache_compile``; as it was saved if neither is given.
+        verbose: show on standard error what is done.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ArtifactError: the folder is missing or damaged, or was made for something else; names the
+            first difference. The module is as it was.
+        ScheduleError: a bad schedule, or none given where a class of your own was saved.
+    """
+    network = _network_of(module)
+    device = _device_of(network)
+    source = Path(folder).expanduser().resolve()
+    with Display(type(network).__name__, verbose).stage(f"loading {source}"):
+        artifact, backend = read(
+            source,
+            network,
+            device,
+            resolve,
+            lambda written: portable(structure_of(network, written)),
+        )
+    if interval is not None or schedule is not None:
+        chosen = _chosen_schedule(interval, schedule)
+    elif artifact.schedule is None:
+        raise ScheduleError(
+            f"{source} was saved with a schedule class of your own, which is not part of it: give "
+            "load(..., schedule=...)"
+        )
+    else:
+        chosen = artifact.schedule
+    settings = Settings(
+        schedule=chosen,
+        depth=artifact.depth,
+        backend=backend,
+        dynamic=DynamicSizes.of(artifact.dynamic),
+        verbose=verbose,
+        cuda_graphs=artifact.cuda_graphs,
+    )
+    _install(network, settings).adopt(artifact)
+    return module
+
 
 def handle(module: Any) -> Handle:
     """The handle of a module, or of a pipeline's denoiser, that ``cache_compile`` was called on.
@@ -190,11 +364,43 @@ def handle(module: Any) -> Handle:
     return Handle(dispatcher)
 
 
-def _install(network: nn.Module, settings: Settings) -> None:
+def _network_of(module: Any) -> nn.Module:
+    """The network itself: a pipeline's denoiser, and without ``torch.compile`` around it."""
+    if _is_pipeline(module):
+        name = _denoiser_name(module)
+        network: nn.Module = _without_torch_compile(getattr(module, name))
+        if network is not getattr(module, name):
+            setattr(module, name, network)
+        return network
+    if not isinstance(module, nn.Module):
+        raise DcompileError(
+            f"expected a torch.nn.Module or a diffusers pipeline, got {type(module).__name__}"
+        )
+    return cast(nn.Module, _without_torch_compile(module))
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    tensors = (*network.parameters(), *network.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _arguments_of(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(call, Mapping):
+        return (), dict(call)
+    if not isinstance(call, Sequence):
+        raise CaptureError(
+            f"warmup: expected (sample, timestep, ...) or a dict, got {type(call).__name__}"
+        )
+    if len(call) == 2 and isinstance(call[0], (tuple, list)) and isinstance(call[1], Mapping):
+        return tuple(call[0]), dict(call[1])
+    return tuple(call), {}
+
+
+def _install(network: nn.Module, settings: Settings) -> Dispatcher:
     dispatcher = _dispatcher_of(network)
     if dispatcher is not None:
         dispatcher.configure(settings)
-        return
+        return dispatcher
     # Beneath accelerate's hooks, which move weights to the device before they call this.
     slot = "_old_forward" if "_old_forward" in network.__dict__ else "forward"
     dispatcher = Dispatcher(network, getattr(network, slot), settings)
@@ -204,6 +410,7 @@ def _install(network: nn.Module, settings: Settings) -> None:
         dispatcher.compiled_call = network._compiled_call_impl
         network._compiled_call_impl = None
     network.__dict__[slot] = dispatcher
+    return dispatcher
 
 
 def _dispatcher_of(network: Any) -> Dispatcher | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from dcompile.backends import Backend
+from dcompile.backends import Backend, Refittable
 from dcompile.capture import CapturedNetwork
 from dcompile.display import Display
 from dcompile.errors import BackendError, DepthError, NoSkipConnectionError
@@ -75,7 +76,50 @@ def build(
     shallow = _compile(
         shallow_graph, network, backend, weights, leaves, boundary, "shallow", display
     )
-    return Program(network, skip, full, shallow)
+    return Program(network.out_spec, full, shallow)
+
+
+def renewed(
+    program: Program,
+    network: CapturedNetwork,
+    depth: int,
+    module: nn.Module,
+    leaves: Sequence[Any],
+    display: Display,
+) -> Program | None:
+    """``program`` if it fits the module's weights and a call like ``leaves``, else one with the
+    weights put in anew, without compiling. None if it takes a ``build``.
+
+    Args:
+        network, depth: what ``program`` was built from.
+    """
+    halves = (program.full, program.shallow)
+    weights = weights_of(module)
+    for half in halves:
+        inputs = [leaves[i] for i in half.convention.inputs]
+        if isinstance(half.run, Refittable) and not half.run.accepts(inputs):
+            display.note("other sizes than the backend compiled for")
+            return None
+    if program.matches(weights):
+        return program
+    if not all(isinstance(half.run, Refittable) for half in halves):
+        display.note("weights changed that the backend had folded into its code")
+        return None
+    graphs = split_at(network.graph_module, choose_skip(network, depth))
+    refitted: list[CompiledGraph] = []
+    for half, graph_module, label in zip(halves, graphs, ("full", "shallow"), strict=True):
+        try:
+            with display.stage(f"refitting the {label} graph"), torch.no_grad():
+                half.run.refit(with_weights(graph_module, network, weights))  # type: ignore[attr-defined]
+        except Exception as error:  # whatever it is, compiling anew puts it right
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            display.note(f"the {label} graph cannot be refitted: {first}")
+            return None
+        baked = BakedWeights.of(convention_of(graph_module, network), weights)
+        refitted.append(replace(half, baked=baked))
+    # Another program, though the code is the same object: what was cached or recorded with the
+    # old weights is not used again.
+    return replace(program, full=refitted[0], shallow=refitted[1])
 
 
 def _compile(
@@ -89,9 +133,10 @@ def _compile(
     display: Display,
 ) -> CompiledGraph:
     convention = convention_of(graph_module, network)
+    _tell_sizes(graph_module, network)
     baked = None
     if backend.bakes_weights:
-        graph_module = _with_weights(graph_module, network, weights)
+        graph_module = with_weights(graph_module, network, weights)
         baked = BakedWeights.of(convention, weights)
         convention = Convention((), convention.inputs)
     tensors = convention.weight_tensors(weights)
@@ -113,7 +158,17 @@ def _compile(
     return CompiledGraph(run, convention, baked)
 
 
-def _with_weights(
+def _tell_sizes(graph_module: GraphModule, network: CapturedNetwork) -> None:
+    """Mark placeholders with the ranges of sizes that the user asked for."""
+    ranges = network.guard.ranges if network.guard else ()
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        leaf = network.inputs.get(str(node.target))
+        told = {axis: (low, high) for where, axis, low, high in ranges if where == leaf}
+        if told:
+            node.meta["told_sizes"] = told  # see Backend.compile
+
+
+def with_weights(
     graph_module: GraphModule, network: CapturedNetwork, weights: Mapping[str, torch.Tensor]
 ) -> GraphModule:
     """The graph with its weights as attributes instead of inputs. Copies no tensor."""

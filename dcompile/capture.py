@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,156 @@ from passes.base import is_mutating
 _PACKAGES = (Path(torch.__file__).parent, Path(__file__).parent)
 
 
+@dataclass(frozen=True)
+class DynamicSizes:
+    """Which sizes of the sample one capture leaves open: each None, or (least, greatest).
+
+    Sizes of the other inputs (prompt embeddings, residuals) vary along where they have to.
+
+    Attributes:
+        free: leave all of them open, within no range.
+        batch: of the sample's first dimension.
+        height, width: of its last two, in the sample's own units (latents, not pixels).
+
+    Raises:
+        CaptureError: a range is not two ascending positive ints.
+    """
+
+    free: bool = True
+    batch: tuple[int, int] | None = None
+    height: tuple[int, int] | None = None
+    width: tuple[int, int] | None = None
+
+    @staticmethod
+    def of(dynamic: bool | Mapping[str, Sequence[int]]) -> DynamicSizes | None:
+        """From what ``cache_compile`` takes. None for fixed sizes."""
+        if isinstance(dynamic, bool):
+            return DynamicSizes() if dynamic else None
+        if not isinstance(dynamic, Mapping) or not dynamic:
+            raise CaptureError(
+                f"dynamic: expected True, False or sizes such as {_EXAMPLE_SIZES}, got {dynamic!r}"
+            )
+        ranges: dict[str, tuple[int, int]] = {}
+        for name, bounds in dynamic.items():
+            if name not in ("batch", "height", "width"):
+                raise CaptureError(
+                    f"dynamic: unknown size {name!r}; expected batch, height or width"
+                )
+            numbers = tuple(bounds) if isinstance(bounds, Sequence) else ()
+            if (
+                len(numbers) != 2
+                or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers)
+                or not 1 <= numbers[0] <= numbers[1]
+            ):
+                raise CaptureError(
+                    f"dynamic: {name} must be (least, greatest), two ascending ints of at least "
+                    f"1, got {bounds!r}"
+                )
+            ranges[name] = (numbers[0], numbers[1])
+        return DynamicSizes(free=False, **ranges)
+
+    def as_argument(self) -> bool | dict[str, tuple[int, int]]:
+        """What ``of`` takes."""
+        named = {"batch": self.batch, "height": self.height, "width": self.width}
+        return True if self.free else {name: r for name, r in named.items() if r is not None}
+
+    def ranges(self, leaf: int, dimensions: int) -> tuple[tuple[int, int, int, int], ...]:
+        """(leaf, dimension, least, greatest) of a sample with so many dimensions."""
+        places = ((0, self.batch), (dimensions - 2, self.height), (dimensions - 1, self.width))
+        return tuple((leaf, place, *bounds) for place, bounds in places if bounds is not None)
+
+    def covers(self, sample: torch.Tensor) -> bool:
+        """Whether a sample's sizes lie within the ranges."""
+        return all(
+            low <= sample.shape[d] <= high for _, d, low, high in self.ranges(0, sample.dim())
+        )
+
+    def of_call(
+        self, leaves: Sequence[Any], spec: TreeSpec, sample_leaf: int, bounded: bool
+    ) -> Any:
+        """``dynamic_shapes`` for ``torch.export``, with or without the ranges in it."""
+
+        def sizes(leaf: int, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or not value.dim():
+                return None
+            hints: dict[int, Any] = dict.fromkeys(range(value.dim()), Dim.AUTO)
+            if leaf == sample_leaf and not self.free:
+                hints = dict.fromkeys(hints, Dim.STATIC)
+                for _, place, low, high in self.ranges(leaf, value.dim()):
+                    # torch.export treats sizes 0 and 1 as constants, because they broadcast.
+                    if value.shape[place] > 1:
+                        hints[place] = Dim.AUTO(min=max(low, 2), max=high) if bounded else Dim.AUTO
+            return hints
+
+        return tree_unflatten([sizes(i, leaf) for i, leaf in enumerate(leaves)], spec)
+
+
+_EXAMPLE_SIZES = '{"batch": (2, 8), "height": (64, 128), "width": (64, 128)}'
+
+
+class TensorPattern(NamedTuple):
+    """What a dynamic capture wants of a tensor; a size of None may vary."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    device: torch.device
+    contiguous: bool
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorPattern:
+        shape = tuple(size if isinstance(size, int) else None for size in tensor.shape)
+        return TensorPattern(shape, tensor.dtype, tensor.device, tensor.is_contiguous())
+
+    def fits(self, given: Any) -> bool:
+        return (
+            isinstance(given, torch.Tensor)
+            and given.dtype == self.dtype
+            and given.device == self.device
+            and given.dim() == len(self.shape)
+            and given.is_contiguous() == self.contiguous
+            and all(
+                size in (None, actual) for size, actual in zip(self.shape, given.shape, strict=True)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class SizeGuard:
+    """The calls that a dynamic capture is right for.
+
+    Attributes:
+        leaves: position among the call's leaves, and the pattern of a tensor or a constant.
+        expression: further conditions on sizes, as Python over ``L["t0"]``, ``L["t1"]``, ..., the
+            tensors among the leaves in order; from torch's ``ShapeEnv``.
+        ranges: leaf, dimension, least and greatest size that the user asked for.
+    """
+
+    leaves: tuple[tuple[int, Any], ...]
+    expression: str | None
+    ranges: tuple[tuple[int, int, int, int], ...] = ()
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether a call with these leaves can run the captured graph."""
+        tensors = []
+        for leaf, wanted in self.leaves:
+            given = leaves[leaf]
+            if isinstance(wanted, TensorPattern):
+                if not wanted.fits(given):
+                    return False
+                tensors.append(given)
+            elif type(given) is not type(wanted) or given != wanted:
+                return False
+        if any(not low <= leaves[leaf].shape[d] <= high for leaf, d, low, high in self.ranges):
+            return False
+        if self.expression is None:
+            return True
+        from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP  # imports sympy
+
+        # As ShapeEnv.evaluate_guards_expression does, without its ShapeEnv.
+        known = {"L": {f"t{number}": tensor for number, tensor in enumerate(tensors)}}
+        return bool(eval(self.expression, SYMPY_INTERP, known))
+
+
 @dataclass(frozen=True, eq=False)
 class CapturedNetwork:
     """A network's graph, without its weights.
@@ -30,6 +180,7 @@ class CapturedNetwork:
         graph_module: functional and canonical; parameters, buffers and constants are inputs.
         parameters: placeholder -> fully qualified name of the parameter or buffer.
         constants: placeholder -> tensor that is part of the code, not of the state.
+        constant_names: placeholder -> the attribute it was found in, or a made-up name.
         inputs: placeholder -> position of the input among the call's leaves.
         sample: the placeholder of the noisy sample.
         out_spec: the structure of what the network returns.
@@ -40,17 +191,16 @@ class CapturedNetwork:
     graph_module: GraphModule
     parameters: dict[str, str]
     constants: dict[str, torch.Tensor]
+    constant_names: dict[str, str]
     inputs: dict[str, int]
     sample: str
     out_spec: TreeSpec
     in_spec: TreeSpec
-    guard: Callable[[Sequence[Any]], bool] | None = None
+    guard: SizeGuard | None = None
 
     def accepts(self, spec: TreeSpec, leaves: Sequence[Any]) -> bool:
         """Whether this graph, captured with ``dynamic``, is right for another call."""
-        if self.guard is None or spec != self.in_spec:
-            return False
-        return self.guard(leaves)
+        return self.guard is not None and spec == self.in_spec and self.guard.fits(leaves)
 
 
 class _Network(nn.Module):
@@ -76,40 +226,46 @@ def capture(
     leaves: Sequence[Any],
     spec: TreeSpec,
     sample_leaf: int,
-    dynamic: bool = False,
+    dynamic: DynamicSizes | None = None,
 ) -> CapturedNetwork:
     """Capture one call of ``forward``, the original forward of ``module``.
 
     Args:
         leaves, spec: the call's ``(args, kwargs)``, flattened by ``torch.utils._pytree``.
         sample_leaf: which of the leaves is the noisy sample.
-        dynamic: let sizes vary as far as the network's code allows (``Dim.AUTO``).
+        dynamic: let these sizes vary as far as the network's code allows (``Dim.AUTO``).
 
     Raises:
         CaptureError: ``torch.export`` cannot follow the code; names the line.
     """
     args, kwargs = tree_unflatten(list(leaves), spec)
     network = _Network(module, forward)
-    shapes = _all_sizes_vary(leaves, spec) if dynamic else None
+    # Ranges let backends tune for them. Code that treats a size within the range specially makes
+    # torch.export refuse the range; then it finds the widest one by itself.
+    hints = (
+        [dynamic.of_call(leaves, spec, sample_leaf, b) for b in (True, False)]
+        if dynamic
+        else [None]
+    )
     try:
         with torch.inference_mode(False), torch.no_grad():
-            exported = torch.export.export(
-                network, (args, kwargs), dynamic_shapes=shapes, strict=False
-            )
+            exported = _exported(network, (args, kwargs), hints)
             if not _is_functional(exported.graph_module):
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(_capture_message(module, error)) from error
-    return _from_exported(exported, spec, sample_leaf, dynamic)
+    ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
+    return _from_exported(exported, spec, sample_leaf, ranges)
 
 
-def _all_sizes_vary(leaves: Sequence[Any], spec: TreeSpec) -> Any:
-    def sizes(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dim():
-            return dict.fromkeys(range(value.dim()), Dim.AUTO)
-        return None
-
-    return tree_unflatten([sizes(leaf) for leaf in leaves], spec)
+def _exported(network: nn.Module, call: tuple[Any, ...], hints: list[Any]) -> ExportedProgram:
+    """Export with the first of ``hints`` about dynamic sizes, or with the next if it fails."""
+    for shapes in hints[:-1]:
+        try:
+            return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
+        except ValueError:
+            continue
+    return torch.export.export(network, call, dynamic_shapes=hints[-1], strict=False)
 
 
 def _is_functional(graph_module: GraphModule) -> bool:
@@ -121,7 +277,10 @@ def _is_functional(graph_module: GraphModule) -> bool:
 
 
 def _from_exported(
-    exported: ExportedProgram, in_spec: TreeSpec, sample_leaf: int, dynamic: bool
+    exported: ExportedProgram,
+    in_spec: TreeSpec,
+    sample_leaf: int,
+    ranges: tuple[tuple[int, int, int, int], ...] | None,
 ) -> CapturedNetwork:
     for output in exported.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
@@ -132,6 +291,7 @@ def _from_exported(
             )
     parameters: dict[str, str] = {}
     constants: dict[str, torch.Tensor] = {}
+    constant_names: dict[str, str] = {}
     inputs: dict[str, int] = {}
     for spec in exported.graph_signature.input_specs:
         name = str(getattr(spec.arg, "name", ""))
@@ -141,6 +301,7 @@ def _from_exported(
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             assert spec.target is not None
             constants[name] = exported.constants[spec.target]
+            constant_names[name] = spec.target.removeprefix(_PREFIX)
         elif spec.kind is InputKind.USER_INPUT:
             inputs[name] = len(inputs)
         else:
@@ -149,12 +310,13 @@ def _from_exported(
             )
     sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
     _strip_prefix(exported.graph_module)
-    guard = _size_guard(exported, inputs) if dynamic else None
+    guard = None if ranges is None else _size_guard(exported, inputs, ranges)
     graph_module = Canonicalize()(exported.graph_module).graph_module
     return CapturedNetwork(
         graph_module=graph_module,
         parameters=parameters,
         constants=constants,
+        constant_names=constant_names,
         inputs=inputs,
         sample=sample,
         out_spec=exported.call_spec.out_spec,
@@ -174,44 +336,29 @@ def _strip_prefix(graph_module: GraphModule) -> None:
 
 
 def _size_guard(
-    exported: ExportedProgram, inputs: dict[str, int]
-) -> Callable[[Sequence[Any]], bool] | None:
-    """Whether other inputs fit the sizes, divisibilities and constants seen while capturing."""
+    exported: ExportedProgram,
+    inputs: dict[str, int],
+    ranges: tuple[tuple[int, int, int, int], ...],
+) -> SizeGuard | None:
+    """What the code took for granted about sizes; None if nothing can vary."""
     examples: dict[int, Any] = {}
     for node in exported.graph.find_nodes(op="placeholder"):
         if str(node.target) in inputs:
             examples[inputs[str(node.target)]] = node.meta.get("val")
-    tensors = [leaf for leaf, value in examples.items() if isinstance(value, torch.Tensor)]
+    tensors = [value for value in examples.values() if isinstance(value, torch.Tensor)]
     symbols = [
-        size for leaf in tensors for size in examples[leaf].shape if isinstance(size, torch.SymInt)
+        size for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt)
     ]
     if not symbols:
         return None
-    shape_env = symbols[0].node.shape_env
-    expression = shape_env.produce_guards_expression([examples[leaf] for leaf in tensors])
-
-    def fits(leaves: Sequence[Any]) -> bool:
-        for leaf, example in examples.items():
-            given = leaves[leaf]
-            if not isinstance(example, torch.Tensor):
-                if type(given) is not type(example) or given != example:
-                    return False
-            elif (
-                given.dtype != example.dtype
-                or given.device != example.device
-                or given.dim() != example.dim()
-                or given.is_contiguous() != example.is_contiguous()
-                or any(
-                    isinstance(size, int) and size != actual  # a constant of the graph
-                    for size, actual in zip(example.shape, given.shape, strict=True)
-                )
-            ):
-                return False
-        return expression is None or bool(
-            shape_env.evaluate_guards_expression(expression, [leaves[leaf] for leaf in tensors])
-        )
-
-    return fits
+    return SizeGuard(
+        tuple(
+            (leaf, TensorPattern.of(value) if isinstance(value, torch.Tensor) else value)
+            for leaf, value in examples.items()
+        ),
+        cast(Any, symbols[0]).node.shape_env.produce_guards_expression(tensors),
+        ranges,
+    )
 
 
 def _capture_message(module: nn.Module, error: Exception) -> str:

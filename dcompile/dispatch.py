@@ -15,22 +15,25 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from dcompile.artifact import Artifact, SavedProgram, portable_signature
 from dcompile.backends import Backend
-from dcompile.build import build
+from dcompile.build import build, renewed
 from dcompile.call import CallForm, CallForms, Signature, signature_of
-from dcompile.capture import CapturedNetwork, capture
+from dcompile.capture import CapturedNetwork, DynamicSizes, capture
 from dcompile.cuda_graphs import RECORDERS, RecordedProgram
 from dcompile.display import Display
-from dcompile.errors import CaptureError, DcompileError
+from dcompile.errors import ArtifactError, CaptureError, DcompileError, NotCompiledError
 from dcompile.program import BoundProgram, Program, weights_of
 from dcompile.schedule import Schedule
 from dcompile.steps import Generation, Lane, StepTracker
-from dcompile.structure import Structure, changed_by_running, difference, structure_of
+from dcompile.structure import Structure, changed_by_running, difference, portable, structure_of
 
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
 MAX_RECORDED = 16
 
 Runner = BoundProgram | RecordedProgram
+_Place = tuple[int, int, Backend]
+"""What a loaded program is good for: number of the structure, depth, backend."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Settings:
     schedule: Schedule
     depth: int
     backend: Backend
-    dynamic: bool
+    dynamic: DynamicSizes | None
     verbose: bool
     cuda_graphs: bool | Literal["auto"] = "auto"
 
@@ -89,6 +92,7 @@ class Dispatcher:
         "_networks",
         "_programs",
         "_recorded",
+        "_saved",
         "_structures",
         "_tracker",
         "_warned",
@@ -113,8 +117,9 @@ class Dispatcher:
         self._building = threading.RLock()  # capture and compile; never held on a warm call
         self._structures: list[Structure] = []
         self._written: frozenset[str] = frozenset()
-        self._networks: dict[tuple[int, Signature, bool], CapturedNetwork] = {}
+        self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
         self._programs: dict[tuple[CapturedNetwork, int, Backend], Program] = {}
+        self._saved: list[tuple[_Place, SavedProgram]] = []
         self._recorded: dict[tuple[Program, Signature], RecordedProgram] = {}
         self._warned: set[str] = set()
         self.configure(settings)
@@ -139,13 +144,7 @@ class Dispatcher:
         if reason is not None:
             return self._run_uncached(reason, args, kwargs)
         timestep = leaves[form.timestep]
-        if not isinstance(timestep, torch.Tensor):
-            leaves[form.timestep] = torch.tensor(timestep)  # not a constant of the graph
-        sample = leaves[form.sample]
-        if sample.device.type == "cuda" and self.settings.cuda_graphs is not False:
-            # A recorded graph reads from its device only. This waits for nothing on the device.
-            leaves[form.timestep] = leaves[form.timestep].to(sample.device, non_blocking=True)
-        signature, conditioning = signature_of(form, leaves)
+        signature, conditioning = self._settled(leaves, form)
         tracker, schedule = self._tracker, self.settings.schedule
         generation, lane, step = tracker.enter(timestep, conditioning)
         try:
@@ -181,6 +180,17 @@ class Dispatcher:
             tracker.forget(generation)
             raise
 
+    def _settled(self, leaves: list[Any], form: CallForm) -> tuple[Signature, list[torch.Tensor]]:
+        """The call's signature and conditioning, with its timestep as a tensor."""
+        timestep = leaves[form.timestep]
+        if not isinstance(timestep, torch.Tensor):
+            leaves[form.timestep] = torch.tensor(timestep)  # not a constant of the graph
+        sample = leaves[form.sample]
+        if sample.device.type == "cuda" and self.settings.cuda_graphs is not False:
+            # A recorded graph reads from its device only. This waits for nothing on the device.
+            leaves[form.timestep] = leaves[form.timestep].to(sample.device, non_blocking=True)
+        return signature_of(form, leaves)
+
     def _run(self, bound: Runner, lane: Lane, leaves: list[Any], refresh: bool) -> Any:
         if not refresh:
             self._count("reuse")
@@ -215,15 +225,84 @@ class Dispatcher:
         leaves, form = self._forms.flatten(args, kwargs)
         if form is None:
             raise CaptureError("expected a call with a sample and a timestep")
-        if not isinstance(leaves[form.timestep], torch.Tensor):
-            leaves[form.timestep] = torch.tensor(leaves[form.timestep])
         with self._building:
-            signature, _ = signature_of(form, leaves)
+            signature, _ = self._settled(leaves, form)
             return self._captured(signature, leaves, form, self._display())
 
     def networks(self) -> list[CapturedNetwork]:
         """The networks captured so far, one for each call signature and structure."""
         return list(self._networks.values())
+
+    def current_networks(self) -> list[CapturedNetwork]:
+        """Those of them that fit the module and the settings as they are now."""
+        structure = structure_of(self.module, self._written)
+        return [
+            network
+            for (known, _, dynamic), network in self._networks.items()
+            if dynamic == self.settings.dynamic and self._structures[known] == structure
+        ]
+
+    def warm_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compile for calls like this one, and run both graphs once.
+
+        No generation notices. Where there are CUDA graphs, they are recorded.
+
+        Raises:
+            CaptureError: the call would run uncached, or cannot be captured.
+        """
+        leaves, form = self._forms.flatten(args, kwargs)
+        if form is None:
+            raise CaptureError("warmup: expected a call with a sample and a timestep")
+        reason = self._reason_not_to_cache(leaves, form)
+        if reason is not None:
+            raise CaptureError(f"warmup: {reason}, so such a call runs uncached")
+        signature = self._settled(leaves, form)[0]
+        runner = self._bind(Generation(None), signature, leaves, form)
+        with torch.no_grad():
+            _, boundary = runner.refresh(leaves)
+            runner.reuse(leaves, boundary)
+
+    def saved(self) -> Artifact:
+        """Everything compiled so far for the module and the settings as they are now."""
+        settings = self.settings
+        structure = structure_of(self.module, self._written)
+        number = next((i for i, s in enumerate(self._structures) if s == structure), -1)
+        place = (number, settings.depth, settings.backend)
+        programs = {saved.call: saved for where, saved in self._saved if where == place}
+        for (known, signature, _), network in self._networks.items():
+            program = self._programs.get((network, settings.depth, settings.backend))
+            call = portable_signature(signature)
+            if known != number or program is None:
+                continue
+            if call is None:
+                raise ArtifactError(
+                    "a call of this network has arguments that cannot be written to a file"
+                )
+            programs[call] = SavedProgram(call, network.in_spec, network.guard, program)
+        if not programs:
+            raise NotCompiledError(
+                "nothing is compiled yet for the network as it is now: call it or its pipeline "
+                "once, or handle(unet).warmup(...)"
+            )
+        dynamic = settings.dynamic
+        return Artifact(
+            network=type(self.module).__name__,
+            backend=(settings.backend.name, dict(getattr(settings.backend, "options", {}))),
+            depth=settings.depth,
+            dynamic=dynamic.as_argument() if dynamic is not None else False,
+            cuda_graphs=settings.cuda_graphs,
+            schedule=settings.schedule,
+            structure=portable(structure),
+            written=tuple(sorted(self._written)),
+            programs=tuple(programs.values()),
+        )
+
+    def adopt(self, artifact: Artifact) -> None:
+        """Use loaded programs; they were checked against the module as it is now."""
+        self._written |= frozenset(artifact.written)
+        number = self._structure(self._display())
+        place = (number, self.settings.depth, self.settings.backend)
+        self._saved += [(place, program) for program in artifact.programs]
 
     def _reason_not_to_cache(self, leaves: list[Any], form: CallForm) -> str | None:
         if self.module.training:
@@ -253,8 +332,7 @@ class Dispatcher:
         with self._building:
             display = self._display()
             try:
-                network = self._captured(signature, leaves, form, display)
-                program = self._compiled(network, leaves, display)
+                program = self._program(signature, leaves, form, display)
             except CaptureError:
                 args, kwargs = tree_unflatten(leaves, form.spec)
                 with torch.no_grad():  # a call the network itself refuses raises its own error
@@ -295,10 +373,21 @@ class Dispatcher:
         # Offloading moves the weights at every generation, and each move would mean recording anew.
         return wanted is True or not hasattr(self.module, "_hf_hook")
 
-    def _captured(
+    def _program(
         self, signature: Signature, leaves: list[Any], form: CallForm, display: Display
-    ) -> CapturedNetwork:
-        dynamic = self.settings.dynamic
+    ) -> Program:
+        """The program for a call: loaded from a file, compiled before, or compiled now."""
+        if self._saved:
+            place = (self._structure(display), self.settings.depth, self.settings.backend)
+            call = portable_signature(signature)
+            for where, saved in self._saved:
+                if where == place and saved.serves(call, form.spec, leaves):
+                    return saved.program
+        network = self._captured(signature, leaves, form, display)
+        return self._compiled(network, leaves, display)
+
+    def _structure(self, display: Display) -> int:
+        """The number of the module's present structure."""
         before = structure_of(self.module, self._written)
         known = next((i for i, other in enumerate(self._structures) if other == before), None)
         if known is None:
@@ -308,13 +397,23 @@ class Dispatcher:
                 )
             self._structures.append(before)
             known = len(self._structures) - 1
+        return known
+
+    def _captured(
+        self, signature: Signature, leaves: list[Any], form: CallForm, display: Display
+    ) -> CapturedNetwork:
+        dynamic = self.settings.dynamic
+        if dynamic is not None and not dynamic.covers(leaves[form.sample]):
+            display.note("sizes beyond the dynamic range: a program of their own")
+            dynamic = None
+        known = self._structure(display)
         network = self._networks.get((known, signature, dynamic))
-        if network is None and dynamic:
+        if network is None and dynamic is not None:
             network = next(
                 (
                     other
-                    for (structure, _, is_dynamic), other in self._networks.items()
-                    if structure == known and is_dynamic and other.accepts(form.spec, leaves)
+                    for (structure, _, sizes), other in self._networks.items()
+                    if structure == known and sizes == dynamic and other.accepts(form.spec, leaves)
                 ),
                 None,
             )
@@ -324,6 +423,7 @@ class Dispatcher:
                     self.module, self.original, leaves, form.spec, form.sample, dynamic
                 )
             self._captures += 1
+            before = self._structures[known]
             written = changed_by_running(before, structure_of(self.module, self._written))
             if written:  # by the network's own forward: no sign of a changed structure
                 self._written |= written
@@ -334,14 +434,13 @@ class Dispatcher:
     def _compiled(self, network: CapturedNetwork, leaves: list[Any], display: Display) -> Program:
         key = (network, self.settings.depth, self.settings.backend)
         program = self._programs.get(key)
-        if program is not None and not program.matches(weights_of(self.module)):
-            display.note("weights changed that the backend had folded into its code")
-            program = None
+        if program is not None:
+            program = renewed(program, network, self.settings.depth, self.module, leaves, display)
         if program is None:
             program = build(
                 network, self.settings.depth, self.settings.backend, self.module, leaves, display
             )
-            self._programs[key] = program
+        self._programs[key] = program
         return program
 
     def _warn(self, message: str) -> None:

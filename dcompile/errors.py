@@ -27,6 +27,10 @@ class BackendError(DcompileError, ValueError):
     """An unknown backend, or one that failed to compile a graph. The network runs, uncached."""
 
 
+class ExportError(DcompileError, RuntimeError):
+    """The network could not be written to a folder. What stood there before still does."""
+
+
 class ModelError(DcompileError, LookupError):
     """A model that cannot be found, loaded or run."""
 
@@ -37,3 +41,7 @@ class NotCompiledError(DcompileError, LookupError):
 
 class TimestepError(DcompileError, TypeError):
     """The network takes no timestep, so its steps cannot be told apart."""
+
+
+class ArtifactError(DcompileError, RuntimeError):
+    """A saved program that cannot be written, is damaged, or was made for something else."""

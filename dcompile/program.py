@@ -9,37 +9,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.capture import CapturedNetwork
-from passes import SkipConnection
+
+
+class Constant(NamedTuple):
+    """A tensor that is part of a network's code: an attribute that is no buffer, or a literal."""
+
+    name: str
+    value: torch.Tensor
 
 
 class Convention(NamedTuple):
     """What a graph's placeholders stand for, in order: weights, then inputs, then the boundary.
 
     Attributes:
-        weights: a parameter's or buffer's fully qualified name, or a constant tensor.
+        weights: a parameter's or buffer's fully qualified name, or a constant.
         inputs: positions among the call's leaves.
     """
 
-    weights: tuple[str | torch.Tensor, ...]
+    weights: tuple[str | Constant, ...]
     inputs: tuple[int, ...]
 
     def weight_tensors(self, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return tuple(weights[item] if isinstance(item, str) else item for item in self.weights)
+        return tuple(
+            weights[item] if isinstance(item, str) else item.value for item in self.weights
+        )
 
 
 def convention_of(graph_module: GraphModule, network: CapturedNetwork) -> Convention:
     """Look up every placeholder of a graph that was split from ``network``'s."""
-    weights: list[str | torch.Tensor] = []
+    weights: list[str | Constant] = []
     inputs: list[int] = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
         name = str(node.target)
         if name in network.parameters:
             weights.append(network.parameters[name])
         elif name in network.constants:
-            weights.append(network.constants[name])
+            weights.append(Constant(network.constant_names[name], network.constants[name]))
         elif name in network.inputs:
             inputs.append(network.inputs[name])
     return Convention(tuple(weights), tuple(inputs))
@@ -103,12 +111,10 @@ class Program:
     """Full and shallow graph for one call signature.
 
     Attributes:
-        network: the captured network both were cut from.
-        skip: where it was cut.
+        out_spec: the structure of what the network returns.
     """
 
-    network: CapturedNetwork
-    skip: SkipConnection
+    out_spec: TreeSpec
     full: CompiledGraph
     shallow: CompiledGraph
 
@@ -136,7 +142,7 @@ class BoundProgram:
         self.full = full
         self.shallow = shallow
         self._aliased = False
-        self._spec = program.network.out_spec
+        self._spec = program.out_spec
         self.results = self._spec.num_leaves
         self._tuple = self._spec.type is tuple and self._spec.num_children == self.results
 

@@ -9,11 +9,11 @@ more refreshing, never for less.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from dcompile.errors import ScheduleError
 
@@ -144,3 +144,29 @@ def _power_steps(steps: int, count: int, center: int, power: float) -> tuple[int
 def _require_int(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ScheduleError(f"{name}: expected an int of at least {least}, got {value!r}")
+
+
+def to_json(schedule: Schedule) -> dict[str, Any] | None:
+    """The schedule's class and fields; None if it is not one of this module's."""
+    if type(schedule) not in _KINDS.values():
+        return None
+    return {"kind": type(schedule).__name__, **asdict(schedule)}  # type: ignore[call-overload]
+
+
+def from_json(entry: Mapping[str, Any]) -> Schedule:
+    """What ``to_json`` wrote.
+
+    Raises:
+        ScheduleError: unknown kind, or bad fields.
+    """
+    fields = dict(entry)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise ScheduleError(f"unknown schedule {kind!r}; known are {', '.join(_KINDS)}")
+    try:
+        return cast(Schedule, _KINDS[kind](**fields))
+    except TypeError as error:
+        raise ScheduleError(f"{kind}: {error}") from error
+
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Uniform, Steps, Power)}

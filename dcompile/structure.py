@@ -9,9 +9,10 @@ compared by name, shape, dtype and device only: their values are inputs of the g
 from __future__ import annotations
 
 import functools
+import json
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -24,6 +25,19 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _MAX_DEPTH = 4
 
 Structure = dict[str, Any]
+
+
+class _Identity(NamedTuple):
+    """Something compared by what it is in this process; ``what`` says it in any process."""
+
+    ident: tuple[int, ...]
+    what: Any
+
+
+class _Items(tuple[Any, ...]):
+    """A mapping's pairs."""
+
+    __slots__ = ()
 
 
 def structure_of(module: nn.Module, ignore: Iterable[str] = ()) -> Structure:
@@ -39,6 +53,48 @@ def structure_of(module: nn.Module, ignore: Iterable[str] = ()) -> Structure:
         path: _describe_module(submodule, path, ignored, first_names)
         for path, submodule in module.named_modules(remove_duplicate=False)
     }
+
+
+def portable(structure: Structure) -> dict[str, dict[str, Any]]:
+    """The structure in JSON's types, the same in every process that builds the same module.
+
+    Left out is what only one process knows: identities, device numbers, and a mapping's private
+    entries, such as the folder a configuration was read from.
+    """
+    plain = json.loads(
+        json.dumps(
+            {
+                path: {name: _portable(value) for name, value in entry.items()}
+                for path, entry in structure.items()
+            }
+        )
+    )
+    return cast(dict[str, dict[str, Any]], plain)
+
+
+def _portable(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, torch.device):
+        return value.type
+    if isinstance(value, _Identity):
+        return _portable(value.what)
+    if isinstance(value, _Items):
+        return [
+            [_portable(key), _portable(item)]
+            for key, item in value
+            if not (isinstance(key, str) and key.startswith("_"))
+        ]
+    if isinstance(value, tuple):
+        return [_portable(item) for item in value]
+    if isinstance(value, frozenset):
+        return sorted(map(str, value))
+    return _name_of(value) if isinstance(value, type) else repr(value)
+
+
+def _name_of(thing: Any) -> str:
+    thing = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{thing.__module__}.{thing.__qualname__}"
 
 
 def difference(before: Structure, after: Structure) -> str:
@@ -83,7 +139,7 @@ def _describe_module(
     for table_name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = module.__dict__[table_name]
         if hooks:
-            entry[table_name] = tuple(map(id, hooks.values()))
+            entry[table_name] = tuple(_Identity((id(h),), _name_of(h)) for h in hooks.values())
     return entry
 
 
@@ -92,11 +148,12 @@ def _describe(value: Any, depth: int) -> Any:
     if kind in _PLAIN:
         return value
     if isinstance(value, torch.Tensor):  # a constant of the graph: its values matter
-        return kind, id(value), value._version
+        version = 0 if value.is_inference() else value._version
+        return _Identity((id(value), version), ("tensor", tuple(value.shape), value.dtype))
     if isinstance(value, nn.Module) or depth == 0:
         return kind
     if isinstance(value, Mapping):
-        return kind, tuple((_describe(k, 0), _describe(v, depth - 1)) for k, v in value.items())
+        return kind, _Items((_describe(k, 0), _describe(v, depth - 1)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return kind, tuple(_describe(item, depth - 1) for item in value)
     if isinstance(value, (set, frozenset)):

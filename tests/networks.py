@@ -552,8 +552,7 @@ def eager_program(network: CapturedNetwork, skip: SkipConnection) -> Program:
     full, shallow = split_at(network.graph_module, skip)
     assert len(shallow.graph.nodes) < len(full.graph.nodes)
     return Program(
-        network,
-        skip,
+        network.out_spec,
         CompiledGraph(full.forward, convention_of(full, network)),
         CompiledGraph(shallow.forward, convention_of(shallow, network)),
     )

@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 import dcompile
 from dcompile import models
 from dcompile.cli import app
-from dcompile.demo import GridLayout, fidelity
+from dcompile.demo import DemoSettings, GridLayout, fidelity, picture_grid, run_demo
 
 TEXT_WIDTH = 16
 
@@ -162,6 +162,51 @@ def test_demo_of_a_text_to_image_pipeline(stable_diffusion: Path, tmp_path: Path
         assert image.size == GridLayout.of(runs=3, count=2, height=16, width=16).size
 
 
+def test_demo_draws_prompts_in_turn(stable_diffusion: Path) -> None:
+    given = ("a cat", "a dog of some length, and then much more", "")
+    settings = DemoSettings(
+        str(stable_diffusion), given, steps=2, intervals=(), count=4, size=16, device="cpu"
+    )
+    result = run_demo(settings)
+    assert result.prompts == (*given, "a cat")
+    assert picture_grid(result).size == GridLayout.of(1, 4, 16, 16, labelled=True).size
+    pipeline = StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
+    for seed, (prompt, picture) in enumerate(
+        zip(result.prompts, result.runs[0].pictures, strict=True)
+    ):
+        alone = pipeline(
+            prompt,
+            generator=torch.Generator().manual_seed(seed),
+            num_inference_steps=2,
+            height=16,
+            width=16,
+            output_type="pt",
+        ).images[0]
+        assert torch.allclose(picture, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "pictures"),
+    [((), None, 8), (("a",), None, 8), (("a", "b"), None, 2), (("a",), 3, 3), (("a", "b"), 5, 5)],
+)
+def test_count_of_pictures(prompts: tuple[str, ...], count: int | None, pictures: int) -> None:
+    assert DemoSettings(prompts=prompts, count=count).pictures == pictures
+
+
+def test_demo_names_the_prompts(stable_diffusion: Path, tmp_path: Path) -> None:
+    arguments = ("demo", "--model", stable_diffusion, "--steps", 1, "--interval", 1)
+    arguments = (*arguments, "--size", 16, "--out", tmp_path / "grid.png")
+    one = run(*arguments, "--prompt", "a  cat", "--count", 2)
+    assert 'tiny-sd: 2 pictures, 1 step, "a cat"' in one.output
+    several = run(*arguments, "--prompt", "a cat", "--prompt", "a dog")
+    assert "tiny-sd: 2 pictures, 1 step\n" in re.sub(" +\n", "\n", several.output)
+    with Image.open(tmp_path / "grid.png") as image:
+        layout = GridLayout.of(runs=2, count=2, height=16, width=16, labelled=True)
+        assert image.size == layout.size
+    message = refused(*arguments, "--prompt", "a cat", "--prompt", "a dog", "--count", 1)
+    assert "count: expected at least 2, a picture for each prompt, got 1" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -192,7 +237,19 @@ def test_demo_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     message = refused("demo", "--model", ddpm, "--out", tmp_path / "x.png")
-    assert 'pip install "dcompile[plots]"' in message
+    assert 'pip install "dcompile[demo]"' in message
+
+
+def test_models_that_need_transformers_say_so(
+    stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    wanted = 'needs transformers: pip install "dcompile[demo]"'
+    assert wanted in refused("demo", "--model", stable_diffusion, "--out", tmp_path / "x.png")
+    assert wanted in refused("explain", stable_diffusion)
+    of_the_hub = refused("explain", "no-such/model")
+    assert "cannot load no-such/model" in of_the_hub
+    assert 'without transformers: pip install "dcompile[demo]"' in of_the_hub
 
 
 def test_demo_looks_at_the_output_path_first(ddpm: Path, tmp_path: Path) -> None:
@@ -307,6 +364,18 @@ def test_bundled_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         models.path("ddpm")
 
 
+def test_defaults_of_models() -> None:
+    bundled = models.defaults("emoji-sd")
+    assert bundled == models.defaults("sd")
+    assert bundled.guidance == 5.0
+    assert len(set(bundled.prompts)) == len(bundled.prompts) == 8
+    assert models.defaults("owner/name") == models.Defaults()
+    assert len(models.Defaults().prompts) == 1
+    assert models.Defaults().guidance is None
+    assert set(models.ALIASES.values()) <= set(models.names())
+    assert DemoSettings().model == "emoji-sd"
+
+
 def test_fidelity() -> None:
     pictures = torch.rand(2, 3, 16, 16)
     assert fidelity(pictures, pictures) == (float("inf"), pytest.approx(1.0))
@@ -332,3 +401,8 @@ def test_grid_layout(
 ) -> None:
     layout = GridLayout.of(runs=3, count=count, height=height, width=width)
     assert (layout.columns, layout.rows, layout.tile) == (columns, rows, tile)
+    labelled = GridLayout.of(runs=3, count=count, height=height, width=width, labelled=True)
+    assert labelled.tile == layout.tile
+    assert labelled.size[0] == layout.size[0]
+    assert labelled.size[1] == layout.size[1] + 3 * (labelled.block - layout.block)
+    assert labelled.pitch > layout.pitch

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch.fx import GraphModule
 
 from dcompile.backends.eager import Eager
 from dcompile.backends.inductor import Inductor
+from dcompile.backends.tensorrt import TensorRT
 from dcompile.backends.torch_registry import FromTorch, registered_names
 from dcompile.errors import BackendError
 
@@ -42,7 +43,32 @@ class Backend(Protocol):
     def records_cuda_graphs(self) -> bool: ...
 
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a graph for inputs like these; call the result with such inputs."""
+        """Compile a graph for inputs like these; call the result with such inputs.
+
+        Where the user gave ranges of sizes, the placeholder's ``meta["told_sizes"]`` has them:
+        dimension -> (least, greatest).
+        """
+        ...
+
+
+@runtime_checkable
+class Refittable(Protocol):
+    """What a backend that bakes weights may return from ``compile``: code that takes other weights.
+
+    Any callable may be returned; one without these is compiled anew when a weight has changed.
+    """
+
+    def __call__(self, *inputs: Any) -> Any: ...
+
+    def accepts(self, inputs: Sequence[Any]) -> bool:
+        """Whether it was compiled for the sizes of these inputs, which come before any boundary."""
+        ...
+
+    def refit(self, graph_module: GraphModule) -> None:
+        """Take the weights of this graph, which is otherwise the one it was compiled from.
+
+        May raise anything; it is compiled anew then.
+        """
         ...
 
 
@@ -50,14 +76,16 @@ def resolve(backend: str | GraphCompiler, options: Mapping[str, Any] | None) -> 
     """The backend of a name, or around a callable ``(graph_module, inputs) -> callable``.
 
     Raises:
-        BackendError: unknown name (the message lists the known ones), or options given to a
-            backend that takes none.
+        BackendError: unknown name (the message lists the known ones), an option the backend does
+            not have, or a backend that is not installed.
     """
     if backend == "inductor":
         return Inductor(dict(options or {}))
+    if backend == "tensorrt":
+        return TensorRT(dict(options or {}))
     if options:
         raise BackendError(
-            f"options are settings of Inductor, and backend {backend!r} takes none: got "
+            f"options are settings of inductor or tensorrt, and {backend!r} takes none: got "
             f"{', '.join(options)}"
         )
     if backend == "eager":
@@ -69,11 +97,11 @@ def resolve(backend: str | GraphCompiler, options: Mapping[str, Any] | None) -> 
         from torch._dynamo.backends.registry import lookup_backend
 
         return FromTorch(backend, lookup_backend(backend))
-    names = ", ".join(dict.fromkeys(["eager", "inductor", *known]))
+    names = ", ".join(dict.fromkeys(["eager", "inductor", "tensorrt", *known]))
     raise BackendError(
         f"unknown backend {backend!r}; known are {names}, and any callable "
         "(graph_module, example_inputs) -> callable"
     )
 
 
-__all__ = ["Backend", "GraphCompiler", "resolve"]
+__all__ = ["Backend", "GraphCompiler", "Refittable", "resolve"]

@@ -1,4 +1,4 @@
-"""Real pipeline classes around small networks with random weights."""
+"""Real pipeline classes around small networks with random weights, and one that is trained."""
 
 import json
 from functools import cache
@@ -26,6 +26,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+from dcompile import models
 
 DDIM = DDIMScheduler(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
@@ -117,6 +119,13 @@ def stable_diffusion(kind: Any = StableDiffusionPipeline, scheduler: Any = DDIM)
     return pipe
 
 
+def emoji_sd() -> Any:
+    """The bundled Stable Diffusion: the features of a trained network, which change little."""
+    pipe = StableDiffusionPipeline.from_pretrained(models.path("emoji-sd"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def stable_diffusion_xl() -> Any:
     pipe = StableDiffusionXLPipeline(
         vae=vae(),
@@ -171,6 +180,7 @@ def run(pipe: Any, seed: int = 0, **more: Any) -> torch.Tensor:
 
 PIPELINES = {
     "sd": stable_diffusion,
+    "emoji-sd": emoji_sd,
     "sdxl": stable_diffusion_xl,
     "img2img": lambda: stable_diffusion(StableDiffusionImg2ImgPipeline),
     "inpaint": lambda: stable_diffusion(StableDiffusionInpaintPipeline),

@@ -1,0 +1,93 @@
+"""Which sizes to build for, where a compiler needs a range and not just a symbol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+Shape = tuple[int, ...]
+Profile = tuple[Shape, Shape, Shape]  # smallest, best, largest: TensorRT's min, opt, max
+TOLD = "told_sizes"  # see Backend.compile
+
+
+def profiles_of(placeholders: list[Node], inputs: Sequence[Any]) -> list[Profile]:
+    """The shapes to build an engine for: what was told, and otherwise what was seen, and around."""
+    sizes: dict[Any, _Size] = {}
+    dimensions = [
+        (axis, size, value, node.meta.get(TOLD, {}).get(axis))
+        for node, value in zip(placeholders, inputs, strict=True)
+        for axis, size in enumerate(node.meta["val"].shape)
+        if _free_symbols(size)
+    ]
+    for axis, size, value, told in dimensions:  # the boundary's come last, and are never told
+        symbol, shape_env = size.node.expr, size.node.shape_env
+        if symbol.is_symbol and symbol not in sizes:
+            captured = int(shape_env.backed_var_to_val[symbol])
+            sizes[symbol] = _Size(symbol, captured, value.shape[axis], told, shape_env)
+    for _, size, _, _ in dimensions:  # symbols that occur in expressions only
+        for symbol in _free_symbols(size) - sizes.keys():
+            captured = int(size.node.shape_env.backed_var_to_val[symbol])
+            sizes[symbol] = _Size(symbol, captured, captured, None, size.node.shape_env)
+    ranges = {symbol: size.range() for symbol, size in sizes.items()}
+
+    def shape_at(node: Node, which: int) -> Shape:
+        values = {symbol: ends[which] for symbol, ends in ranges.items()}
+        return tuple(
+            int(size.node.expr.subs(values)) if isinstance(size, torch.SymInt) else size
+            for size in node.meta["val"].shape
+        )
+
+    return [(shape_at(node, 0), shape_at(node, 1), shape_at(node, 2)) for node in placeholders]
+
+
+def _free_symbols(size: Any) -> frozenset[Any]:
+    return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A size that varies.
+
+    Attributes:
+        symbol: its name in the graph's shapes.
+        captured, now: what it was when the network was captured, and is as it is compiled.
+        told: the range asked for, if one was.
+        shape_env: knows what the network's code takes.
+    """
+
+    symbol: Any
+    captured: int
+    now: int
+    told: tuple[int, int] | None
+    shape_env: Any
+
+    def range(self) -> tuple[int, int, int]:
+        """Smallest, best and largest; the network's code takes the ends as well.
+
+        If none was told, wide enough for related sizes and for those seen, and no wider: TensorRT
+        reserves memory for the largest.
+        """
+        small, large = sorted((self.captured, self.now))
+        bounds = self.shape_env.var_to_range[self.symbol]
+        low, high = self.told or ((small + 1) // 2, 3 * large // 2)
+        low = max(low, int(bounds.lower))
+        high = high if bounds.upper > high else int(bounds.upper)
+        while low < small and not self._taken(low):
+            low += 1
+        while high > large and not self._taken(high):
+            high -= 1
+        return low, self.now, high
+
+    def _taken(self, size: int) -> bool:
+        """Whether the guards hold at ``size``, everything else as it was captured."""
+        from sympy import false  # type: ignore[import-untyped]  # not with the package: slow
+
+        values = {**self.shape_env.backed_var_to_val, self.symbol: size}
+        guards = (self.shape_env.replace(guard.expr) for guard in self.shape_env.guards)
+        return not any(
+            guard.subs(values) == false for guard in guards if self.symbol in guard.free_symbols
+        )

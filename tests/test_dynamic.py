@@ -1,0 +1,203 @@
+"""One program for many sizes, programs compiled ahead of traffic, and weights that change."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import networks
+import pytest
+import torch
+from plain import Plain, picture, plain, sampled, timesteps
+
+import dcompile
+from dcompile import CaptureError
+
+RANGES = {"batch": (2, 4), "height": (8, 16), "width": (8, 16)}
+
+
+def compiled(**settings: Any) -> Plain:
+    return dcompile.cache_compile(plain(), **({"backend": "eager", "verbose": False} | settings))
+
+
+def captures(network: Any) -> int:
+    return dcompile.handle(network).stats.captures
+
+
+def check(network: Plain, *calls: tuple[int, tuple[int, int]]) -> None:
+    """Whole runs equal those of a network captured for each size."""
+    for batch, size in calls:
+        x = picture(batch=batch, size=size)
+        expected = sampled(compiled(), x, timesteps())
+        assert torch.equal(sampled(network, x, timesteps()), expected), (batch, size)
+
+
+def test_sizes_in_range_share_one_program() -> None:
+    network = compiled(dynamic=RANGES)
+    check(network, (2, (8, 8)), (4, (16, 8)), (3, (9, 13)), (2, (16, 16)))
+    assert captures(network) == 1
+
+
+def test_sizes_out_of_range_get_their_own_program() -> None:
+    network = compiled(dynamic=RANGES)
+    check(network, (2, (8, 8)), (5, (8, 8)), (2, (20, 8)), (3, (12, 12)), (2, (6, 8)))
+    assert captures(network) == 4
+
+
+def test_the_first_call_may_be_out_of_range() -> None:
+    network = compiled(dynamic=RANGES)
+    check(network, (6, (8, 8)), (2, (8, 8)), (3, (10, 8)))
+    assert captures(network) == 2
+
+
+def test_batch_one_is_a_program_of_its_own() -> None:
+    network = compiled(dynamic={"batch": (1, 8)})
+    check(network, (1, (8, 8)), (2, (8, 8)), (7, (8, 8)), (1, (8, 8)))
+    assert captures(network) == 2
+
+
+def test_sizes_left_out_are_fixed() -> None:
+    network = compiled(dynamic={"batch": (2, 4)})
+    check(network, (2, (8, 8)), (3, (8, 8)), (2, (16, 8)), (4, (16, 8)))
+    assert captures(network) == 2
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "message"),
+    [
+        ({}, "expected True, False or sizes such as"),
+        ("yes", "expected True, False or sizes such as"),
+        ({"depth": (2, 4)}, "unknown size 'depth'"),
+        ({"batch": (4, 2)}, r"two ascending ints of at least 1, got \(4, 2\)"),
+        ({"batch": 4}, "two ascending ints"),
+        ({"batch": (0, 2)}, "two ascending ints"),
+        ({"batch": (2.0, 4)}, "two ascending ints"),
+    ],
+)
+def test_bad_ranges(dynamic: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        compiled(dynamic=dynamic)
+
+
+def test_a_diffusers_network_stays_exact_at_other_sizes() -> None:
+    ranges = {"batch": (2, 4), "height": (8, 32), "width": (8, 32)}
+    network = dcompile.cache_compile(
+        networks.stable_diffusion().eval(), backend="eager", dynamic=ranges, verbose=False
+    )
+    handle, ts = dcompile.handle(network), timesteps()
+    with torch.no_grad():
+        for batch, height, width in ((2, 16, 16), (4, 32, 8), (3, 8, 24)):
+            x, text = torch.randn(batch, 4, height, width), networks.text(batch=batch)
+            result = network(x, ts[0], return_dict=False, **text)[0]
+            handle.disable()
+            assert torch.equal(network(x, ts[0], return_dict=False, **text)[0], result)
+            handle.enable()
+    assert captures(network) == 1
+
+
+# Warm-up ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (picture(), timesteps()[0], None),
+        {"sample": picture(), "timestep": 999, "condition": None},
+        ((picture(), timesteps()[0]), {"condition": None}),
+    ],
+)
+def test_a_warm_network_neither_captures_nor_compiles(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = compiled()
+    dcompile.handle(network).warmup(call)
+    stats = dcompile.handle(network).stats
+    assert (stats.captures, stats.generations, stats.refresh_steps) == (1, 0, 0)
+    assert stats.cache_bytes == 0
+    if isinstance(call, tuple) and len(call) == 3:
+        monkeypatch.setattr(dcompile.dispatch, "capture", None)
+        monkeypatch.setattr(dcompile.dispatch, "build", None)
+        x = picture()
+        assert sampled(network, x, timesteps()).isfinite().all()
+
+
+def test_several_signatures_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    network = compiled(verbose=True)
+    calls = [(picture(size=(s, s)), timesteps()[0], None) for s in (6, 8, 12)]
+    dcompile.handle(network).warmup(*calls)
+    assert captures(network) == 3
+    assert "call 3 of 3" in capsys.readouterr().err
+    for x, _, _ in calls:
+        sampled(network, x, timesteps())
+    assert captures(network) == 3
+
+
+def test_warmup_in_the_middle_of_a_run_changes_nothing() -> None:
+    network, ts = compiled(), timesteps()
+    x = sampled(network, picture(), ts[:2])
+    dcompile.handle(network).warmup((picture(9), ts[4], None), (picture(9, batch=3), ts[4], None))
+    assert torch.equal(sampled(network, x, ts[2:]), sampled(compiled(), picture(), timesteps()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (5, "expected .sample, timestep, .... or a dict, got int"),
+        ((), "a call with a sample and a timestep"),
+        (("noise", 3), "the sample is no tensor"),
+        ((picture(),), "a call with a sample and a timestep"),
+    ],
+)
+def test_a_call_that_would_run_uncached_is_refused(call: Any, message: str) -> None:
+    network = compiled()
+    with pytest.raises(CaptureError, match=message):
+        dcompile.handle(network).warmup(call)
+    sampled(network, picture(), timesteps())
+
+
+# Weights that change ------------------------------------------------------------------------------
+
+
+def _doubled(network: Plain) -> None:
+    with torch.no_grad():
+        network.enter.weight.mul_(2)
+
+
+def _loaded(network: Plain) -> None:
+    network.load_state_dict(plain(seed=3).state_dict())
+
+
+def _through_data(network: Plain) -> None:
+    network.up.weight.data = network.up.weight.data.neg()
+
+
+def _new_parameter(network: Plain) -> None:
+    network.up.weight = torch.nn.Parameter(network.up.weight.detach() * 3)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("change", [_doubled, _loaded, _through_data, _new_parameter])
+def test_the_next_generation_sees_changed_weights_without_compiling(
+    backend: str, change: Callable[[Plain], None], graphs: str
+) -> None:
+    network = compiled(backend=backend)
+    reference = compiled(backend=backend, cuda_graphs=False)
+    sampled(network, picture(), timesteps())
+    change(network)
+    change(reference)
+    result = sampled(network, picture(), timesteps())
+    assert torch.equal(result, sampled(reference, picture(), timesteps()))
+    assert captures(network) == 1
+    assert len(dcompile.handle(network)._dispatcher._programs) == 1
+
+
+def test_another_dtype_is_another_program_and_back_again() -> None:
+    network = compiled()
+    first = sampled(network, picture(), timesteps())
+    network.double()
+    double = sampled(network, picture().double(), timesteps())
+    assert torch.equal(double, sampled(compiled().double(), picture().double(), timesteps()))
+    network.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sampled(network, picture(), timesteps()), first)
+    assert captures(network) == 2
