@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
 
 Call = dict[str, Any]
 Subject = tuple[UNet2DConditionModel, Call]
@@ -13,7 +20,7 @@ Subject = tuple[UNet2DConditionModel, Call]
 
 def _random(network: torch.nn.Module) -> None:
     """Weights that keep activations of order one, filled in place: faster than initializing."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
     for parameter in network.parameters():
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 10_000
         parameter.data.normal_(0, fan_in**-0.5, generator=generator)
@@ -66,3 +73,158 @@ def sdxl(width: int = 32) -> Subject:
         "return_dict": False,
     }
     return network, call
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network as people run it on GPUs, and its sampler.
+
+    Attributes:
+        title: for tables.
+        network: class of the network.
+        scheduler: the sampler its pipeline comes with.
+        config: the published configuration, where it is not the class's default.
+        tiny: what differs in the tiny one, which only serves to try a script.
+        sizes: shapes of a call's tensors; batches of 2 are guidance's.
+        tiny_sizes: the same for the tiny network.
+    """
+
+    title: str
+    network: type[torch.nn.Module]
+    scheduler: Callable[[], Any]
+    config: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+    sizes: Mapping[str, Any]
+    tiny_sizes: Mapping[str, Any]
+
+    def build(
+        self, device: torch.device, dtype: torch.dtype, tiny: bool = False
+    ) -> tuple[torch.nn.Module, Call]:
+        """The network with random weights, made on the device, and a call without timestep."""
+        with torch.device("meta"):
+            network = self.network(**{**self.config, **(self.tiny if tiny else {})})
+        torch.nn.Module.to(network, dtype)  # diffusers' own to() warns about what does not apply
+        network = network.to_empty(device=device).eval().requires_grad_(False)
+        assert not list(network.buffers()), "a buffer's values would be lost"
+        _random(network)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if parameter.dim() == 1 and name.endswith("weight"):  # a norm's scale
+                    parameter.add_(1)
+        generator = torch.Generator(device).manual_seed(1)
+
+        def noise(size: Any) -> Any:
+            if isinstance(size, dict):
+                return {name: noise(inner) for name, inner in size.items()}
+            return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+        return network, {**noise(self.tiny_sizes if tiny else self.sizes), "return_dict": False}
+
+
+_STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+GPU_SHAPES = {
+    "sd15": Shape(
+        title="SD 1.5-shaped, 512x512, batch 1 with guidance",
+        network=UNet2DConditionModel,
+        scheduler=lambda: DDIMScheduler(
+            **_STABLE_DIFFUSION, clip_sample=False, set_alpha_to_one=False
+        ),
+        config={
+            "sample_size": 64,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": 768,
+        },
+        tiny={
+            "block_out_channels": (16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+            "cross_attention_dim": 16,
+        },
+        sizes={"sample": (2, 4, 64, 64), "encoder_hidden_states": (2, 77, 768)},
+        tiny_sizes={"sample": (2, 4, 8, 8), "encoder_hidden_states": (2, 5, 16)},
+    ),
+    "sdxl": Shape(
+        title="SDXL-shaped, 1024x1024, batch 1 with guidance",
+        network=UNet2DConditionModel,
+        scheduler=lambda: EulerDiscreteScheduler(**_STABLE_DIFFUSION),
+        config={
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "use_linear_projection": True,
+        },
+        tiny={
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "transformer_layers_per_block": (1, 2),
+            "attention_head_dim": (1, 2),
+            "norm_num_groups": 8,
+            "cross_attention_dim": 16,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 16,
+        },
+        sizes={
+            "sample": (2, 4, 128, 128),
+            "encoder_hidden_states": (2, 77, 2048),
+            "added_cond_kwargs": {"text_embeds": (2, 1280), "time_ids": (2, 6)},
+        },
+        tiny_sizes={
+            "sample": (2, 4, 8, 8),
+            "encoder_hidden_states": (2, 5, 16),
+            "added_cond_kwargs": {"text_embeds": (2, 16), "time_ids": (2, 6)},
+        },
+    ),
+    "svd": Shape(
+        title="SVD-shaped, 14 frames at 576x1024, with guidance",
+        network=UNetSpatioTemporalConditionModel,
+        scheduler=lambda: EulerDiscreteScheduler(
+            **_STABLE_DIFFUSION,
+            prediction_type="v_prediction",
+            sigma_min=0.002,
+            sigma_max=700.0,
+            timestep_type="continuous",
+            use_karras_sigmas=True,
+        ),
+        config={"sample_size": 96, "num_frames": 14},
+        tiny={
+            "block_out_channels": (32, 64),
+            "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            "layers_per_block": 1,
+            "num_attention_heads": (1, 2),
+            "cross_attention_dim": 16,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 3 * 8,
+            "num_frames": 2,
+        },
+        sizes={
+            "sample": (2, 14, 8, 72, 128),
+            "encoder_hidden_states": (2, 1, 1024),
+            "added_time_ids": (2, 3),
+        },
+        tiny_sizes={
+            "sample": (2, 2, 8, 8, 8),
+            "encoder_hidden_states": (2, 1, 16),
+            "added_time_ids": (2, 3),
+        },
+    ),
+}

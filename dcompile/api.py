@@ -6,6 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from dcompile.artifact import read, write
 from dcompile.backends import GraphCompiler, resolve
+from dcompile.call import example_of
 from dcompile.capture import DynamicSizes
 from dcompile.dispatch import Dispatcher, Settings, Stats
 from dcompile.display import Display
@@ -161,25 +163,35 @@ class Handle:
             stacklevel=2,
         )
 
-    def warmup(self, *calls: Mapping[str, Any] | Sequence[Any]) -> None:
+    @property
+    def signatures(self) -> list[str]:
+        """The call signatures compiled or loaded so far, to be given to ``warmup`` elsewhere."""
+        return self._dispatcher.signatures()
+
+    def warmup(self, *calls: str | Mapping[str, Any] | Sequence[Any]) -> None:
         """Compile ahead of traffic: capture, compile and run both graphs once for each call.
 
         Nothing that is being generated notices. The kernels of a graph are compiled in parallel
         processes, as many as ``TORCHINDUCTOR_COMPILE_THREADS`` says.
 
         Args:
-            calls: example calls, each ``(sample, timestep, ...)``, a dict of keyword arguments,
-                or a pair ``((sample, timestep), {...})``. Values do not matter, sizes do.
+            calls: each one of ``signatures``, from this process or another, or an example call:
+                ``(sample, timestep, ...)``, a dict of keyword arguments, or a pair
+                ``((sample, timestep), {...})``. Of an example, sizes matter and values do not.
 
         Raises:
             CaptureError: such a call would run uncached, or cannot be captured.
             BackendError, DepthError, NoSkipConnectionError: as at a first call.
         """
         dispatcher = self._dispatcher
+        device = _device_of(self.module)
+        prepared = [_example_call(call, device) for call in calls]
         display = Display(type(self.module).__name__, dispatcher.settings.verbose)
-        for number, call in enumerate(calls, start=1):
-            args, kwargs = _arguments_of(call)
-            with display.stage(f"warming up, call {number} of {len(calls)}"):
+        for number, (args, kwargs, autocast) in enumerate(prepared, start=1):
+            with (
+                display.stage(f"warming up, call {number} of {len(prepared)}"),
+                torch.autocast(device.type, autocast) if autocast else nullcontext(),
+            ):
                 dispatcher.warm_up(args, kwargs)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -384,16 +396,25 @@ def _device_of(network: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def _arguments_of(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _example_call(
+    call: Any, device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any], torch.dtype | None]:
+    """Args and kwargs of what ``warmup`` takes, and autocast's dtype if it is to be on."""
+    if isinstance(call, str):
+        try:
+            return example_of(call, device)
+        except ValueError as error:
+            raise CaptureError(f"warmup: {error}; expected one of handle.signatures") from error
     if isinstance(call, Mapping):
-        return (), dict(call)
+        return (), dict(call), None
     if not isinstance(call, Sequence):
         raise CaptureError(
-            f"warmup: expected (sample, timestep, ...) or a dict, got {type(call).__name__}"
+            "warmup: expected (sample, timestep, ...), a dict or one of handle.signatures, got "
+            f"{type(call).__name__}"
         )
     if len(call) == 2 and isinstance(call[0], (tuple, list)) and isinstance(call[1], Mapping):
-        return tuple(call[0]), dict(call[1])
-    return tuple(call), {}
+        return tuple(call[0]), dict(call[1]), None
+    return tuple(call), {}, None
 
 
 def _install(network: nn.Module, settings: Settings) -> Dispatcher:

@@ -30,7 +30,6 @@ from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
 from dcompile import schedule as schedules
 from dcompile.backends import Backend
-from dcompile.call import Signature
 from dcompile.capture import SizeGuard, TensorPattern
 from dcompile.errors import ArtifactError
 from dcompile.program import CompiledGraph, Constant, Convention, Program
@@ -102,31 +101,6 @@ class Artifact:
     structure: dict[str, dict[str, Any]]
     written: tuple[str, ...]
     programs: tuple[SavedProgram, ...]
-
-
-def portable_signature(signature: Signature) -> str | None:
-    """A call signature in a form that is equal in every process; None if it has no such form."""
-    form, *parts = signature
-    try:
-        return json.dumps([treespec_dumps(form.spec), *map(_plain, parts)])
-    except (TypeError, NotImplementedError, KeyError):
-        return None
-
-
-def _plain(part: Any) -> Any:
-    if part is None or isinstance(part, (bool, int, str)):
-        return part
-    if isinstance(part, float):
-        return repr(part)
-    if isinstance(part, (torch.Size, tuple)):
-        return [_plain(item) for item in part]
-    if isinstance(part, torch.device):
-        return part.type
-    if isinstance(part, torch.dtype):
-        return str(part)
-    if isinstance(part, type):
-        return part.__qualname__
-    raise TypeError(f"{part!r} has no portable form")
 
 
 # Writing ------------------------------------------------------------------------------------------

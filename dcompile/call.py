@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 from dcompile.errors import TimestepError
 
@@ -146,3 +153,78 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
     if device != "meta" and torch.is_autocast_enabled(device):
         parts += (device, torch.get_autocast_dtype(device))
     return tuple(parts), conditioning
+
+
+def portable_signature(signature: Signature) -> str | None:
+    """A call signature in a form that is equal in every process; None if it has no such form."""
+    form, *parts = signature
+    try:
+        return json.dumps([treespec_dumps(form.spec), *map(_plain, parts)])
+    except (TypeError, NotImplementedError, KeyError):
+        return None
+
+
+def _plain(part: Any) -> Any:
+    if part is None or isinstance(part, (bool, int, str)):
+        return part
+    if isinstance(part, float):
+        return repr(part)
+    if isinstance(part, (torch.Size, tuple)):
+        return [_plain(item) for item in part]
+    if isinstance(part, torch.device):
+        return part.type
+    if isinstance(part, torch.dtype):
+        return str(part)
+    if isinstance(part, type):
+        return part.__qualname__
+    raise TypeError(f"{part!r} has no portable form")
+
+
+_CONSTANTS: dict[str, Callable[[Any], Any]] = {
+    "NoneType": lambda value: None,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+}
+
+
+def example_of(
+    signature: str, device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any], torch.dtype | None]:
+    """A call with that portable signature: args, kwargs, and autocast's dtype if it was on.
+
+    Tensors are zeros; those that were not on the CPU are on ``device``.
+
+    Raises:
+        ValueError: this is no portable signature.
+    """
+    try:
+        text, *parts = json.loads(signature)
+        spec = treespec_loads(text)
+        leaves: list[Any] = []
+        rest = iter(parts)
+        for _ in range(spec.num_leaves):
+            first = next(rest)
+            if isinstance(first, str):
+                leaves.append(_CONSTANTS[first](next(rest)))
+                continue
+            dtype, place, layout = next(rest), next(rest), next(rest)
+            options: dict[str, Any] = {
+                "dtype": _dtype(dtype),
+                "device": "cpu" if place == "cpu" else device,
+            }
+            if layout is True:
+                leaves.append(torch.zeros(first, **options))
+            else:
+                leaves.append(torch.empty_strided(first, layout, **options).zero_())
+        autocast = list(rest)
+        args, kwargs = tree_unflatten(leaves, spec)
+        return args, kwargs, _dtype(autocast[1]) if autocast else None
+    except (TypeError, KeyError, AttributeError, StopIteration, RuntimeError, ValueError) as error:
+        raise ValueError(f"not a call signature: {signature[:80]!r}") from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dcompile import models
 from dcompile.errors import DcompileError, DepthError, NoSkipConnectionError
 from dcompile.version import __version__
 
@@ -30,8 +31,8 @@ WIDTH_OF_FILES = 110  # columns, where there is no terminal to ask
 BAD_INPUT = 2  # the exit code of a wrong argument, as typer's own
 
 _MODEL_HELP = (
-    "emoji-sd or ddpm (both bundled), a diffusers pipeline's folder, or its id on the Hugging Face "
-    "hub."
+    f"{', '.join(sorted({models.DEFAULT, 'ddpm'}))} (bundled), a diffusers pipeline's folder, or its id "
+    "on the Hugging Face hub."
 )
 
 
@@ -53,10 +54,10 @@ def main(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = "emoji-sd",
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = models.DEFAULT,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What to draw; repeat for several. Default: of emoji-sd, eight things."),
+        typer.Option(help="What to draw; repeat for several. Takes a text-to-image model."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     interval: Annotated[

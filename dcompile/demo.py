@@ -57,7 +57,7 @@ class DemoSettings:
         device: "auto", or any torch device.
     """
 
-    model: str = "emoji-sd"
+    model: str = models.DEFAULT
     prompts: tuple[str, ...] = ()
     steps: int = 50
     intervals: tuple[int, ...] = (3, 5)

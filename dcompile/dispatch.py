@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from dcompile.artifact import Artifact, SavedProgram, portable_signature
+from dcompile.artifact import Artifact, SavedProgram
 from dcompile.backends import Backend
 from dcompile.build import build, renewed
-from dcompile.call import CallForm, CallForms, Signature, signature_of
+from dcompile.call import CallForm, CallForms, Signature, portable_signature, signature_of
 from dcompile.capture import CapturedNetwork, DynamicSizes, capture
 from dcompile.cuda_graphs import RECORDERS, RecordedProgram
 from dcompile.display import Display
@@ -261,6 +261,16 @@ class Dispatcher:
         with torch.no_grad():
             _, boundary = runner.refresh(leaves)
             runner.reuse(leaves, boundary)
+
+    def signatures(self) -> list[str]:
+        """The call signatures that have a program, loaded or compiled; see portable_signature."""
+        compiled = {network for network, _, _ in self._programs}
+        found = [saved.call for _, saved in self._saved]
+        for (_, signature, _), network in self._networks.items():
+            call = portable_signature(signature)
+            if network in compiled and call is not None:
+                found.append(call)
+        return list(dict.fromkeys(found))
 
     def saved(self) -> Artifact:
         """Everything compiled so far for the module and the settings as they are now."""

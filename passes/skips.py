@@ -10,6 +10,17 @@ from torch.fx import Graph, GraphModule, Node
 from passes.base import PreconditionError
 from passes.cost import Cost, node_cost, total_cost
 
+# The same operation under the names that capture leaves in a graph.
+CONCATENATIONS = frozenset(
+    {
+        torch.ops.aten.cat.default,
+        torch.ops.aten.concat.default,
+        torch.ops.aten.concatenate.default,
+        torch.ops.aten.hstack.default,
+        torch.ops.aten.vstack.default,
+    }
+)
+
 
 @dataclass(frozen=True)
 class SkipConnection:
@@ -73,7 +84,7 @@ def find_skip_connections(
     """
     graph = graph_module.graph
     analysis = _Dependencies(graph, _sample_placeholder(graph, sample))
-    cats = reversed(graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default))
+    cats = (node for node in reversed(graph.nodes) if node.target in CONCATENATIONS)
     cuts = [cut for cut in map(analysis.cut, cats) if cut is not None]
     full = total_cost(graph.nodes)
     return [

@@ -366,14 +366,13 @@ def test_bundled_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_defaults_of_models() -> None:
     bundled = models.defaults("emoji-sd")
-    assert bundled == models.defaults("sd")
     assert bundled.guidance == 5.0
     assert len(set(bundled.prompts)) == len(bundled.prompts) == 8
     assert models.defaults("owner/name") == models.Defaults()
     assert len(models.Defaults().prompts) == 1
     assert models.Defaults().guidance is None
     assert set(models.ALIASES.values()) <= set(models.names())
-    assert DemoSettings().model == "emoji-sd"
+    assert DemoSettings().model == models.DEFAULT
 
 
 def test_fidelity() -> None:

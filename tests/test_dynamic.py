@@ -131,6 +131,31 @@ def test_several_signatures_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert captures(network) == 3
 
 
+def test_signatures_warm_up_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = compiled()
+    conditions = (None, torch.ones(2, 4))
+    for condition in conditions:
+        sampled(network, picture(), timesteps(), condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        sampled(network, picture(size=(6, 6)), timesteps())
+    narrow = picture(size=(8, 16))[..., ::2]
+    with torch.no_grad():
+        network(narrow, 3.5, None, 2.0)
+    signatures = dcompile.handle(network).signatures
+    assert len(signatures) == 4
+    other = compiled()
+    dcompile.handle(other).warmup(*signatures)
+    assert dcompile.handle(other).signatures == signatures
+    monkeypatch.setattr(dcompile.dispatch, "capture", None)
+    monkeypatch.setattr(dcompile.dispatch, "build", None)
+    for condition in conditions:
+        sampled(other, picture(), timesteps(), condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        sampled(other, picture(size=(6, 6)), timesteps())
+    with torch.no_grad():
+        assert torch.equal(other(narrow, 3.5, None, 2.0)[0], plain()(narrow, 3.5, None, 2.0)[0])
+
+
 def test_warmup_in_the_middle_of_a_run_changes_nothing() -> None:
     network, ts = compiled(), timesteps()
     x = sampled(network, picture(), ts[:2])
@@ -141,7 +166,9 @@ def test_warmup_in_the_middle_of_a_run_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (5, "expected .sample, timestep, .... or a dict, got int"),
+        (5, "expected .sample, timestep, ...., a dict or one of handle.signatures, got int"),
+        ("[1, 2]", "not a call signature"),
+        ("unet", "not a call signature"),
         ((), "a call with a sample and a timestep"),
         (("noise", 3), "the sample is no tensor"),
         ((picture(),), "a call with a sample and a timestep"),

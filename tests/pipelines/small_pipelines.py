@@ -180,10 +180,9 @@ def run(pipe: Any, seed: int = 0, **more: Any) -> torch.Tensor:
 
 PIPELINES = {
     "sd": stable_diffusion,
-    "emoji-sd": emoji_sd,
     "sdxl": stable_diffusion_xl,
     "img2img": lambda: stable_diffusion(StableDiffusionImg2ImgPipeline),
     "inpaint": lambda: stable_diffusion(StableDiffusionInpaintPipeline),
     "ddpm": lambda: unconditional(DDPMPipeline),
     "ddim": lambda: unconditional(DDIMPipeline),
-}
+} | ({"emoji-sd": emoji_sd} if "emoji-sd" in models.names() else {})

@@ -96,6 +96,17 @@ def test_skip_connections_of_an_exported_graph_outermost_first() -> None:
         assert skip.boundary == (skip.deep,)
 
 
+@pytest.mark.parametrize("name", ["concat", "concatenate", "hstack"])
+def test_a_concatenation_by_another_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = paths(find(UNet()))
+    other = torch.hstack if name == "hstack" else getattr(torch, name)
+    as_cat = (lambda tensors, dim=1: other(tensors)) if name == "hstack" else other
+    monkeypatch.setattr(torch, "cat", as_cat)
+    exported = export(UNet())
+    assert not exported.graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert paths(find_skip_connections(exported.graph_module)) == expected
+
+
 def test_skip_connections_of_an_exported_module_with_its_guards() -> None:
     graph_module = export(UNet()).module()
     assert graph_module.graph.find_nodes(op="call_module", target="_guards_fn")
