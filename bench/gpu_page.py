@@ -207,10 +207,10 @@ LEGEND = (
     "mean over a cycle of N steps. Of the limit: speed-up over the same way uncached (for the "
     "DeepCache package and dcompile eager: over diffusers eager) divided by N / (1 + (N - 1) r). "
     "Reuse over its FLOP share: time of a reuse step over r times the uncached step, 1 is ideal. "
-    "Roofline: FLOPs of a mean step over its time, as a share of the measured matrix rate. Peak memory is what the allocator reserved, weights and CUDA graphs' pools included. Host: "
-    "what a reuse call keeps the CPU for, while the GPU still works on what came before. "
-    "Compiling: seconds of the first call, with empty caches; a dash where kernels or programs of "
-    "another row were used.",
+    "Roofline: FLOPs of a mean step over its time, as a share of the measured matrix rate. Peak "
+    "memory is what the allocator reserved, weights and CUDA graphs' pools included. Host: what a "
+    "reuse call keeps the CPU for, while the GPU still works on what came before. Compiling: "
+    "seconds of the first call, with empty caches; a dash where another row's are used.",
 )
 
 

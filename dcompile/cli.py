@@ -31,8 +31,8 @@ WIDTH_OF_FILES = 110  # columns, where there is no terminal to ask
 BAD_INPUT = 2  # the exit code of a wrong argument, as typer's own
 
 _MODEL_HELP = (
-    f"{', '.join(sorted({models.DEFAULT, 'ddpm'}))} (bundled), a diffusers pipeline's folder, or its id "
-    "on the Hugging Face hub."
+    f"{', '.join(sorted({models.DEFAULT, 'ddpm'}))} (bundled), a diffusers pipeline's folder, or "
+    "its id on the Hugging Face hub."
 )
 
 

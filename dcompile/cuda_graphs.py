@@ -70,11 +70,15 @@ class CudaRecorder:
                     run(reads)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
+            # cuBLAS keeps a workspace for each stream, and somebody may free it (Inductor's CUDA
+            # graph trees do). One that is made while capturing lives in the graph's own pool.
+            torch._C._cuda_clearCublasWorkspaces()
             # Other threads may go on launching and allocating meanwhile.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
             ):
                 outputs = tuple(run(reads))
+            torch._C._cuda_clearCublasWorkspaces()
         return graph, outputs
 
     def replay(self, recording: Any) -> None:
