@@ -230,6 +230,9 @@ class Handle:
         """
         dispatcher = self._dispatcher
         networks = dispatcher.networks()
+        if not args and not kwargs and not networks and dispatcher.signatures():
+            # Loaded programs are code only: the graph is captured again, which is quick.
+            args, kwargs, _ = example_of(dispatcher.signatures()[0], _device_of(self.module))
         if args or kwargs:
             network = dispatcher.network_for(args, kwargs)
         elif networks:

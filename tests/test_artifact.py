@@ -76,6 +76,12 @@ def test_the_run_is_the_one_that_was_saved(saved: Path) -> None:
     assert (stats.refresh_steps, stats.reuse_steps) == (4, 3)
 
 
+def test_explain_works_after_loading(saved: Path) -> None:
+    network = dcompile.cache_compile(plain(), depth=1, backend="eager", verbose=False)
+    expected = dcompile.handle(network).explain(picture(), timesteps()[0], None)
+    assert dcompile.handle(loaded(saved)).explain() == expected
+
+
 def test_other_weights_are_used(saved: Path) -> None:
     network = dcompile.load(plain(seed=7), saved, verbose=False)
     with torch.no_grad():

@@ -20,10 +20,13 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from simulated_graphs import SimulatedRecorder
 from small_pipelines import DDIM, PIPELINES, run, stable_diffusion
 
 import dcompile
+from dcompile.cuda_graphs import RECORDERS
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEPTHS = 6  # two levels of three skip connections
 
 
@@ -89,6 +92,29 @@ SINGLE = [
     DPMSolverSinglestepScheduler,
     UniPCMultistepScheduler,
 ]
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
+)
+@pytest.mark.parametrize("scheduler", [*SINGLE, PNDMScheduler, HeunDiscreteScheduler])
+def test_recorded_graphs_with_samplers_that_keep_earlier_results(
+    pipes: Any, scheduler: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        monkeypatch.setitem(RECORDERS, "cpu", SimulatedRecorder)
+    pipe = pipes[1]
+    pipe.scheduler = scheduler.from_config(DDIM.config)
+    try:
+        pipe.to(device)
+        cached(pipe, interval=3, cuda_graphs=False)
+        expected = run(pipe)
+        cached(pipe, interval=3)
+        found = run(pipe)
+        assert dcompile.handle(pipe)._dispatcher._recorded
+    finally:
+        cached(pipe).to("cpu")
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("branch", range(DEPTHS))
