@@ -281,6 +281,9 @@ class Handle:
                 network = dispatcher.network_for(args, kwargs)
         else:
             current = dispatcher.current_networks()
+            if not current and dispatcher.signatures():  # loaded programs are code only
+                args, kwargs, _ = example_of(dispatcher.signatures()[0], _device_of(self.module))
+                current = [dispatcher.network_for(args, kwargs)]
             if not current:
                 raise NotCompiledError(
                     "nothing is captured of the network as it is now: call it or its pipeline "
@@ -332,7 +335,11 @@ def load(
             first difference. The module is as it was.
         ScheduleError: a bad schedule, or none given where a class of your own was saved.
     """
-    network = _network_of(module)
+    network = _without_torch_compile(
+        getattr(module, _denoiser_name(module)) if _is_pipeline(module) else module
+    )
+    if not isinstance(network, nn.Module):
+        network = _network_of(module)  # raises
     device = _device_of(network)
     source = Path(folder).expanduser().resolve()
     with Display(type(network).__name__, verbose).stage(f"loading {source}"):
@@ -360,8 +367,8 @@ def load(
         verbose=verbose,
         cuda_graphs=artifact.cuda_graphs,
     )
-    _install(network, settings).adopt(artifact)
-    return module
+    _install(_network_of(module), settings).adopt(artifact)
+    return module if _is_pipeline(module) else cast(M, network)
 
 
 def handle(module: Any) -> Handle:

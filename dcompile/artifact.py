@@ -16,6 +16,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import uuid
 import zipfile
@@ -127,10 +128,15 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
     files: dict[str, bytes] = {}
     libraries: dict[str, bytes] = {}
     constants: dict[str, torch.Tensor] = {}
-    programs = [
-        _program_entry(number, saved, backend, files, libraries, constants)
-        for number, saved in enumerate(artifact.programs)
-    ]
+    try:
+        programs = [
+            _program_entry(number, saved, backend, files, libraries, constants)
+            for number, saved in enumerate(artifact.programs)
+        ]
+    except (TypeError, NotImplementedError) as error:
+        raise ArtifactError(
+            f"what the network takes or returns cannot be written to a file: {error}"
+        ) from error
     files["structure.json.zip"] = _zipped(
         {"structure.json": json.dumps(artifact.structure).encode()}
     )
@@ -188,8 +194,11 @@ def _program_entry(
         weights: list[Any] = []
         for weight in half.convention.weights:
             if isinstance(weight, Constant):
-                constants[weight.name] = weight.value.detach().cpu().contiguous()
-                weights.append({"constant": weight.name})
+                value = weight.value.detach().cpu().contiguous()
+                # Captures may give one name to different literals.
+                key = f"{weight.name}#{_digest_of(value)}"
+                constants[key] = value.clone()
+                weights.append({"constant": key})
             else:
                 weights.append(weight)
         halves[label] = {
@@ -220,6 +229,7 @@ def _guard_entry(guard: SizeGuard | None) -> Any:
     return {
         "leaves": leaves,
         "expression": guard.expression,
+        "autocast": guard.autocast,
         "ranges": [list(item) for item in guard.ranges],
     }
 
@@ -228,15 +238,7 @@ def _replace(folder: Path, manifest: dict[str, Any], files: Mapping[str, bytes])
     from filelock import FileLock  # torch's own dependency
 
     folder.mkdir(parents=True, exist_ok=True)
-    strangers = [
-        item.name
-        for item in folder.iterdir()
-        if item.name not in (MANIFEST, _LOCK) and not item.name.startswith(("data-", ".data-"))
-    ]
-    if strangers and not (folder / MANIFEST).is_file():
-        raise ArtifactError(
-            f"{folder} holds other files ({strangers[0]}, ...): give a folder of its own"
-        )
+    _require_own(folder)
     data = f"data-{uuid.uuid4().hex[:16]}"
     draft = folder / f".{data}"
     draft.mkdir()
@@ -247,14 +249,35 @@ def _replace(folder: Path, manifest: dict[str, Any], files: Mapping[str, bytes])
         (draft / MANIFEST).write_bytes(content)
         # Writers take turns for the moment in which one set of files takes the other's place.
         with FileLock(folder / _LOCK):
-            before = _data_folder_of(folder)
             os.replace(draft / MANIFEST, folder / f".{data}.json")
             os.replace(draft, folder / data)
             os.replace(folder / f".{data}.json", folder / MANIFEST)
-            if before is not None:
-                shutil.rmtree(folder / before, ignore_errors=True)
+            for item in folder.iterdir():
+                if _DATA.fullmatch(item.name) and item.name != data:
+                    shutil.rmtree(item, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+_DATA = re.compile(r"data-[0-9a-f]{16}")
+_DRAFT = re.compile(r"\.data-[0-9a-f]{16}(\.json)?")
+
+
+def _require_own(folder: Path) -> None:
+    """The folder holds saved programs, whole or damaged, and nothing else: they will be removed."""
+    for item in folder.iterdir():
+        ours = _DATA.fullmatch(item.name) or _DRAFT.fullmatch(item.name)
+        known = item.name == _LOCK or ours is not None
+        if item.name == MANIFEST:
+            try:
+                content = json.loads(item.read_bytes())
+            except ValueError:
+                content = {"seal": "damaged"}
+            known = isinstance(content, dict) and "seal" in content
+        if not known:
+            raise ArtifactError(
+                f"{folder} holds other files ({item.name}): give a folder of its own"
+            )
 
 
 def _data_folder_of(folder: Path) -> str | None:
@@ -269,6 +292,11 @@ def _sealed(manifest: dict[str, Any]) -> bytes:
     body = json.dumps(manifest, sort_keys=True)
     seal = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({**manifest, "seal": seal}, indent=1, sort_keys=True).encode()
+
+
+def _digest_of(tensor: torch.Tensor) -> str:
+    content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content)[:16]
 
 
 def _digest(content: bytes) -> str:
@@ -316,8 +344,8 @@ def read(
     with _as_damage(folder):
         libraries = _unzipped(files["libraries.zip"])
         constants = read_tensors(files["constants.safetensors"])
-    for name, value in constants.items():
-        constants[name] = _checked_constant(module, name, value, device)
+    for key, value in constants.items():
+        constants[key] = _checked_constant(module, key.rpartition("#")[0], value, device)
     name, options = manifest["backend"]["name"], manifest["backend"]["options"]
     backend = backend_of(name, options)
     assert isinstance(backend, Saveable)
@@ -478,7 +506,10 @@ def _guard_of(entry: Any, device: torch.device) -> SizeGuard | None:
         else:
             leaves.append((leaf, wanted["value"]))
     return SizeGuard(
-        tuple(leaves), entry["expression"], tuple(tuple(item) for item in entry["ranges"])
+        tuple(leaves),
+        entry["expression"],
+        tuple(tuple(item) for item in entry["ranges"]),
+        entry["autocast"],
     )
 
 

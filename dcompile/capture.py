@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from dcompile.errors import CaptureError
 from passes import Canonicalize
 from passes.base import is_mutating
+
+# torch.compiler.is_compiling() is true in all threads while one of them captures.
+capturing_threads: set[int] = set()
 
 _PACKAGES = (Path(torch.__file__).parent, Path(__file__).parent)
 
@@ -135,6 +140,14 @@ class TensorPattern(NamedTuple):
         )
 
 
+def _autocast(tensors: Sequence[torch.Tensor]) -> str | None:
+    """The dtype of autocast where the tensors are, if it is on."""
+    for kind in {tensor.device.type for tensor in tensors} - {"meta"}:
+        if torch.is_autocast_enabled(kind):
+            return str(torch.get_autocast_dtype(kind))
+    return None
+
+
 @dataclass(frozen=True)
 class SizeGuard:
     """The calls that a dynamic capture is right for.
@@ -144,15 +157,17 @@ class SizeGuard:
         expression: further conditions on sizes, as Python over ``L["t0"]``, ``L["t1"]``, ..., the
             tensors among the leaves in order; from torch's ``ShapeEnv``.
         ranges: leaf, dimension, least and greatest size that the user asked for.
+        autocast: its dtype if it was on.
     """
 
     leaves: tuple[tuple[int, Any], ...]
     expression: str | None
     ranges: tuple[tuple[int, int, int, int], ...] = ()
+    autocast: str | None = None
 
     def fits(self, leaves: Sequence[Any]) -> bool:
         """Whether a call with these leaves can run the captured graph."""
-        tensors = []
+        tensors: list[torch.Tensor] = []
         for leaf, wanted in self.leaves:
             given = leaves[leaf]
             if isinstance(wanted, TensorPattern):
@@ -161,6 +176,8 @@ class SizeGuard:
                 tensors.append(given)
             elif type(given) is not type(wanted) or given != wanted:
                 return False
+        if _autocast(tensors) != self.autocast:
+            return False
         if any(not low <= leaves[leaf].shape[d] <= high for leaf, d, low, high in self.ranges):
             return False
         if self.expression is None:
@@ -185,7 +202,8 @@ class CapturedNetwork:
         sample: the placeholder of the noisy sample.
         out_spec: the structure of what the network returns.
         in_spec: the structure of the call.
-        guard: for a dynamic capture, whether other tensors fit what the code took for granted.
+        guard: for a dynamic capture, the calls it is right for.
+        renewed_guard: the same, as it is known now.
     """
 
     graph_module: GraphModule
@@ -197,6 +215,12 @@ class CapturedNetwork:
     out_spec: TreeSpec
     in_spec: TreeSpec
     guard: SizeGuard | None = None
+    renewed_guard: Callable[[], SizeGuard] | None = None
+
+    def tighten(self) -> None:
+        """Take in what a compiler has taken for granted about sizes since the capture."""
+        if self.renewed_guard is not None:
+            object.__setattr__(self, "guard", self.renewed_guard())
 
     def accepts(self, spec: TreeSpec, leaves: Sequence[Any]) -> bool:
         """Whether this graph, captured with ``dynamic``, is right for another call."""
@@ -208,6 +232,11 @@ class _Network(nn.Module):
 
     def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
+        if getattr(forward, "__self__", None) is network:
+            # torch.export follows calls of the modules it is given, in whatever thread. Others
+            # may call the network meanwhile; this one is called here only.
+            network = _twin_of(network)
+            forward = types.MethodType(forward.__func__, network)  # type: ignore[attr-defined]
         self.network = network
         self.training = network.training  # not .train(): that would reach into the network
         self.__dict__["_call"] = forward
@@ -215,6 +244,16 @@ class _Network(nn.Module):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Two named parameters: torch.export mixes up dynamic sizes of *args, **kwargs.
         return self.__dict__["_call"](*args, **kwargs)
+
+
+def _twin_of(module: nn.Module) -> nn.Module:
+    """Another object with the same submodules, parameters and attributes."""
+    twin = object.__new__(type(module))
+    twin.__dict__ = {
+        name: dict(value) if name in ("_modules", "_parameters", "_buffers") else value
+        for name, value in module.__dict__.items()
+    }
+    return twin
 
 
 _PREFIX = "network."
@@ -247,6 +286,7 @@ def capture(
         if dynamic
         else [None]
     )
+    capturing_threads.add(threading.get_ident())
     try:
         with torch.inference_mode(False), torch.no_grad():
             exported = _exported(network, (args, kwargs), hints)
@@ -254,6 +294,8 @@ def capture(
                 exported = exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(_capture_message(module, error)) from error
+    finally:
+        capturing_threads.discard(threading.get_ident())
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
     return _from_exported(exported, spec, sample_leaf, ranges)
 
@@ -262,10 +304,24 @@ def _exported(network: nn.Module, call: tuple[Any, ...], hints: list[Any]) -> Ex
     """Export with the first of ``hints`` about dynamic sizes, or with the next if it fails."""
     for shapes in hints[:-1]:
         try:
-            return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
+            return _export(network, call, shapes)
         except ValueError:
             continue
-    return torch.export.export(network, call, dynamic_shapes=hints[-1], strict=False)
+    return _export(network, call, hints[-1])
+
+
+def _export(network: nn.Module, call: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    """Export; once more if another thread called the network meanwhile.
+
+    torch.export follows calls of modules in all threads, and loses its way. The others have come
+    to wait for this capture by then.
+    """
+    try:
+        return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
+    except (AssertionError, KeyError):
+        if threading.active_count() == 1:
+            raise
+    return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
 
 
 def _is_functional(graph_module: GraphModule) -> bool:
@@ -310,7 +366,7 @@ def _from_exported(
             )
     sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
     _strip_prefix(exported.graph_module)
-    guard = None if ranges is None else _size_guard(exported, inputs, ranges)
+    guard = _size_guard(exported, inputs, ranges) if ranges is not None else None
     graph_module = Canonicalize()(exported.graph_module).graph_module
     return CapturedNetwork(
         graph_module=graph_module,
@@ -321,7 +377,8 @@ def _from_exported(
         sample=sample,
         out_spec=exported.call_spec.out_spec,
         in_spec=in_spec,
-        guard=guard,
+        guard=guard() if guard is not None else None,
+        renewed_guard=guard,
     )
 
 
@@ -339,8 +396,11 @@ def _size_guard(
     exported: ExportedProgram,
     inputs: dict[str, int],
     ranges: tuple[tuple[int, int, int, int], ...],
-) -> SizeGuard | None:
-    """What the code took for granted about sizes; None if nothing can vary."""
+) -> Callable[[], SizeGuard] | None:
+    """What the code takes for granted about sizes, as far as it is known when asked.
+
+    None if nothing can vary. Holds on to shapes only: the program has the example call in it.
+    """
     examples: dict[int, Any] = {}
     for node in exported.graph.find_nodes(op="placeholder"):
         if str(node.target) in inputs:
@@ -351,14 +411,17 @@ def _size_guard(
     ]
     if not symbols:
         return None
-    return SizeGuard(
-        tuple(
+    shape_env = cast(Any, symbols[0]).node.shape_env
+    autocast = _autocast(tensors)
+
+    def guard() -> SizeGuard:
+        leaves = tuple(
             (leaf, TensorPattern.of(value) if isinstance(value, torch.Tensor) else value)
             for leaf, value in examples.items()
-        ),
-        cast(Any, symbols[0]).node.shape_env.produce_guards_expression(tensors),
-        ranges,
-    )
+        )
+        return SizeGuard(leaves, shape_env.produce_guards_expression(tensors), ranges, autocast)
+
+    return guard
 
 
 def _capture_message(module: nn.Module, error: Exception) -> str:

@@ -195,7 +195,8 @@ class RecordedProgram:
         self._copy_out()
         for static, own in zip(self._boundary, held.tensors, strict=True):
             if isinstance(static, torch.Tensor):
-                static.copy_(own)
+                expanded = _expanded(static)
+                _narrowed(static, expanded).copy_(_narrowed(own, expanded))
                 if self._stream is not None:
                     own.record_stream(self._stream)
         held.tensors = self._boundary
@@ -234,7 +235,7 @@ class RecordedProgram:
                     f"a tensor argument is on {leaf.device}, the sample on {self._device}, and a "
                     "recording reads from one device"
                 )
-            expanded = tuple(d for d, stride in enumerate(leaf.stride()) if stride == 0)
+            expanded = _expanded(leaf)
             part = _narrowed(leaf, expanded)
             buffer = torch.empty_strided(
                 part.size(), part.stride(), dtype=leaf.dtype, device=leaf.device
@@ -273,6 +274,11 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
+def _expanded(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions along which all elements are one."""
+    return tuple(d for d, stride in enumerate(tensor.stride()) if stride == 0)
+
+
 def _narrowed(tensor: torch.Tensor, expanded: tuple[int, ...]) -> torch.Tensor:
     """The elements of an expanded tensor, each once."""
     for dimension in expanded:
@@ -280,8 +286,12 @@ def _narrowed(tensor: torch.Tensor, expanded: tuple[int, ...]) -> torch.Tensor:
     return tensor
 
 
-def _addresses(bound: BoundProgram) -> tuple[int, ...]:
-    return tuple(weight.data_ptr() for weight in (*bound.full.weights, *bound.shallow.weights))
+def _addresses(bound: BoundProgram) -> tuple[Any, ...]:
+    """Where the weights are, and how they lie there."""
+    return tuple(
+        (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+        for weight in (*bound.full.weights, *bound.shallow.weights)
+    )
 
 
 __all__ = ["RECORDERS", "CudaRecorder", "HeldBoundary", "RecordedProgram", "Recorder"]

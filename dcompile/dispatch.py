@@ -19,7 +19,7 @@ from dcompile.artifact import Artifact, SavedProgram
 from dcompile.backends import Backend
 from dcompile.build import build, renewed
 from dcompile.call import CallForm, CallForms, Signature, portable_signature, signature_of
-from dcompile.capture import CapturedNetwork, DynamicSizes, capture
+from dcompile.capture import CapturedNetwork, DynamicSizes, capture, capturing_threads
 from dcompile.cuda_graphs import RECORDERS, RecordedProgram
 from dcompile.display import Display
 from dcompile.errors import ArtifactError, CaptureError, DcompileError, NotCompiledError
@@ -69,6 +69,11 @@ class Stats:
     captures: int
     compile_seconds: float
     cache_bytes: int
+
+
+def _in_this_thread() -> bool:
+    """Whether it is this thread that torch compiles or exports in, as far as can be told."""
+    return not capturing_threads or threading.get_ident() in capturing_threads
 
 
 class Dispatcher:
@@ -135,7 +140,7 @@ class Dispatcher:
         self._compile_seconds = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.enabled or torch.compiler.is_compiling():
+        if not self.enabled or (torch.compiler.is_compiling() and _in_this_thread()):
             return self.original(*args, **kwargs)
         leaves, form = self._forms.flatten(args, kwargs)
         if form is None:
@@ -257,23 +262,32 @@ class Dispatcher:
         if reason is not None:
             raise CaptureError(f"warmup: {reason}, so such a call runs uncached")
         signature = self._settled(leaves, form)[0]
-        runner = self._bind(Generation(None), signature, leaves, form)
+        enabled = self.enabled
+        try:
+            runner = self._bind(Generation(None), signature, leaves, form)
+        finally:
+            self.enabled = enabled  # what is tried ahead of traffic does not end it
         with torch.no_grad():
             _, boundary = runner.refresh(leaves)
             runner.reuse(leaves, boundary)
 
     def signatures(self) -> list[str]:
         """The call signatures that have a program, loaded or compiled; see portable_signature."""
-        compiled = {network for network, _, _ in self._programs}
-        found = [saved.call for _, saved in self._saved]
-        for (_, signature, _), network in self._networks.items():
-            call = portable_signature(signature)
-            if network in compiled and call is not None:
-                found.append(call)
-        return list(dict.fromkeys(found))
+        with self._building:
+            compiled = {network for network, _, _ in self._programs}
+            found = [saved.call for _, saved in self._saved]
+            for (_, signature, _), network in self._networks.items():
+                call = portable_signature(signature)
+                if network in compiled and call is not None:
+                    found.append(call)
+            return list(dict.fromkeys(found))
 
     def saved(self) -> Artifact:
         """Everything compiled so far for the module and the settings as they are now."""
+        with self._building:
+            return self._saved_now()
+
+    def _saved_now(self) -> Artifact:
         settings = self.settings
         structure = structure_of(self.module, self._written)
         number = next((i for i, s in enumerate(self._structures) if s == structure), -1)
@@ -450,6 +464,7 @@ class Dispatcher:
             program = build(
                 network, self.settings.depth, self.settings.backend, self.module, leaves, display
             )
+            network.tighten()
         self._programs[key] = program
         return program
 

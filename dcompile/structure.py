@@ -9,6 +9,7 @@ compared by name, shape, dtype and device only: their values are inputs of the g
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import types
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from torch import nn
 # nn.Module's own bookkeeping is compared through what it holds, not as attributes.
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 # Around the whole network, where dcompile and accelerate's hooks take turns; capture goes beneath.
-_ROOT_WRAPPERS = frozenset({"forward", "_old_forward", "_hf_hook"})
+_ROOT_WRAPPERS = frozenset({"forward", "_old_forward", "_hf_hook", "_is_torch_compile"})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _MAX_DEPTH = 4
 
@@ -89,7 +90,15 @@ def _portable(value: Any) -> Any:
         return [_portable(item) for item in value]
     if isinstance(value, frozenset):
         return sorted(map(str, value))
-    return _name_of(value) if isinstance(value, type) else repr(value)
+    return _class_of(value) if isinstance(value, type) else repr(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_of(kind: type) -> str:
+    """Name and code: a class of the same name may do something else elsewhere."""
+    methods = [getattr(kind, name, None) for name in ("forward", "__call__")]
+    codes = [_code_of(m.__code__) for m in methods if isinstance(m, types.FunctionType)]
+    return " ".join([_name_of(kind), *codes])
 
 
 def _name_of(thing: Any) -> str:
@@ -130,7 +139,8 @@ def _describe_module(
             if tensor is not None:
                 # A tied weight goes by its first name, in the graph too.
                 tied_to = first_names.setdefault(id(tensor), f"{path}.{name}")
-                entry[name] = (tuple(tensor.shape), tensor.dtype, tensor.device, tied_to)
+                shape, layout = tuple(tensor.shape), tensor.stride()
+                entry[name] = (shape, tensor.dtype, tensor.device, tied_to, layout)
     for name, value in module.__dict__.items():
         if name in _BOOKKEEPING or (ignored and f"{path}:{name}" in ignored):
             continue
@@ -139,7 +149,12 @@ def _describe_module(
     for table_name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = module.__dict__[table_name]
         if hooks:
-            entry[table_name] = tuple(_Identity((id(h),), _name_of(h)) for h in hooks.values())
+            entry[table_name] = tuple(
+                _Identity((id(hook),), _name_of(hook)) for hook in hooks.values()
+            )
+            inside = f"inside {table_name}"
+            if f"{path}:{inside}" not in ignored:
+                entry[inside] = tuple(_describe(hook, _MAX_DEPTH) for hook in hooks.values())
     return entry
 
 
@@ -150,7 +165,9 @@ def _describe(value: Any, depth: int) -> Any:
     if isinstance(value, torch.Tensor):  # a constant of the graph: its values matter
         version = 0 if value.is_inference() else value._version
         return _Identity((id(value), version), ("tensor", tuple(value.shape), value.dtype))
-    if isinstance(value, nn.Module) or depth == 0:
+    if isinstance(value, nn.Module):  # its weights are constants of the graph
+        return _Identity((id(value),), ("module", kind))
+    if depth == 0:
         return kind
     if isinstance(value, Mapping):
         return kind, _Items((_describe(k, 0), _describe(v, depth - 1)) for k, v in value.items())
@@ -161,15 +178,45 @@ def _describe(value: Any, depth: int) -> Any:
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         inside = _describe([cells, value.__defaults__, value.__kwdefaults__], depth - 1)
-        return value.__module__, value.__qualname__, inside
+        return value.__module__, value.__qualname__, _code_of(value.__code__), inside
     if isinstance(value, functools.partial):
         return kind, _describe([value.func, value.args, value.keywords], depth - 1)
-    if isinstance(value, (types.MethodType, type)):
+    if isinstance(value, types.MethodType):
+        owner = value.__self__
+        inside = type(owner) if isinstance(owner, nn.Module) else _describe(owner, depth - 1)
+        return kind, _describe(value.__func__, depth - 1), inside
+    if isinstance(value, (type, types.BuiltinFunctionType)):
         return getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
-    state = getattr(value, "__dict__", None)
-    if not state:
-        return kind
-    return kind, tuple((name, _describe(item, depth - 1)) for name, item in state.items())
+    if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # NumPy's
+        return (
+            kind,
+            str(value.dtype),
+            getattr(value, "shape", ()),
+            hashlib.sha256(value.tobytes()).hexdigest()[:16],
+        )
+    state = dict(getattr(value, "__dict__", {}))
+    for base in kind.__mro__:
+        for name in _names(getattr(base, "__slots__", ())):
+            if hasattr(value, name):
+                state[name] = getattr(value, name)
+    if state:
+        return kind, tuple((name, _describe(item, depth - 1)) for name, item in state.items())
+    if getattr(kind, "__repr__", None) is not object.__repr__:
+        return kind, repr(value)
+    return kind
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _code_of(code: types.CodeType) -> str:
+    """Differs when the code does; the same in every process."""
+    constants = [_code_of(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    content = repr((code.co_code, constants, code.co_names))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -19,6 +19,7 @@ class Recording:
     reads: list[Any]
     lifetimes: list[weakref.ref[Any]]
     outputs: tuple[Any, ...]
+    given: set[int]
 
 
 class SimulatedRecorder:
@@ -36,11 +37,12 @@ class SimulatedRecorder:
     def capture(self, run: Runs, reads: Sequence[Any]) -> tuple[Recording, tuple[Any, ...]]:
         tensors = [x for x in reads if isinstance(x, torch.Tensor)]
         fixed = [_at_this_address(x) if isinstance(x, torch.Tensor) else x for x in reads]
-        outputs = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in run([*fixed]))
+        given = {x.untyped_storage().data_ptr() for x in fixed if isinstance(x, torch.Tensor)}
+        outputs = tuple(run([*fixed]))
         lifetimes = [weakref.ref(x.untyped_storage()) for x in tensors]
-        recording = Recording(run, fixed, lifetimes, outputs)
+        recording = Recording(run, fixed, lifetimes, outputs, given)
         self.recordings.append(recording)
-        _spoil(outputs)  # recording launches nothing
+        _spoil(recording)  # recording launches nothing
         return recording, outputs
 
     def replay(self, recording: Recording) -> None:
@@ -48,9 +50,9 @@ class SimulatedRecorder:
             raise AssertionError("a recording reads an address that was freed")
         for output, value in zip(recording.outputs, recording.run(recording.reads), strict=True):
             if isinstance(output, torch.Tensor):
-                output.copy_(value)
+                _once(output).copy_(_once(value))
         for later in self.recordings[self.recordings.index(recording) + 1 :]:
-            _spoil(later.outputs)
+            _spoil(later)
 
 
 def _at_this_address(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,15 @@ def _at_this_address(tensor: torch.Tensor) -> torch.Tensor:
     return window.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
-def _spoil(outputs: Sequence[Any]) -> None:
-    for x in outputs:
-        if isinstance(x, torch.Tensor):
-            x.fill_(float("nan") if x.is_floating_point() else -1)
+def _once(tensor: torch.Tensor) -> torch.Tensor:
+    """An expanded tensor's elements, each once."""
+    for dimension, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
+
+
+def _spoil(recording: Recording) -> None:
+    for x in recording.outputs:
+        if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in recording.given:
+            _once(x).fill_(float("nan") if x.is_floating_point() else -1)

@@ -310,9 +310,62 @@ def test_an_unwritable_place(tmp_path: Path) -> None:
         dcompile.handle(network).save(tmp_path / "file")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"holds other files \(letter.txt"):
+    with pytest.raises(ArtifactError, match=r"holds other files \(letter\.txt"):
         dcompile.handle(network).save(tmp_path / "full")
     assert [item.name for item in (tmp_path / "full").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("manifest", ['{"data": "train"}', '{"data": "../else"}', '{"data": ""}'])
+def test_somebody_elses_manifest_is_left_alone(tmp_path: Path, manifest: str) -> None:
+    network = dcompile.cache_compile(plain(), backend="eager", verbose=False)
+    sampled(network, picture(), timesteps())
+    for name in ("mine/train", "else"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "precious").write_text("data")
+    (tmp_path / "mine/manifest.json").write_text(manifest)
+    with pytest.raises(ArtifactError, match="holds other files"):
+        dcompile.handle(network).save(tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine/train")
+    with pytest.raises(ArtifactError, match=r"holds other files \(manifest\.json"):
+        dcompile.handle(network).save(tmp_path / "mine")
+    assert (tmp_path / "else/precious").read_text() == "data"
+
+
+def test_a_damaged_folder_can_be_saved_to_again(folder: Path) -> None:
+    network = loaded(folder)
+    (folder / "manifest.json").write_bytes(b"{")
+    dcompile.handle(network).save(folder)
+    loaded(folder)
+
+
+class WithLiteral(Plain):
+    def forward(self, sample: Any, timestep: Any) -> Any:  # type: ignore[override]
+        return super().forward(sample + torch.tensor([float(sample.shape[-1])]), timestep)
+
+
+def test_literals_of_several_captures_are_kept_apart(tmp_path: Path) -> None:
+    network = dcompile.cache_compile(WithLiteral().eval(), backend="eager", verbose=False)
+    state = network.state_dict()
+    expected = {}
+    with torch.no_grad():
+        for size in (6, 8):
+            expected[size] = network(picture(size=(size, size)), timesteps()[0])[0]
+    folder = dcompile.handle(network).save(tmp_path / "a")
+    again = WithLiteral().eval()
+    again.load_state_dict(state)
+    dcompile.load(again, folder, verbose=False)
+    with torch.no_grad():
+        for size, result in expected.items():
+            assert torch.equal(again(picture(size=(size, size)), timesteps()[0])[0], result)
+    assert dcompile.handle(again).stats.captures == 0
+
+
+def test_loading_into_a_compiled_module(saved: Path) -> None:
+    network = plain()
+    wrapped = torch.compile(network, backend="eager")
+    assert dcompile.load(wrapped, saved, verbose=False) is network
+    sampled(network, picture(), timesteps())
+    assert dcompile.handle(network).stats.captures == 0
 
 
 @pytest.mark.parametrize("at", range(1, 6))

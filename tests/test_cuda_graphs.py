@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import plain as plain_module
 import pytest
 import torch
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
@@ -142,6 +143,47 @@ def test_inputs_keep_their_layout(shape: str) -> None:
     for i, buffer in only_recording(network)._static.items():
         assert i != 1 or shape != "expanded timestep" or buffer.stride() == (0,)
         assert i != 0 or buffer.stride() == seen[0] or shape != "every second row"
+
+
+class Pooling(Plain):
+    """The boundary is an expanded tensor: each element of it stands for many."""
+
+    def forward(self, sample: Any, timestep: Any) -> Any:  # type: ignore[override]
+        outer = self.enter(sample) + self.time(timestep.to(sample).reshape(-1, 1))[:, :, None, None]
+        deep = self.deep(self.down(outer)).mean((2, 3), keepdim=True).expand_as(outer)
+        return (self.leave(torch.cat([deep, outer], 1)),)
+
+
+def test_a_boundary_that_is_expanded() -> None:
+    runs = {}
+    for name, settings in (("recorded", {}), ("not", {"cuda_graphs": False})):
+        torch.manual_seed(0)
+        module = Pooling().eval().to(plain_module.DEVICE)
+        network = dcompile.cache_compile(module, backend="eager", verbose=False, **settings)
+        one = steps_of(Without(network), picture(1), timesteps())
+        two = steps_of(Without(network), picture(2), timesteps())
+        runs[name] = [last for pair in zip(one, two, strict=True) for last in pair]
+    assert all(map(torch.equal, runs["recorded"], runs["not"]))
+
+
+class Without:
+    """Leaves the condition out of a call."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def __call__(self, x: Any, t: Any, condition: Any) -> Any:
+        return self.network(x, t)
+
+
+def test_a_weight_at_its_address_in_another_layout_is_recorded_anew() -> None:
+    network, expected = compiled(), plain()
+    sampled(network, picture(), timesteps())
+    for each in (network, expected):
+        each.down.weight.data = each.down.weight.data.transpose(0, 1)
+    dcompile.cache_compile(expected, backend="eager", verbose=False, cuda_graphs=False)
+    result = sampled(network, picture(), timesteps())
+    assert torch.equal(result, sampled(expected, picture(), timesteps()))
 
 
 @pytest.mark.parametrize("order", [(True, False), (False, True)])
