@@ -281,7 +281,7 @@ class Handle:
                 network = dispatcher.network_for(args, kwargs)
         else:
             current = dispatcher.current_networks()
-            if not current and dispatcher.signatures():  # loaded programs are code only
+            if not dispatcher.networks() and dispatcher.signatures():  # loaded: code only
                 args, kwargs, _ = example_of(dispatcher.signatures()[0], _device_of(self.module))
                 current = [dispatcher.network_for(args, kwargs)]
             if not current:

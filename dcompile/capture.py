@@ -256,6 +256,13 @@ def _twin_of(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _take_over_writes(module: nn.Module, twin: Any) -> None:
+    """What the network's forward wrote to itself, such as a counter, it wrote to the twin."""
+    for name, value in twin.__dict__.items():
+        if name not in ("_modules", "_parameters", "_buffers"):
+            module.__dict__[name] = value
+
+
 _PREFIX = "network."
 
 
@@ -296,6 +303,7 @@ def capture(
         raise CaptureError(_capture_message(module, error)) from error
     finally:
         capturing_threads.discard(threading.get_ident())
+        _take_over_writes(module, network.network)
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
     return _from_exported(exported, spec, sample_leaf, ranges)
 
