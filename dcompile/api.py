@@ -171,7 +171,7 @@ class Handle:
     def warmup(self, *calls: str | Mapping[str, Any] | Sequence[Any]) -> None:
         """Compile ahead of traffic: capture, compile and run both graphs once for each call.
 
-        Nothing that is being generated notices. The kernels of a graph are compiled in parallel
+        Before traffic, not during it: see README. The kernels of a graph are compiled in parallel
         processes, as many as ``TORCHINDUCTOR_COMPILE_THREADS`` says.
 
         Args:

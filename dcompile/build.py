@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from dcompile.backends import Backend, Refittable
+from dcompile.backends.sizes import TOLD
 from dcompile.capture import CapturedNetwork
 from dcompile.display import Display
 from dcompile.errors import BackendError, DepthError, NoSkipConnectionError
@@ -165,7 +166,7 @@ def _tell_sizes(graph_module: GraphModule, network: CapturedNetwork) -> None:
         leaf = network.inputs.get(str(node.target))
         told = {axis: (low, high) for where, axis, low, high in ranges if where == leaf}
         if told:
-            node.meta["told_sizes"] = told  # see Backend.compile
+            node.meta[TOLD] = told  # see Backend.compile
 
 
 def with_weights(
