@@ -66,12 +66,20 @@ def test_dispatch_of_a_reuse_step(benchmark: Any) -> None:
     assert dispatcher.stats().reuse_steps == 1000
 
 
+def standard_leaves(network: Any, call: dict[str, Any]) -> list[Any]:
+    """A call's leaves in the order of what is captured of it."""
+    forms = CallForms(network.forward)
+    leaves, form = forms.flatten((), call)
+    assert form is not None
+    return forms.standard(form, leaves).leaves
+
+
 @pytest.mark.benchmark(group="overhead")
 def test_capture_and_passes(benchmark: Any, subject: shapes.Subject) -> None:
     """torch.export alone, and capture plus passes, in turns."""
     network, call = subject
     t = torch.tensor(100)
-    leaves, _ = CallForms(network.forward).flatten((), {"timestep": t, **call})
+    leaves = standard_leaves(network, {"timestep": t, **call})
     alone: list[float] = []
     ours: list[float] = []
 
@@ -103,8 +111,7 @@ def test_capture_and_passes(benchmark: Any, subject: shapes.Subject) -> None:
 def test_compiling_both_graphs(benchmark: Any, tmp_path: Any) -> None:
     """Seconds Inductor takes for the full graph and for the shallow one, in one process."""
     network, call = shapes.sd15(small=True)
-    leaves, form = CallForms(network.forward).flatten((), {"timestep": torch.tensor(100), **call})
-    assert form is not None
+    leaves = standard_leaves(network, {"timestep": torch.tensor(100), **call})
     dcompile.cache_compile(network, backend="eager", verbose=False)
     captured = dcompile.handle(network)._dispatcher.network_for(
         (), {"timestep": torch.tensor(100), **call}

@@ -61,20 +61,20 @@ class SavedProgram:
     """A program and the calls it serves.
 
     Attributes:
-        call: the call signature it was compiled for, as ``portable_signature`` writes it.
+        calls: the call signatures it was used for, as ``portable_signature`` writes them.
         in_spec: the structure of such a call.
         guard: if sizes may vary, the calls it serves besides.
         program: full and shallow graph.
     """
 
-    call: str
+    calls: tuple[str, ...]
     in_spec: TreeSpec
     guard: SizeGuard | None
     program: Program
 
     def serves(self, call: str | None, spec: TreeSpec, leaves: Sequence[Any]) -> bool:
         """Whether a call can run it."""
-        if call == self.call:
+        if call in self.calls:
             return True
         return self.guard is not None and spec == self.in_spec and self.guard.fits(leaves)
 
@@ -90,7 +90,7 @@ class Artifact:
         schedule: None if it was a user's own class.
         structure: the module's, from ``structure.portable``.
         written: attributes that the network's own forward writes; see ``structure_of``.
-        programs: one for each call signature.
+        programs: each with the call signatures it serves.
     """
 
     network: str
@@ -208,7 +208,7 @@ def _program_entry(
             "inputs": list(half.convention.inputs),
         }
     return {
-        "call": saved.call,
+        "calls": list(saved.calls),
         "in_spec": treespec_dumps(saved.in_spec),
         "out_spec": treespec_dumps(saved.program.out_spec),
         "guard": _guard_entry(saved.guard),
@@ -352,7 +352,7 @@ def read(
     with _as_damage(folder):
         programs = tuple(
             SavedProgram(
-                call=entry["call"],
+                calls=tuple(entry["calls"]),
                 in_spec=treespec_loads(entry["in_spec"]),
                 guard=_guard_of(entry["guard"], device),
                 program=Program(

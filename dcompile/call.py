@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,6 +36,20 @@ class CallForm:
     timestep: int
 
 
+class StandardCall(NamedTuple):
+    """A call in the plainest of the ways to write it: what is captured and compiled.
+
+    Attributes:
+        form: its form; the same object for all calls written alike.
+        leaves: its leaves.
+        order: where each of them is among the given call's leaves.
+    """
+
+    form: CallForm
+    leaves: list[Any]
+    order: tuple[int, ...]
+
+
 class CallForms:
     """Finds sample and timestep in the calls of one forward function.
 
@@ -44,7 +58,10 @@ class CallForms:
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
-        names = list(inspect.signature(forward).parameters)
+        self._parameters = inspect.signature(forward)
+        # What a decorator makes of an argument may depend on how it is given.
+        self._decorated = hasattr(forward, "__wrapped__")
+        names = list(self._parameters.parameters)
         timed = [name for name in names[1:] if "time" in name.lower()]
         if len(names) < 2:
             raise TimestepError(
@@ -78,6 +95,44 @@ class CallForms:
             form = self._known[key] = self._analyse(spec, args, kwargs)
             return leaves, form
 
+    def standard(self, form: CallForm, leaves: Sequence[Any]) -> StandardCall:
+        """The same call with arguments by keyword, in order, and none that has its default value.
+
+        So programs do not depend on how a pipeline happens to write its calls. For every new
+        signature, not for every call.
+        """
+        given = StandardCall(form, list(leaves), tuple(range(len(leaves))))
+        args, kwargs = tree_unflatten(list(leaves), form.spec)
+        places, named_places = tree_unflatten(list(given.order), form.spec)
+        parameters = self._parameters.parameters
+        positional: tuple[Any, ...] = (args, places)
+        if not self._decorated:
+            taken = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            if len(args) > len(taken) or next(iter(parameters.values())) is not taken[0]:
+                return given
+            names = [p.name for p in taken[: len(args)]]
+            if not kwargs.keys().isdisjoint(names):
+                return given  # which the network will refuse
+            kwargs = dict(zip(names, args, strict=True)) | kwargs
+            named_places = dict(zip(names, places, strict=True)) | named_places
+            positional = ((), ())
+        if not kwargs.keys() <= parameters.keys():
+            return given
+        kept = [
+            name
+            for name in parameters
+            if name in kwargs
+            and (
+                name in (self._sample, self._timestep)
+                or not _is_default(parameters[name], kwargs[name])
+            )
+        ]
+        leaves, standard = self.flatten(positional[0], {name: kwargs[name] for name in kept})
+        order, _ = tree_flatten((positional[1], {name: named_places[name] for name in kept}))
+        if standard is None or len(order) != len(leaves):
+            return given
+        return StandardCall(standard, leaves, tuple(order))
+
     def _analyse(
         self, spec: TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> CallForm | None:
@@ -88,6 +143,12 @@ class CallForms:
         return CallForm(spec, sample, timestep)
 
 
+def _is_default(parameter: inspect.Parameter, value: Any) -> bool:
+    default = parameter.default
+    return type(value) is type(default) and type(value) in _CONSTANT_TYPES and value == default
+
+
+_CONSTANT_TYPES = (type(None), bool, int, float, str)
 _LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter})
 
 

@@ -114,6 +114,14 @@ class DynamicSizes:
 _EXAMPLE_SIZES = '{"batch": (2, 8), "height": (64, 128), "width": (64, 128)}'
 
 
+def _known_size(size: int | torch.SymInt) -> int | None:
+    """None if it may vary. A symbol may have been tied to a number since it was made."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else None
+
+
 class TensorPattern(NamedTuple):
     """What a dynamic capture wants of a tensor; a size of None may vary."""
 
@@ -124,7 +132,7 @@ class TensorPattern(NamedTuple):
 
     @staticmethod
     def of(tensor: torch.Tensor) -> TensorPattern:
-        shape = tuple(size if isinstance(size, int) else None for size in tensor.shape)
+        shape = tuple(map(_known_size, tensor.shape))
         return TensorPattern(shape, tensor.dtype, tensor.device, tensor.is_contiguous())
 
     def fits(self, given: Any) -> bool:
@@ -256,10 +264,16 @@ def _twin_of(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _take_over_writes(module: nn.Module, twin: Any) -> None:
-    """What the network's forward wrote to itself, such as a counter, it wrote to the twin."""
+def _take_over_writes(module: nn.Module, twin: Any, before: Mapping[str, Any]) -> None:
+    """What the network's forward wrote to itself, such as a counter, it wrote to the twin.
+
+    Args:
+        before: the module's attributes before that.
+    """
     for name, value in twin.__dict__.items():
-        if name not in ("_modules", "_parameters", "_buffers"):
+        if name not in ("_modules", "_parameters", "_buffers") and (
+            name not in before or value is not before[name]
+        ):
             module.__dict__[name] = value
 
 
@@ -285,6 +299,7 @@ def capture(
         CaptureError: ``torch.export`` cannot follow the code; names the line.
     """
     args, kwargs = tree_unflatten(list(leaves), spec)
+    before = dict(module.__dict__)
     network = _Network(module, forward)
     # Ranges let backends tune for them. Code that treats a size within the range specially makes
     # torch.export refuse the range; then it finds the widest one by itself.
@@ -303,7 +318,7 @@ def capture(
         raise CaptureError(_capture_message(module, error)) from error
     finally:
         capturing_threads.discard(threading.get_ident())
-        _take_over_writes(module, network.network)
+        _take_over_writes(module, network.network, before)
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
     return _from_exported(exported, spec, sample_leaf, ranges)
 

@@ -7,7 +7,7 @@ import threading
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,15 +18,35 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from dcompile.artifact import Artifact, SavedProgram
 from dcompile.backends import Backend
 from dcompile.build import build, renewed
-from dcompile.call import CallForm, CallForms, Signature, portable_signature, signature_of
+from dcompile.call import (
+    CallForm,
+    CallForms,
+    Signature,
+    StandardCall,
+    portable_signature,
+    signature_of,
+)
 from dcompile.capture import CapturedNetwork, DynamicSizes, capture, capturing_threads
 from dcompile.cuda_graphs import RECORDERS, RecordedProgram
 from dcompile.display import Display
-from dcompile.errors import ArtifactError, CaptureError, DcompileError, NotCompiledError
-from dcompile.program import BoundProgram, Program, weights_of
+from dcompile.errors import (
+    ArtifactError,
+    BackendError,
+    CaptureError,
+    DcompileError,
+    NotCompiledError,
+)
+from dcompile.program import BoundProgram, Constant, Program, weights_of
 from dcompile.schedule import Schedule
 from dcompile.steps import Generation, Lane, StepTracker
-from dcompile.structure import Structure, changed_by_running, difference, portable, structure_of
+from dcompile.structure import (
+    Structure,
+    changed_by_running,
+    difference,
+    portable,
+    structure_of,
+    tensors_in_containers,
+)
 
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
 MAX_RECORDED = 16
@@ -98,6 +118,7 @@ class Dispatcher:
         "_programs",
         "_recorded",
         "_saved",
+        "_sizes_fixed",
         "_structures",
         "_tracker",
         "_warned",
@@ -126,6 +147,8 @@ class Dispatcher:
         self._programs: dict[tuple[CapturedNetwork, int, Backend], Program] = {}
         self._saved: list[tuple[_Place, SavedProgram]] = []
         self._recorded: dict[tuple[Program, Signature], RecordedProgram] = {}
+        # Dynamic captures that a backend could not compile.
+        self._sizes_fixed: set[tuple[CapturedNetwork, Backend]] = set()
         self._warned: set[str] = set()
         self.configure(settings)
 
@@ -231,8 +254,9 @@ class Dispatcher:
         if form is None:
             raise CaptureError("expected a call with a sample and a timestep")
         with self._building:
-            signature, _ = self._settled(leaves, form)
-            return self._captured(signature, leaves, form, self._display())
+            self._settled(leaves, form)
+            call = self._forms.standard(form, leaves)
+            return self._captured(call, self._display(), self.settings.dynamic)
 
     def networks(self) -> list[CapturedNetwork]:
         """The networks captured so far, one for each call signature and structure."""
@@ -275,7 +299,7 @@ class Dispatcher:
         """The call signatures that have a program, loaded or compiled; see portable_signature."""
         with self._building:
             compiled = {network for network, _, _ in self._programs}
-            found = [saved.call for _, saved in self._saved]
+            found = [call for _, saved in self._saved for call in saved.calls]
             for (_, signature, _), network in self._networks.items():
                 call = portable_signature(signature)
                 if network in compiled and call is not None:
@@ -292,7 +316,7 @@ class Dispatcher:
         structure = structure_of(self.module, self._written)
         number = next((i for i, s in enumerate(self._structures) if s == structure), -1)
         place = (number, settings.depth, settings.backend)
-        programs = {saved.call: saved for where, saved in self._saved if where == place}
+        programs = {saved.program: saved for where, saved in self._saved if where == place}
         for (known, signature, _), network in self._networks.items():
             program = self._programs.get((network, settings.depth, settings.backend))
             call = portable_signature(signature)
@@ -302,12 +326,16 @@ class Dispatcher:
                 raise ArtifactError(
                     "a call of this network has arguments that cannot be written to a file"
                 )
-            programs[call] = SavedProgram(call, network.in_spec, network.guard, program)
+            calls = programs[program].calls if program in programs else ()
+            programs[program] = SavedProgram(
+                (*calls, call), network.in_spec, network.guard, program
+            )
         if not programs:
             raise NotCompiledError(
                 "nothing is compiled yet for the network as it is now: call it or its pipeline "
                 "once, or handle(unet).warmup(...)"
             )
+        self._refuse_unnamed_state(programs)
         dynamic = settings.dynamic
         return Artifact(
             network=type(self.module).__name__,
@@ -320,6 +348,19 @@ class Dispatcher:
             written=tuple(sorted(self._written)),
             programs=tuple(programs.values()),
         )
+
+    def _refuse_unnamed_state(self, programs: Iterable[Program]) -> None:
+        """A loaded program looks up weights by name; it would use saved values of all else."""
+        loose = tensors_in_containers(self.module)
+        for program in programs:
+            for weight in (*program.full.convention.weights, *program.shallow.convention.weights):
+                where = isinstance(weight, Constant) and loose.get(weight.value.data_ptr())
+                if where:
+                    raise ArtifactError(
+                        f"the network reads {where}, a tensor that has no name of its own, so a "
+                        "saved program could not look it up: make it a parameter, buffer or "
+                        "attribute of a submodule (modules in a list: use nn.ModuleList)"
+                    )
 
     def adopt(self, artifact: Artifact) -> None:
         """Use loaded programs; they were checked against the module as it is now."""
@@ -356,7 +397,8 @@ class Dispatcher:
         with self._building:
             display = self._display()
             try:
-                program = self._program(signature, leaves, form, display)
+                call = self._forms.standard(form, leaves)
+                program = self._program(call, display)
             except CaptureError:
                 args, kwargs = tree_unflatten(leaves, form.spec)
                 with torch.no_grad():  # a call the network itself refuses raises its own error
@@ -368,16 +410,16 @@ class Dispatcher:
                 raise
             finally:
                 self._compile_seconds += sum(display.seconds.values())
-            runner = self._runner(program, signature, leaves[form.sample].device)
+            bound = program.bind(weights_of(self.module), call.order)
+            runner = self._runner(bound, signature, leaves[form.sample].device)
         generation.programs[signature] = runner
         return runner
 
-    def _runner(self, program: Program, signature: Signature, device: torch.device) -> Runner:
+    def _runner(self, bound: BoundProgram, signature: Signature, device: torch.device) -> Runner:
         """The program with the module's weights; as CUDA graphs where those are wanted."""
-        bound = program.bind(weights_of(self.module))
         if not self._wants_cuda_graphs(device):
             return bound
-        key = (program, signature)
+        key = (bound.program, signature)
         recorded = self._recorded.pop(key, None)
         if recorded is None or not recorded.still_fits(bound):
             recorded = RecordedProgram(bound, device)
@@ -397,18 +439,27 @@ class Dispatcher:
         # Offloading moves the weights at every generation, and each move would mean recording anew.
         return wanted is True or not hasattr(self.module, "_hf_hook")
 
-    def _program(
-        self, signature: Signature, leaves: list[Any], form: CallForm, display: Display
-    ) -> Program:
+    def _program(self, call: StandardCall, display: Display) -> Program:
         """The program for a call: loaded from a file, compiled before, or compiled now."""
+        settings = self.settings
         if self._saved:
-            place = (self._structure(display), self.settings.depth, self.settings.backend)
-            call = portable_signature(signature)
+            place = (self._structure(display), settings.depth, settings.backend)
+            signature = portable_signature(signature_of(call.form, call.leaves)[0])
             for where, saved in self._saved:
-                if where == place and saved.serves(call, form.spec, leaves):
+                if where == place and saved.serves(signature, call.form.spec, call.leaves):
                     return saved.program
-        network = self._captured(signature, leaves, form, display)
-        return self._compiled(network, leaves, display)
+        network = self._captured(call, display, settings.dynamic)
+        if network.guard is None:
+            return self._compiled(network, call.leaves, display)
+        if (network, settings.backend) not in self._sizes_fixed:
+            try:
+                return self._compiled(network, call.leaves, display)
+            except BackendError as error:
+                self._sizes_fixed.add((network, settings.backend))
+                cause = str(error).splitlines()[0]
+                self._warn(f"{cause}; compiled for each size by itself instead of dynamic=")
+        network = self._captured(call, display, None)
+        return self._compiled(network, call.leaves, display)
 
     def _structure(self, display: Display) -> int:
         """The number of the module's present structure."""
@@ -424,9 +475,10 @@ class Dispatcher:
         return known
 
     def _captured(
-        self, signature: Signature, leaves: list[Any], form: CallForm, display: Display
+        self, call: StandardCall, display: Display, dynamic: DynamicSizes | None
     ) -> CapturedNetwork:
-        dynamic = self.settings.dynamic
+        form, leaves = call.form, call.leaves
+        signature = signature_of(form, leaves)[0]
         if dynamic is not None and not dynamic.covers(leaves[form.sample]):
             display.note("sizes beyond the dynamic range: a program of their own")
             dynamic = None

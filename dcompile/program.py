@@ -102,8 +102,14 @@ class CompiledGraph:
     convention: Convention
     baked: BakedWeights | None = None
 
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> Bound:
-        return Bound(self.run, self.convention.weight_tensors(weights), self.convention.inputs)
+    def bind(
+        self, weights: Mapping[str, torch.Tensor], order: Sequence[int] | None = None
+    ) -> Bound:
+        """With these weights, for leaves in this order (see ``StandardCall``)."""
+        inputs = self.convention.inputs
+        if order is not None:
+            inputs = tuple(order[position] for position in inputs)
+        return Bound(self.run, self.convention.weight_tensors(weights), inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +129,15 @@ class Program:
         halves = (self.full, self.shallow)
         return all(half.baked is None or half.baked.match(weights) for half in halves)
 
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> BoundProgram:
-        """With these weights, from ``weights_of`` the live module. Fast: references only."""
-        return BoundProgram(self, self.full.bind(weights), self.shallow.bind(weights))
+    def bind(
+        self, weights: Mapping[str, torch.Tensor], order: Sequence[int] | None = None
+    ) -> BoundProgram:
+        """With these weights, from ``weights_of`` the live module. Fast: references only.
+
+        Args:
+            order: where the program's leaves are among those it will be called with.
+        """
+        return BoundProgram(self, self.full.bind(weights, order), self.shallow.bind(weights, order))
 
 
 class BoundProgram:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import types
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -48,12 +50,23 @@ def structure_of(module: nn.Module, ignore: Iterable[str] = ()) -> Structure:
         module: the network.
         ignore: entries of ``changed_by_running``; they are left out.
     """
-    ignored = frozenset(ignore)
+    ignored: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for key in ignore:
+        path, name, place = key.split(":")
+        positions = tuple(map(int, place.split("."))) if place else ()
+        ignored.setdefault((path, name), []).append(positions)
     first_names: dict[int, str] = {}
-    return {
-        path: _describe_module(submodule, path, ignored, first_names)
+    structure = {
+        path: _describe_module(submodule, path, first_names)
         for path, submodule in module.named_modules(remove_duplicate=False)
     }
+    for (path, name), places in ignored.items():
+        entry = structure.get(path, {})
+        if () in places:
+            entry.pop(name, None)
+        elif name in entry:
+            entry[name] = _without(entry[name], places)
+    return structure
 
 
 def portable(structure: Structure) -> dict[str, dict[str, Any]]:
@@ -74,7 +87,9 @@ def portable(structure: Structure) -> dict[str, dict[str, Any]]:
 
 
 def _portable(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, str):  # often an object's representation
+        return _ADDRESS.sub("", value)
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, torch.device):
         return value.type
@@ -89,8 +104,11 @@ def _portable(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_portable(item) for item in value]
     if isinstance(value, frozenset):
-        return sorted(map(str, value))
-    return _class_of(value) if isinstance(value, type) else repr(value)
+        return sorted(json.dumps(_portable(item)) for item in value)
+    return _class_of(value) if isinstance(value, type) else _ADDRESS.sub("", repr(value))
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,18 +139,60 @@ def difference(before: Structure, after: Structure) -> str:
 
 
 def changed_by_running(before: Structure, after: Structure) -> frozenset[str]:
-    """Attributes the forward pass itself writes, such as counters: no sign of structure."""
+    """What the forward pass itself writes, such as counters: no sign of structure.
+
+    Of an object's or a container's description only the parts that differ: a counter within an
+    attention processor says nothing about the processor.
+
+    Returns:
+        ``path:attribute:place``; the place is a position within the attribute's description, or
+        empty for all of it.
+    """
     return frozenset(
-        f"{path}:{name}"
+        f"{path}:{name}:{place}"
         for path, entry in after.items()
         for name, value in entry.items()
-        if path in before and before[path].get(name, None) != value
+        if path in before
+        for place in _places_that_differ(before[path].get(name, _WRITTEN), value)
     )
 
 
-def _describe_module(
-    module: nn.Module, path: str, ignored: frozenset[str], first_names: dict[int, str]
-) -> dict[str, Any]:
+_WRITTEN = "written by the forward pass"
+
+
+def _places_that_differ(before: Any, after: Any) -> list[str]:
+    """Positions, such as 1.0.1, at which two descriptions differ; "" for their entirety."""
+    if before == after:
+        return []
+    if type(before) is not type(after) or not isinstance(after, tuple):
+        return [""]
+    if isinstance(after, _Identity) or len(before) != len(after):
+        return [""]
+    return [
+        f"{number}.{place}".rstrip(".")
+        for number, (one, two) in enumerate(zip(before, after, strict=True))
+        for place in _places_that_differ(one, two)
+    ]
+
+
+def _without(description: Any, places: Iterable[tuple[int, ...]]) -> Any:
+    """The description with a mark instead of what is at these places."""
+    for place in places:
+        description = _marked(description, place)
+    return description
+
+
+def _marked(description: Any, place: tuple[int, ...]) -> Any:
+    if not place:
+        return _WRITTEN
+    if not isinstance(description, tuple) or place[0] >= len(description):
+        return description  # something else now, which will be noticed
+    items = list(description)
+    items[place[0]] = _marked(items[place[0]], place[1:])
+    return type(description)(items)
+
+
+def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) -> dict[str, Any]:
     entry: dict[str, Any] = {"class": type(module), "training": module.training}
     for table in (module._parameters, module._buffers):
         for name, tensor in table.items():
@@ -142,9 +202,7 @@ def _describe_module(
                 shape, layout = tuple(tensor.shape), tensor.stride()
                 entry[name] = (shape, tensor.dtype, tensor.device, tied_to, layout)
     for name, value in module.__dict__.items():
-        if name in _BOOKKEEPING or (ignored and f"{path}:{name}" in ignored):
-            continue
-        if path or name not in _ROOT_WRAPPERS:
+        if name not in _BOOKKEEPING and (path or name not in _ROOT_WRAPPERS):
             entry[name] = value if type(value) in _PLAIN else _describe(value, _MAX_DEPTH)
     for table_name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = module.__dict__[table_name]
@@ -152,10 +210,46 @@ def _describe_module(
             entry[table_name] = tuple(
                 _Identity((id(hook),), _name_of(hook)) for hook in hooks.values()
             )
-            inside = f"inside {table_name}"
-            if f"{path}:{inside}" not in ignored:
-                entry[inside] = tuple(_describe(hook, _MAX_DEPTH) for hook in hooks.values())
+            entry[f"inside {table_name}"] = tuple(
+                _describe(hook, _MAX_DEPTH) for hook in hooks.values()
+            )
     return entry
+
+
+def tensors_in_containers(module: nn.Module) -> dict[int, str]:
+    """Tensors that a network holds in lists, dicts, objects or modules that are no submodules.
+
+    Nobody could look them up by a name.
+
+    Returns:
+        Addresses of their values, and where they are.
+    """
+    found: dict[int, str] = {}
+
+    def look(value: Any, where: str, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            found.setdefault(value.data_ptr(), where)
+        elif isinstance(value, nn.Module):
+            for name, tensor in value.state_dict(keep_vars=True).items():
+                found.setdefault(tensor.data_ptr(), f"{where}.{name}")
+        elif depth == 0 or type(value) in _PLAIN:
+            return
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                look(item, f"{where}[{key!r}]", depth - 1)
+        elif isinstance(value, (list, tuple)):
+            for number, item in enumerate(value):
+                look(item, f"{where}[{number}]", depth - 1)
+        else:
+            for name, item in getattr(value, "__dict__", {}).items():
+                look(item, f"{where}.{name}", depth - 1)
+
+    for path, submodule in module.named_modules():
+        for name, value in submodule.__dict__.items():
+            named = isinstance(value, (torch.Tensor, nn.Module)) or name in _BOOKKEEPING
+            if not named and (path or name not in _ROOT_WRAPPERS):
+                look(value, f"{path}.{name}".lstrip("."), _MAX_DEPTH)
+    return found
 
 
 def _describe(value: Any, depth: int) -> Any:
@@ -174,7 +268,7 @@ def _describe(value: Any, depth: int) -> Any:
     if isinstance(value, (list, tuple)):
         return kind, tuple(_describe(item, depth - 1) for item in value)
     if isinstance(value, (set, frozenset)):
-        return kind, frozenset(map(repr, value))
+        return kind, frozenset(Counter(_describe(item, depth - 1) for item in value).items())
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         inside = _describe([cells, value.__defaults__, value.__kwdefaults__], depth - 1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -498,3 +499,74 @@ def test_inductor_in_a_fresh_process_without_a_compiler(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     size = sum(file.stat().st_size for file in (tmp_path / "a").rglob("*") if file.is_file())
     assert size < 2_000_000
+
+
+# What a loaded program could not find ----------------------------------------------------------
+
+
+class Loose(Plain):
+    """Keeps what it computes with where nobody finds it by name."""
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:  # type: ignore[override]
+        if isinstance(self.kept, torch.Tensor):
+            sample = sample * self.kept
+        elif isinstance(self.kept, dict):
+            sample = sample * self.kept["scale"]
+        elif isinstance(self.kept, SimpleNamespace):
+            sample = sample * self.kept.scale
+        else:
+            sample = self.kept[0](sample)
+        return super().forward(sample, timestep, condition)
+
+
+@pytest.mark.parametrize(
+    ("kept", "where"),
+    [
+        ({"scale": torch.full((1,), 2.0)}, r"kept\['scale'\]"),
+        (SimpleNamespace(scale=torch.full((1,), 2.0)), r"kept\.scale"),
+        ([nn.Conv2d(3, 3, 1)], r"kept\[0\]\.(weight|bias)"),
+    ],
+)
+def test_tensors_without_a_name_are_refused(kept: Any, where: str, tmp_path: Path) -> None:
+    network = dcompile.cache_compile(Loose(kept).eval(), backend="eager", verbose=False)
+    with torch.no_grad():
+        network(picture(), timesteps()[0])
+    with pytest.raises(ArtifactError, match=f"the network reads {where}, a tensor"):
+        dcompile.handle(network).save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_tensor_attribute_is_found_by_its_name(tmp_path: Path) -> None:
+    scale = torch.full((1,), 2.0)
+    network = Loose(scale).eval()
+    reference = Loose(scale).eval()
+    reference.load_state_dict(network.state_dict())
+    dcompile.cache_compile(network, backend="eager", verbose=False)
+    x, t = picture(), timesteps()[0]
+    with torch.no_grad():
+        network(x, t)
+        folder = dcompile.handle(network).save(tmp_path / "saved")
+        fresh = dcompile.load(Loose(scale.clone()).eval(), folder, verbose=False)
+        fresh.load_state_dict(reference.state_dict())
+        assert torch.equal(fresh(x, t)[0], reference(x, t)[0])
+
+
+def test_a_dynamic_program_is_saved_once(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"backend": "eager", "verbose": False}
+    network = dcompile.cache_compile(plain(), dynamic={"height": (8, 32)}, **settings)
+    for height in (8, 12, 24):
+        sampled(network, picture(size=(height, 8)), timesteps())
+    folder = dcompile.handle(network).save(tmp_path / "saved")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert [len(entry["calls"]) for entry in manifest["programs"]] == [3]
+    fresh = loaded(folder)
+    assert dcompile.handle(fresh).signatures == dcompile.handle(network).signatures
+    for height in (12, 20):
+        x = picture(size=(height, 8))
+        expected = sampled(dcompile.cache_compile(plain(), **settings), x, timesteps())
+        assert torch.equal(sampled(fresh, x, timesteps()), expected)
+    assert dcompile.handle(fresh).stats.captures == 0

@@ -1,5 +1,6 @@
 """One program for many sizes, programs compiled ahead of traffic, and weights that change."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +99,6 @@ class Adaptive(Plain):
         return super().forward(sample, timestep, condition)
 
 
-@pytest.mark.xfail(reason="Inductor specializes while lowering, which the size guard misses")
 def test_sizes_that_a_compiler_takes_for_granted_are_guarded() -> None:
     torch.manual_seed(0)
     reference = Adaptive().eval()
@@ -111,6 +111,46 @@ def test_sizes_that_a_compiler_takes_for_granted_are_guarded() -> None:
         for size in ((16, 16), (24, 16)):
             x = picture(size=size)
             torch.testing.assert_close(network(x, t)[0], reference(x, t)[0], rtol=1e-4, atol=1e-5)
+
+
+class Ceiling(Plain):
+    """Inductor takes sizes for granted here, too."""
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:  # type: ignore[override]
+        pooled = torch.nn.functional.max_pool2d(sample, 3, 2, ceil_mode=True)
+        sample = sample + torch.nn.functional.interpolate(pooled, size=sample.shape[-2:])
+        return super().forward(sample, timestep, condition)
+
+
+def test_a_size_taken_for_granted_holds_in_a_second_compilation_too() -> None:
+    """Where the compiler finds in its cache what it compiled before, it says nothing of sizes."""
+    t = timesteps()[0]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        reference, network = Ceiling().eval(), Ceiling().eval()
+        network.load_state_dict(reference.state_dict())
+        dcompile.cache_compile(network, dynamic={"height": (8, 40)}, verbose=False)
+        with torch.no_grad():
+            for size in ((17, 16), (24, 16)):
+                x = picture(size=size)
+                found, expected = network(x, t)[0], reference(x, t)[0]
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backend_that_needs_fixed_sizes_gets_them() -> None:
+    def fixed_only(graph_module: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph_module.graph.find_nodes(op="placeholder"):
+            if any(isinstance(size, torch.SymInt) for size in node.meta["val"].shape):
+                raise RuntimeError("no symbols, please")
+        return graph_module
+
+    network = compiled(backend=fixed_only, dynamic=RANGES)
+    with pytest.warns(UserWarning, match=r"no symbols, please; compiled for each size by itself"):
+        check(network, (2, (8, 8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(network, (4, (16, 8)), (2, (8, 8)))
+    assert captures(network) == 3  # the open one, and one for each size
 
 
 def test_a_diffusers_network_stays_exact_at_other_sizes() -> None:
@@ -130,6 +170,45 @@ def test_a_diffusers_network_stays_exact_at_other_sizes() -> None:
 
 
 # Warm-up ------------------------------------------------------------------------------------------
+
+
+def test_one_call_written_in_many_ways_is_one_program() -> None:
+    network, reference = compiled(), plain()
+    x, t, c = picture(), timesteps()[0], torch.ones(2, 4)
+    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x, t, c), {}),
+        ((x, t), {"condition": c}),
+        ((x,), {"timestep": t, "condition": c, "scale": 1.0}),
+        ((), {"return_dict": False, "condition": c, "timestep": t, "sample": x}),
+        ((x, t, c, 1.0, False), {}),
+    ]
+    dcompile.handle(network).warmup(ways[-1])
+    with torch.no_grad():
+        for args, kwargs in ways:
+            assert torch.equal(network(*args, **kwargs)[0], reference(*args, **kwargs)[0])
+        assert captures(network) == 1
+        assert torch.equal(network(x, t, c, 2.0)[0], reference(x, t, c, 2.0)[0])
+        assert network(x, t, return_dict=True).keys() == {"sample"}
+    assert captures(network) == 3
+    assert len(dcompile.handle(network).signatures) == 3
+
+
+def test_how_an_argument_is_given_may_matter_to_a_decorator() -> None:
+    class Decorated(Plain):
+        @functools.wraps(Plain.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            result = Plain.forward(self, *args, **kwargs)
+            return (result[0] * 2,) if "condition" in kwargs else result  # type: ignore[index]
+
+    torch.manual_seed(0)
+    network, reference = Decorated().eval(), Decorated().eval()
+    network.load_state_dict(reference.state_dict())
+    dcompile.cache_compile(network, backend="eager", verbose=False)
+    x, t, c = picture(), timesteps()[0], torch.ones(2, 4)
+    with torch.no_grad():
+        for args, kwargs in (((x, t, c), {}), ((x, t), {"condition": c})):
+            assert torch.equal(network(*args, **kwargs)[0], reference(*args, **kwargs)[0])
+    assert captures(network) == 2
 
 
 @pytest.mark.parametrize(

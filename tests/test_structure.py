@@ -9,7 +9,7 @@ from plain import Plain, picture, plain, timesteps
 from torch import nn
 
 import dcompile
-from dcompile.structure import changed_by_running, difference, structure_of
+from dcompile.structure import changed_by_running, difference, portable, structure_of
 
 
 def set_attribute(module: Plain) -> None:
@@ -106,6 +106,61 @@ def test_what_forward_itself_writes_is_no_change() -> None:
     before = structure_of(network)
     network.calls = 7
     written = changed_by_running(before, structure_of(network))
-    assert written == {":calls"}
+    assert written == {":calls:"}
     assert structure_of(network, written) != before
     assert "calls" not in structure_of(network, written)[""]
+
+
+class Processor:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.calls = 0
+        self.seen: list[int] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen.append(x.shape[0])
+        return x * self.scale
+
+
+class LouderProcessor(Processor): ...
+
+
+class Processed(Plain):
+    processor = Processor(1.0)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> object:  # type: ignore[override]
+        return super().forward(self.processor(sample), timestep)
+
+
+@pytest.mark.parametrize("other", [Processor(3.0), LouderProcessor(1.0)])
+def test_a_counter_hides_nothing_else_of_its_object(other: Processor) -> None:
+    network, reference = Processed().eval(), Processed().eval()
+    network.load_state_dict(reference.state_dict())
+    network.processor = Processor(1.0)
+    dcompile.cache_compile(network, backend="eager", verbose=False)
+    handle = dcompile.handle(network)
+    with torch.no_grad():
+        for _ in range(3):
+            network(picture(), timesteps()[0])
+        assert handle.stats.captures == 1
+        network.processor = reference.processor = other
+        x, t = picture(), timesteps()[0]
+        assert torch.equal(network(x, t)[0], reference(x, t)[0])  # type: ignore[index]
+    assert handle.stats.captures == 2
+
+
+def test_sets_are_described_by_what_is_in_them() -> None:
+    module = plain()
+
+    def described(*members: object) -> tuple[object, object]:
+        module.up.members = set(members)  # type: ignore[assignment]
+        structure = structure_of(module)
+        return structure, portable(structure)
+
+    assert described(SimpleNamespace(a=1)) == described(SimpleNamespace(a=1))
+    one, other = described(Processor(1.0)), described(Processor(1.0))
+    assert one == other
+    assert "0x" not in str(one[1])
+    assert described(Processor(2.0))[0] != one[0]
+    assert described("a", "b")[1] == described("b", "a")[1] != described("a")[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,12 @@ class Inductor:
                 options={"config_patches": patches},
             )
         else:  # captured with dynamic sizes: keep their symbols, and what is known of them
-            with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+            # Lowering may tie sizes to numbers, which the capture's guard has to know; a graph out
+            # of Inductor's cache would not say so. Its compiled kernels are still found there.
+            with (
+                torch.compiler.config.patch(cache_key_tag=uuid.uuid4().hex),
+                torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
+            ):
                 artifact = torch._inductor.standalone_compile(
                     graph_module,
                     fakes,
