@@ -17,9 +17,12 @@ from dcompile.errors import (
     NotCompiledError,
     ScheduleError,
     TimestepError,
+    TuneError,
 )
+from dcompile.forecast import Forecast
 from dcompile.report import DepthReport, Explanation
-from dcompile.schedule import Power, Schedule, Steps, Uniform
+from dcompile.schedule import Power, Run, Schedule, Sigma, Steps, Uniform
+from dcompile.tuning import Trial, Tuned, tune
 from dcompile.version import __version__
 
 __all__ = [
@@ -31,19 +34,26 @@ __all__ = [
     "DepthReport",
     "Explanation",
     "ExportError",
+    "Forecast",
     "Handle",
     "ModelError",
     "NoSkipConnectionError",
     "NotCompiledError",
     "Power",
+    "Run",
     "Schedule",
     "ScheduleError",
+    "Sigma",
     "Stats",
     "Steps",
     "TimestepError",
+    "Trial",
+    "TuneError",
+    "Tuned",
     "Uniform",
     "__version__",
     "cache_compile",
     "handle",
     "load",
+    "tune",
 ]

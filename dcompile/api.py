@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -29,10 +30,12 @@ from dcompile.errors import (
     NotCompiledError,
     ScheduleError,
 )
+from dcompile.forecast import Forecast, resolve_forecast
 from dcompile.onnx import export, without_autocast
 from dcompile.report import Explanation, explain
-from dcompile.schedule import Schedule, Uniform
+from dcompile.schedule import Schedule, Sigma, Uniform, require_speedup
 from dcompile.structure import portable, structure_of
+from dcompile.tuning import Tuned
 
 M = TypeVar("M")
 
@@ -43,7 +46,10 @@ def cache_compile(
     module: M,
     *,
     interval: int | None = None,
+    speedup: float | None = None,
     schedule: Schedule | None = None,
+    forecast: str | Forecast | None = None,
+    scheduler: Any = None,
     depth: int = 0,
     backend: str | GraphCompiler = "inductor",
     dynamic: bool | Mapping[str, Sequence[int]] = False,
@@ -66,8 +72,19 @@ def cache_compile(
             whose graph has skip connections. Or a whole pipeline: its denoiser is taken. Of a
             ``torch.compile``\\ d module the original is taken, compiled and returned.
         interval: refresh every ``interval``-th step, as DeepCache does; 3 if neither this nor
-            ``schedule`` is given.
-        schedule: decides which steps refresh; see ``dcompile.schedule``.
+            ``speedup`` nor ``schedule`` is given.
+        speedup: how much less compute (FLOPs) a run is to take. Refreshes then where the sampler
+            makes most of an error (``Sigma``), and forecasts features, linearly for samplers that
+            add no noise: closer to the uncached result than an interval at the same cost.
+        schedule: decides which steps refresh; see ``dcompile.schedule``. A ``Tuned`` one brings
+            its depth and forecast.
+        forecast: what a reuse step feeds in for the features it does not compute: "reuse", the
+            latest as they are, which is DeepCache's and the default; "linear", "quadratic" or
+            "taylor", extrapolated from the latest refreshes; or an object of your own (see
+            ``dcompile.forecast``). "auto", the default with ``speedup``: "linear" if the sampler
+            adds no noise, else "reuse".
+        scheduler: the sampler, a diffusers scheduler, if ``module`` is no pipeline that has one.
+            Read at the start of each generation by ``speedup``, ``Sigma`` and "auto".
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to
             the uncached result. Equals DeepCache's ``cache_branch_id``.
         backend: "inductor", "tensorrt", "eager" (exact), any name of
@@ -90,21 +107,31 @@ def cache_compile(
         The same object; of a ``torch.compile``\\ d module, the module inside.
 
     Raises:
-        ScheduleError: a bad interval or schedule, or both given.
+        ScheduleError: a bad interval, speedup, schedule or forecast, or several of the first
+            three; ``speedup``, ``Sigma`` or "auto" without a sampler.
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
         DcompileError: a pipeline without a recognisable denoiser.
         TimestepError: the network's forward takes no timestep.
     """
+    chosen = _chosen_schedule(interval, schedule, speedup)
+    if isinstance(schedule, Tuned):
+        forecast, depth = _as_tuned(schedule, forecast, depth)
+        schedule.require_fit(_without_torch_compile(_denoiser_of(module)))
+    if forecast is None:
+        forecast = "reuse" if speedup is None else "auto"
     settings = Settings(
-        schedule=_chosen_schedule(interval, schedule),
+        schedule=chosen,
         depth=_checked_depth(depth),
         backend=resolve(backend, options),
         dynamic=DynamicSizes.of(dynamic),
         verbose=verbose,
         cuda_graphs=_checked_cuda_graphs(cuda_graphs),
+        forecast=_chosen_forecast(forecast),
+        sampler=_sampler_of(module, scheduler),
     )
+    _require_sampler(settings)
     network = _network_of(module)
     _install(network, settings)
     return module if _is_pipeline(module) else cast(M, network)
@@ -310,7 +337,10 @@ def load(
     folder: str | os.PathLike[str],
     *,
     interval: int | None = None,
+    speedup: float | None = None,
     schedule: Schedule | None = None,
+    forecast: str | Forecast | None = None,
+    scheduler: Any = None,
     verbose: bool = True,
 ) -> M:
     """``cache_compile`` with programs that ``Handle.save`` wrote: nothing is captured or compiled.
@@ -324,7 +354,9 @@ def load(
     Args:
         module: the network or pipeline, with its weights, where it is to run.
         folder: what ``Handle.save`` wrote.
-        interval, schedule: see ``cache_compile``; as it was saved if neither is given.
+        interval, speedup, schedule: see ``cache_compile``; as it was saved if none is given.
+        forecast: as it was saved if not given; programs are made for one length of history.
+        scheduler: see ``cache_compile``.
         verbose: show on standard error what is done.
 
     Returns:
@@ -333,11 +365,10 @@ def load(
     Raises:
         ArtifactError: the folder is missing or damaged, or was made for something else; names the
             first difference. The module is as it was.
-        ScheduleError: a bad schedule, or none given where a class of your own was saved.
+        ScheduleError: a bad schedule or forecast, one that needs a sampler where there is none, or
+            none given where a class of your own was saved.
     """
-    network = _without_torch_compile(
-        getattr(module, _denoiser_name(module)) if _is_pipeline(module) else module
-    )
+    network = _without_torch_compile(_denoiser_of(module))
     if not isinstance(network, nn.Module):
         network = _network_of(module)  # raises
     device = _device_of(network)
@@ -350,8 +381,8 @@ def load(
             resolve,
             lambda written: portable(structure_of(network, written)),
         )
-    if interval is not None or schedule is not None:
-        chosen = _chosen_schedule(interval, schedule)
+    if (interval, speedup, schedule) != (None, None, None):
+        chosen = _chosen_schedule(interval, schedule, speedup)
     elif artifact.schedule is None:
         raise ScheduleError(
             f"{source} was saved with a schedule class of your own, which is not part of it: give "
@@ -359,6 +390,11 @@ def load(
         )
     else:
         chosen = artifact.schedule
+    if forecast is None and artifact.forecast is None:
+        raise ScheduleError(
+            f"{source} was saved with a forecast class of your own, which is not part of it: give "
+            "load(..., forecast=...)"
+        )
     settings = Settings(
         schedule=chosen,
         depth=artifact.depth,
@@ -366,7 +402,15 @@ def load(
         dynamic=DynamicSizes.of(artifact.dynamic),
         verbose=verbose,
         cuda_graphs=artifact.cuda_graphs,
+        forecast=_chosen_forecast(forecast if forecast is not None else artifact.forecast),
+        sampler=_sampler_of(module, scheduler),
     )
+    _require_sampler(settings)
+    if settings.history != artifact.history:
+        raise ScheduleError(
+            f"{source} was saved for a forecast from {artifact.history} refreshes, {forecast!r} "
+            f"takes {settings.history}: compile for it"
+        )
     _install(_network_of(module), settings).adopt(artifact)
     return module if _is_pipeline(module) else cast(M, network)
 
@@ -377,7 +421,7 @@ def handle(module: Any) -> Handle:
     Raises:
         NotCompiledError: it was not.
     """
-    network = getattr(module, _denoiser_name(module)) if _is_pipeline(module) else module
+    network = _denoiser_of(module)
     dispatcher = _dispatcher_of(getattr(network, "_orig_mod", network))
     if dispatcher is None:
         raise NotCompiledError(
@@ -456,11 +500,16 @@ def _without_torch_compile(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def _chosen_schedule(interval: int | None, schedule: Schedule | None) -> Schedule:
-    if interval is not None and schedule is not None:
-        raise ScheduleError(
-            f"give either interval (got {interval!r}) or schedule (got {schedule!r}), not both"
-        )
+def _chosen_schedule(
+    interval: int | None, schedule: Schedule | None, speedup: float | None = None
+) -> Schedule:
+    named = {"interval": interval, "speedup": speedup, "schedule": schedule}
+    given = {name: value for name, value in named.items() if value is not None}
+    if len(given) > 1:
+        listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ScheduleError(f"give one of interval, speedup and schedule, not {listed}")
+    if speedup is not None:
+        return Sigma(speedup=require_speedup(speedup))
     if schedule is None:
         return Uniform(3 if interval is None else interval)
     if not callable(getattr(schedule, "refresh", None)):
@@ -474,6 +523,46 @@ def _chosen_schedule(interval: int | None, schedule: Schedule | None) -> Schedul
             f"schedule: {schedule!r} must have refresh(step, steps) -> bool; {error}"
         ) from error
     return schedule
+
+
+def _as_tuned(
+    tuned: Tuned, forecast: str | Forecast | None, depth: int
+) -> tuple[str | Forecast, int]:
+    """Forecast and depth that belong to a tuned schedule."""
+    if depth not in (0, tuned.depth) or forecast not in (None, tuned.forecast):
+        raise ScheduleError(
+            f"the schedule was tuned for depth={tuned.depth} and forecast={tuned.forecast!r}, got "
+            f"depth={depth!r} and forecast={forecast!r}: leave them out"
+        )
+    return tuned.forecast, tuned.depth
+
+
+def _chosen_forecast(forecast: Any) -> Forecast | Literal["auto"]:
+    return "auto" if forecast == "auto" else resolve_forecast(forecast)
+
+
+def _sampler_of(module: Any, scheduler: Any) -> Callable[[], Any] | None:
+    """Where to find the sampler when a generation starts; a pipeline's may be replaced."""
+    if scheduler is not None:
+        if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
+            raise ScheduleError(
+                f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}"
+            )
+        return lambda: scheduler
+    if not _is_pipeline(module) or not hasattr(module, "scheduler"):
+        return None
+    pipeline = weakref.ref(module)
+    return lambda: getattr(pipeline(), "scheduler", None)
+
+
+def _require_sampler(settings: Settings) -> None:
+    planned = "speedup and Sigma" if isinstance(settings.schedule, Sigma) else None
+    wanted = planned or ('forecast="auto"' if settings.forecast == "auto" else None)
+    if wanted is not None and settings.sampler is None:
+        raise ScheduleError(
+            f"{wanted} look at the sampler: pass the pipeline instead of its network, or "
+            "cache_compile(unet, scheduler=pipe.scheduler, ...)"
+        )
 
 
 def _checked_depth(depth: int) -> int:
@@ -497,6 +586,11 @@ def _is_pipeline(module: Any) -> bool:
     return not isinstance(module, nn.Module) and isinstance(
         getattr(module, "components", None), dict
     )
+
+
+def _denoiser_of(module: Any) -> Any:
+    """A pipeline's denoiser, as it stands there; anything else itself."""
+    return getattr(module, _denoiser_name(module)) if _is_pipeline(module) else module
 
 
 def _denoiser_name(pipeline: Any) -> str:

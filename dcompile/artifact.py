@@ -87,7 +87,8 @@ class Artifact:
         network: name of the module's class.
         backend: its name and options.
         depth, dynamic, cuda_graphs: see ``cache_compile``.
-        schedule: None if it was a user's own class.
+        schedule, forecast: None if it was a user's own class.
+        history: how many boundaries the programs extrapolate from.
         structure: the module's, from ``structure.portable``.
         written: attributes that the network's own forward writes; see ``structure_of``.
         programs: each with the call signatures it serves.
@@ -99,6 +100,8 @@ class Artifact:
     dynamic: Any
     cuda_graphs: Any
     schedule: Schedule | None
+    forecast: str | None
+    history: int
     structure: dict[str, dict[str, Any]]
     written: tuple[str, ...]
     programs: tuple[SavedProgram, ...]
@@ -153,6 +156,8 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
         "dynamic": artifact.dynamic,
         "cuda_graphs": artifact.cuda_graphs,
         "schedule": schedules.to_json(artifact.schedule) if artifact.schedule else None,
+        "forecast": artifact.forecast,
+        "history": artifact.history,
         "written": list(artifact.written),
         "programs": programs,
         "files": {name: _digest(content) for name, content in sorted(files.items())},
@@ -212,6 +217,8 @@ def _program_entry(
         "in_spec": treespec_dumps(saved.in_spec),
         "out_spec": treespec_dumps(saved.program.out_spec),
         "guard": _guard_entry(saved.guard),
+        "history": saved.program.history,
+        "ratio": saved.program.ratio,
         **halves,
     }
 
@@ -357,10 +364,10 @@ def read(
                 guard=_guard_of(entry["guard"], device),
                 program=Program(
                     treespec_loads(entry["out_spec"]),
-                    *(
-                        _half(entry[label], backend, files, libraries, constants)
-                        for label in ("full", "shallow")
-                    ),
+                    _half(entry["full"], backend, files, libraries, constants),
+                    _half(entry["shallow"], backend, files, libraries, constants),
+                    entry["history"],
+                    entry["ratio"],
                 ),
             )
             for entry in manifest["programs"]
@@ -372,6 +379,8 @@ def read(
             dynamic=manifest["dynamic"],
             cuda_graphs=manifest["cuda_graphs"],
             schedule=schedules.from_json(manifest["schedule"]) if manifest["schedule"] else None,
+            forecast=manifest["forecast"],
+            history=manifest["history"],
             structure=structure,
             written=tuple(manifest["written"]),
             programs=programs,

@@ -23,7 +23,7 @@ from dcompile.program import (
     convention_of,
     weights_of,
 )
-from passes import SkipConnection, find_skip_connections, split_at
+from passes import SkipConnection, find_skip_connections, split_at, with_forecast
 
 
 def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
@@ -57,8 +57,14 @@ def build(
     module: nn.Module,
     leaves: Sequence[Any],
     display: Display,
+    history: int = 1,
+    full: CompiledGraph | None = None,
 ) -> Program:
     """Cut ``network`` at ``depth`` and compile both graphs for a call like ``leaves``.
+
+    Args:
+        history: how many boundaries the shallow graph extrapolates from; 1 is plain reuse.
+        full: the full graph, if a program of another history has it.
 
     Raises:
         NoSkipConnectionError, DepthError: see ``choose_skip``.
@@ -68,16 +74,22 @@ def build(
         skip = choose_skip(network, depth)
         full_graph, shallow_graph = split_at(network.graph_module, skip)
     weights = weights_of(module)
-    full = _compile(full_graph, network, backend, weights, leaves, (), "full", display)
+    if history > 1:
+        shallow_graph = with_forecast(shallow_graph, len(skip.boundary), history)
+    if full is None:
+        full = _compile(full_graph, network, backend, weights, leaves, (), "full", display)
     boundary: tuple[Any, ...] = ()
     if backend.needs_examples:
         # A backend may lay its outputs out as it likes; the shallow graph is compiled for that.
         with display.stage("running the full graph once"), torch.no_grad():
             boundary = tuple(full.bind(weights)(leaves))[network.out_spec.num_leaves :]
+        if history > 1:
+            tensor = next(value for value in boundary if isinstance(value, torch.Tensor))
+            boundary = (*boundary * history, torch.zeros(history, device=tensor.device))
     shallow = _compile(
         shallow_graph, network, backend, weights, leaves, boundary, "shallow", display
     )
-    return Program(network.out_spec, full, shallow)
+    return Program(network.out_spec, full, shallow, history, skip.ratio)
 
 
 def renewed(
@@ -106,7 +118,11 @@ def renewed(
     if not all(isinstance(half.run, Refittable) for half in halves):
         display.note("weights changed that the backend had folded into its code")
         return None
-    graphs = split_at(network.graph_module, choose_skip(network, depth))
+    skip = choose_skip(network, depth)
+    full_graph, shallow_graph = split_at(network.graph_module, skip)
+    if program.history > 1:
+        shallow_graph = with_forecast(shallow_graph, len(skip.boundary), program.history)
+    graphs = (full_graph, shallow_graph)
     refitted: list[CompiledGraph] = []
     for half, graph_module, label in zip(halves, graphs, ("full", "shallow"), strict=True):
         try:

@@ -9,6 +9,8 @@ is just what a cache must keep. Who owns which buffer:
   there: nothing is copied between the two. It holds the features of one generation's lane, its
   owner. When another lane comes to use the buffer, the owner's features are first copied out to
   tensors of their own, and copied back in when it goes on.
+- **Earlier boundaries**, which a forecast extrapolates from, lie in buffers beside it and belong
+  to the same owner: a refresh first moves each one place on.
 - **Results** are copied out at every step: samplers keep earlier results.
 - **Weights** are read where they were when recording. Their storages are held, so that a weight
   that moved (``.to()``) is never read from freed memory; the next generation records anew.
@@ -129,7 +131,8 @@ class RecordedProgram:
         self._copied: list[tuple[int, tuple[int, ...]]] = []
         self._full: _Graph | None = None
         self._shallow: _Graph | None = None
-        self._boundary: Tensors = ()
+        self._boundary: Tensors = ()  # the full graph's outputs, then the earlier ones' buffers
+        self._coefficients: torch.Tensor | None = None
         self._owner: weakref.ref[HeldBoundary] | None = None
         weights = (*bound.full.weights, *bound.shallow.weights)
         self._storages = [weight.untyped_storage() for weight in weights]
@@ -144,7 +147,8 @@ class RecordedProgram:
 
         Args:
             leaves: the call's leaves.
-            previous: what the caller had cached until now, and will drop.
+            previous: the same lane's cached boundary, which the caller will drop; empty if there
+                is none.
         """
         with self._turn:
             if self._full is None and not self._failed:
@@ -153,16 +157,21 @@ class RecordedProgram:
                 self._follow_last_stream()
                 if self._owner is not None and self._owner() is not previous:
                     self._copy_out()
+                if previous:
+                    self._move_on(previous.tensors)
                 results = self._run(self._full, leaves)
+                if not previous:
+                    for age in range(1, self._bound.history):
+                        self._fill(age, self._boundary)
                 held = HeldBoundary(self._boundary)
                 self._owner = weakref.ref(held)
                 return self._bound.packed(results), held
-        return self._bound.refresh(leaves)
+        return self._bound.refresh(leaves, getattr(previous, "tensors", previous))
 
-    def reuse(self, leaves: Sequence[Any], boundary: Any) -> Any:
+    def reuse(self, leaves: Sequence[Any], boundary: Any, coefficients: Any = None) -> Any:
         """Run the shallow graph from a cached boundary: what the module returns."""
         if not isinstance(boundary, HeldBoundary):  # cached after recording had failed
-            return self._bound.reuse(leaves, boundary)
+            return self._bound.reuse(leaves, boundary, coefficients)
         with self._turn:
             if self._full is not None:
                 self._follow_last_stream()
@@ -170,8 +179,27 @@ class RecordedProgram:
                 if self._shallow is None:
                     self._record("shallow", leaves)
             if self._shallow is not None:
-                return self._bound.packed(self._run(self._shallow, leaves))
-        return self._bound.reuse(leaves, boundary.tensors)
+                return self._bound.packed(self._run(self._shallow, leaves, coefficients))
+        return self._bound.reuse(leaves, boundary.tensors, coefficients)
+
+    def _move_on(self, previous: Tensors) -> None:
+        """Each earlier boundary takes the place after its own, before the full graph runs."""
+        count = len(self._boundary) // self._bound.history
+        for age in reversed(range(1, self._bound.history)):
+            self._fill(age, previous[(age - 1) * count :])
+
+    def _fill(self, age: int, source: Tensors) -> None:
+        """Copy a boundary to the buffers of the one so many refreshes ago."""
+        count = len(self._boundary) // self._bound.history
+        self._copy_in(self._boundary[age * count : (age + 1) * count], source)
+
+    def _copy_in(self, buffers: Tensors, source: Tensors) -> None:
+        for static, own in zip(buffers, source, strict=False):
+            if isinstance(static, torch.Tensor):
+                expanded = _expanded(static)
+                _narrowed(static, expanded).copy_(_narrowed(own, expanded))
+                if self._stream is not None:
+                    own.record_stream(self._stream)
 
     def _follow_last_stream(self) -> None:
         """Buffers are used again only after the stream that used them last is done with them."""
@@ -182,9 +210,12 @@ class RecordedProgram:
             stream.wait_stream(self._stream)
         self._stream = stream
 
-    def _run(self, graph: _Graph, leaves: Sequence[Any]) -> Tensors:
+    def _run(self, graph: _Graph, leaves: Sequence[Any], coefficients: Any = None) -> Tensors:
         assert self._recorder is not None
-        torch._foreach_copy_(self._buffers, [_narrowed(leaves[i], d) for i, d in self._copied])
+        buffers, values = self._buffers, [_narrowed(leaves[i], d) for i, d in self._copied]
+        if coefficients is not None and self._coefficients is not None:
+            buffers, values = [*buffers, self._coefficients], [*values, coefficients]
+        torch._foreach_copy_(buffers, values)
         self._recorder.replay(graph.recording)
         return tuple(map(_copy, graph.outputs[: self._bound.results]))
 
@@ -193,12 +224,7 @@ class RecordedProgram:
         if held.tensors is self._boundary:
             return
         self._copy_out()
-        for static, own in zip(self._boundary, held.tensors, strict=True):
-            if isinstance(static, torch.Tensor):
-                expanded = _expanded(static)
-                _narrowed(static, expanded).copy_(_narrowed(own, expanded))
-                if self._stream is not None:
-                    own.record_stream(self._stream)
+        self._copy_in(self._boundary, held.tensors)
         held.tensors = self._boundary
         self._owner = weakref.ref(held)
 
@@ -216,9 +242,15 @@ class RecordedProgram:
                 if which == "full":
                     self._prepare(leaves)
                     self._full = self._capture(self._bound.full, ())
-                    self._boundary = self._full.outputs[self._bound.results :]
+                    latest = self._full.outputs[self._bound.results :]
+                    earlier = latest * (self._bound.history - 1)
+                    self._boundary = (*latest, *map(_buffer_like, earlier))
                 else:
-                    self._shallow = self._capture(self._bound.shallow, self._boundary)
+                    reads = self._boundary
+                    if self._bound.history > 1:
+                        self._coefficients = torch.zeros(self._bound.history, device=self._device)
+                        reads = (*reads, self._coefficients)
+                    self._shallow = self._capture(self._bound.shallow, reads)
         except Exception as error:
             self._give_up(which, error)
 
@@ -268,6 +300,12 @@ class RecordedProgram:
             "beforehand",
             stacklevel=5,
         )
+
+
+def _buffer_like(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _copy(value: Any) -> Any:

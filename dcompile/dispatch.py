@@ -6,10 +6,11 @@ import functools
 import threading
 import types
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -36,8 +37,10 @@ from dcompile.errors import (
     DcompileError,
     NotCompiledError,
 )
+from dcompile.forecast import Forecast, Lagrange, Reuse, factors, name_of
 from dcompile.program import BoundProgram, Constant, Program, weights_of
-from dcompile.schedule import Schedule
+from dcompile.samplers import is_stochastic, step_weights, usual_power
+from dcompile.schedule import Run, Schedule
 from dcompile.steps import Generation, Lane, StepTracker
 from dcompile.structure import (
     Structure,
@@ -52,8 +55,8 @@ from dcompile.structure import (
 MAX_RECORDED = 16
 
 Runner = BoundProgram | RecordedProgram
-_Place = tuple[int, int, Backend]
-"""What a loaded program is good for: number of the structure, depth, backend."""
+_Place = tuple[int, int, Backend, int]
+"""What a loaded program is good for: number of the structure, depth, backend, history."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ class Settings:
     dynamic: DynamicSizes | None
     verbose: bool
     cuda_graphs: bool | Literal["auto"] = "auto"
+    forecast: Forecast | Literal["auto"] = Reuse()  # noqa: RUF009
+    sampler: Callable[[], Any] | None = None
+
+    @property
+    def history(self) -> int:
+        """How many boundaries a shallow graph takes."""
+        return 2 if self.forecast == "auto" else self.forecast.history
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,31 @@ class Stats:
     captures: int
     compile_seconds: float
     cache_bytes: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A small tensor that is copied to its device once, however often it is used."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
+
+
+class Refreshed(NamedTuple):
+    """A refresh that somebody watches.
+
+    Attributes:
+        step, lane: where it belongs.
+        program: what ran.
+        leaves: the call's leaves.
+        result, boundary: what it gave.
+    """
+
+    step: int
+    lane: Lane
+    program: Runner
+    leaves: list[Any]
+    result: Any
+    boundary: Any
 
 
 def _in_this_thread() -> bool:
@@ -119,6 +154,7 @@ class Dispatcher:
         "_recorded",
         "_saved",
         "_sizes_fixed",
+        "_stochastic",
         "_structures",
         "_tracker",
         "_warned",
@@ -129,6 +165,7 @@ class Dispatcher:
         "original",
         "replaced",
         "settings",
+        "watch",
     )
 
     def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
@@ -144,12 +181,13 @@ class Dispatcher:
         self._structures: list[Structure] = []
         self._written: frozenset[str] = frozenset()
         self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
-        self._programs: dict[tuple[CapturedNetwork, int, Backend], Program] = {}
+        self._programs: dict[tuple[CapturedNetwork, int, Backend, int], Program] = {}
         self._saved: list[tuple[_Place, SavedProgram]] = []
         self._recorded: dict[tuple[Program, Signature], RecordedProgram] = {}
         # Dynamic captures that a backend could not compile.
         self._sizes_fixed: set[tuple[CapturedNetwork, Backend]] = set()
         self._warned: set[str] = set()
+        self.watch: Callable[[Refreshed], None] | None = None  # sees every refresh
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -161,6 +199,7 @@ class Dispatcher:
         self._counts: Counter[str] = Counter()
         self._captures = 0
         self._compile_seconds = 0.0
+        self._stochastic: tuple[weakref.ref[Any], bool] | None = None  # of the sampler tried last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled or (torch.compiler.is_compiling() and _in_this_thread()):
@@ -173,7 +212,7 @@ class Dispatcher:
             return self._run_uncached(reason, args, kwargs)
         timestep = leaves[form.timestep]
         signature, conditioning = self._settled(leaves, form)
-        tracker, schedule = self._tracker, self.settings.schedule
+        tracker = self._tracker
         generation, lane, step = tracker.enter(timestep, conditioning)
         try:
             if signature == generation.signature:  # nearly always, and sooner told than hashed
@@ -186,23 +225,23 @@ class Dispatcher:
             if bound is None:
                 bound = self._bind(generation, signature, leaves, form)
             generation.signature, generation.bound = signature, bound
+            schedule = generation.schedule
+            if schedule is None:
+                schedule = self._planned(generation, bound.program)
             scheduled = schedule.refresh(step, generation.steps)
             if scheduled:
                 generation.beat = step
-            refresh = (
-                scheduled
-                or lane.program is not bound.program
-                or lane.refreshed < generation.beat
-                or lane.signature != signature
-            )
+            if lane.program is not bound.program or lane.signature != signature:
+                lane.boundary = ()
+            refresh = scheduled or not lane.boundary or lane.refreshed[0] < generation.beat
             # Autocast, if on, stays on: the graph was captured without its conversions.
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    result = self._run(bound, lane, leaves, refresh)
+                    result = self._run(bound, generation, lane, step, refresh, leaves, form)
             else:
-                result = self._run(bound, lane, leaves, refresh)
+                result = self._run(bound, generation, lane, step, refresh, leaves, form)
             if refresh:
-                lane.program, lane.signature, lane.refreshed = bound.program, signature, step
+                lane.program, lane.signature = bound.program, signature
             return result
         except BaseException:  # an interrupt too: nothing of this generation may be used again
             tracker.forget(generation)
@@ -219,13 +258,62 @@ class Dispatcher:
             leaves[form.timestep] = leaves[form.timestep].to(sample.device, non_blocking=True)
         return signature_of(form, leaves)
 
-    def _run(self, bound: Runner, lane: Lane, leaves: list[Any], refresh: bool) -> Any:
+    def _run(
+        self,
+        bound: Runner,
+        generation: Generation,
+        lane: Lane,
+        step: int,
+        refresh: bool,
+        leaves: list[Any],
+        form: CallForm,
+    ) -> Any:
+        history = bound.program.history
         if not refresh:
             self._count("reuse")
-            return bound.reuse(leaves, lane.boundary)
+            if history == 1:
+                return bound.reuse(leaves, lane.boundary)
+            coefficients = factors(generation.forecast, step, lane.refreshed)
+            coefficients += (0.0,) * (history - len(coefficients))
+            device = leaves[form.sample].device
+            return bound.reuse(leaves, lane.boundary, _on_device(coefficients, device))
         self._count("refresh")
+        earlier = lane.refreshed[: history - 1] if lane.boundary else ()
         result, lane.boundary = bound.refresh(leaves, lane.boundary)
+        lane.refreshed = (step, *earlier)
+        if self.watch is not None:
+            self.watch(Refreshed(step, lane, bound, leaves, result, lane.boundary))
         return result
+
+    def _planned(self, generation: Generation, program: Program) -> Schedule:
+        """Choose this run's schedule and forecast, by its sampler if they ask for that."""
+        settings = self.settings
+        schedule, forecast = settings.schedule, settings.forecast
+        plan = getattr(schedule, "plan", None)
+        if plan is not None or forecast == "auto":
+            run = self.run_ahead(generation.steps, program.ratio)
+            schedule = plan(run) if plan is not None else schedule
+            if forecast == "auto":
+                forecast = Reuse() if run.stochastic else Lagrange(1)
+        generation.schedule, generation.forecast = schedule, forecast
+        return schedule
+
+    def run_ahead(self, steps: int | None, ratio: float) -> Run:
+        """What is known of a run that begins now."""
+        sampler = self.settings.sampler() if self.settings.sampler is not None else None
+        if sampler is None:
+            return Run(steps, ratio)
+        weights = step_weights(sampler)
+        if weights is None:
+            self._warn(
+                f"{type(sampler).__name__} does not say how noisy its steps are: they count alike"
+            )
+            weights = [1.0] * len(sampler.timesteps)
+        known = self._stochastic
+        if known is None or known[0]() is not sampler:
+            known = self._stochastic = (weakref.ref(sampler), is_stochastic(sampler))
+        power = usual_power(sampler, stochastic=known[1])
+        return Run(steps, ratio, tuple(weights), known[1], power)
 
     def reset(self) -> None:
         """Drop all that is cached; the next call of each generation refreshes."""
@@ -238,6 +326,7 @@ class Dispatcher:
 
     def stats(self) -> Stats:
         cached = tree_leaves([getattr(b, "tensors", b) for b in self._tracker.cached()])
+        held = {id(t): t.nbytes for t in cached if isinstance(t, torch.Tensor)}
         return Stats(
             refresh_steps=self._counts["refresh"],
             reuse_steps=self._counts["reuse"],
@@ -245,7 +334,7 @@ class Dispatcher:
             generations=self._tracker.generations,
             captures=self._captures,
             compile_seconds=self._compile_seconds,
-            cache_bytes=sum(t.nbytes for t in cached if isinstance(t, torch.Tensor)),
+            cache_bytes=sum(held.values()),
         )
 
     def network_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedNetwork:
@@ -293,12 +382,15 @@ class Dispatcher:
             self.enabled = enabled  # what is tried ahead of traffic does not end it
         with torch.no_grad():
             _, boundary = runner.refresh(leaves)
-            runner.reuse(leaves, boundary)
+            history = runner.program.history
+            latest = (1.0,) + (0.0,) * (history - 1)
+            coefficients = _on_device(latest, leaves[form.sample].device)
+            runner.reuse(leaves, boundary, coefficients if history > 1 else None)
 
     def signatures(self) -> list[str]:
         """The call signatures that have a program, loaded or compiled; see portable_signature."""
         with self._building:
-            compiled = {network for network, _, _ in self._programs}
+            compiled = {network for network, *_ in self._programs}
             found = [call for _, saved in self._saved for call in saved.calls]
             for (_, signature, _), network in self._networks.items():
                 call = portable_signature(signature)
@@ -315,10 +407,11 @@ class Dispatcher:
         settings = self.settings
         structure = structure_of(self.module, self._written)
         number = next((i for i, s in enumerate(self._structures) if s == structure), -1)
-        place = (number, settings.depth, settings.backend)
+        place = (number, settings.depth, settings.backend, settings.history)
         programs = {saved.program: saved for where, saved in self._saved if where == place}
         for (known, signature, _), network in self._networks.items():
-            program = self._programs.get((network, settings.depth, settings.backend))
+            key = (network, settings.depth, settings.backend, settings.history)
+            program = self._programs.get(key)
             call = portable_signature(signature)
             if known != number or program is None:
                 continue
@@ -344,6 +437,10 @@ class Dispatcher:
             dynamic=dynamic.as_argument() if dynamic is not None else False,
             cuda_graphs=settings.cuda_graphs,
             schedule=settings.schedule,
+            forecast=settings.forecast
+            if settings.forecast == "auto"
+            else name_of(settings.forecast),
+            history=settings.history,
             structure=portable(structure),
             written=tuple(sorted(self._written)),
             programs=tuple(programs.values()),
@@ -366,7 +463,8 @@ class Dispatcher:
         """Use loaded programs; they were checked against the module as it is now."""
         self._written |= frozenset(artifact.written)
         number = self._structure(self._display())
-        place = (number, self.settings.depth, self.settings.backend)
+        settings = self.settings
+        place = (number, settings.depth, settings.backend, settings.history)
         self._saved += [(place, program) for program in artifact.programs]
 
     def _reason_not_to_cache(self, leaves: list[Any], form: CallForm) -> str | None:
@@ -443,7 +541,8 @@ class Dispatcher:
         """The program for a call: loaded from a file, compiled before, or compiled now."""
         settings = self.settings
         if self._saved:
-            place = (self._structure(display), settings.depth, settings.backend)
+            known = self._structure(display)
+            place = (known, settings.depth, settings.backend, settings.history)
             signature = portable_signature(signature_of(call.form, call.leaves)[0])
             for where, saved in self._saved:
                 if where == place and saved.serves(signature, call.form.spec, call.leaves):
@@ -508,14 +607,14 @@ class Dispatcher:
         return network
 
     def _compiled(self, network: CapturedNetwork, leaves: list[Any], display: Display) -> Program:
-        key = (network, self.settings.depth, self.settings.backend)
+        settings = self.settings
+        depth, backend, history = settings.depth, settings.backend, settings.history
+        key = (network, depth, backend, history)
         program = self._programs.get(key)
         if program is not None:
-            program = renewed(program, network, self.settings.depth, self.module, leaves, display)
+            program = renewed(program, network, depth, self.module, leaves, display)
         if program is None:
-            program = build(
-                network, self.settings.depth, self.settings.backend, self.module, leaves, display
-            )
+            program = build(network, depth, backend, self.module, leaves, display, history)
             network.tighten()
         self._programs[key] = program
         return program

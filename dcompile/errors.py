@@ -45,3 +45,7 @@ class TimestepError(DcompileError, TypeError):
 
 class ArtifactError(DcompileError, RuntimeError):
     """A saved program that cannot be written, is damaged, or was made for something else."""
+
+
+class TuneError(DcompileError, RuntimeError):
+    """A run that cannot be tuned for: it does not repeat, or there is nothing to cache in it."""

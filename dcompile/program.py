@@ -60,8 +60,13 @@ class Bound(NamedTuple):
     weights: tuple[torch.Tensor, ...]
     inputs: tuple[int, ...]
 
-    def __call__(self, leaves: Sequence[Any], boundary: tuple[Any, ...] = ()) -> Any:
-        return self.run(*self.weights, *[leaves[i] for i in self.inputs], *boundary)
+    def __call__(
+        self, leaves: Sequence[Any], boundary: tuple[Any, ...] = (), coefficients: Any = None
+    ) -> Any:
+        inputs = [leaves[i] for i in self.inputs]
+        if coefficients is None:
+            return self.run(*self.weights, *inputs, *boundary)
+        return self.run(*self.weights, *inputs, *boundary, coefficients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +123,16 @@ class Program:
 
     Attributes:
         out_spec: the structure of what the network returns.
+        history: how many boundaries the shallow graph takes, the latest first. If more than one,
+            the forecast's coefficients come after them.
+        ratio: r, FLOPs of the shallow graph over FLOPs of the full graph.
     """
 
     out_spec: TreeSpec
     full: CompiledGraph
     shallow: CompiledGraph
+    history: int = 1
+    ratio: float = 0.0
 
     def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether the weights folded into the code, if any were, are still the module's."""
@@ -147,12 +157,13 @@ class BoundProgram:
         results: how many of the full graph's outputs the module returns; the rest is boundary.
     """
 
-    __slots__ = ("_aliased", "_spec", "_tuple", "full", "program", "results", "shallow")
+    __slots__ = ("_aliased", "_spec", "_tuple", "full", "history", "program", "results", "shallow")
 
     def __init__(self, program: Program, full: Bound, shallow: Bound) -> None:
         self.program = program
         self.full = full
         self.shallow = shallow
+        self.history = program.history
         self._aliased = False
         self._spec = program.out_spec
         self.results = self._spec.num_leaves
@@ -163,23 +174,46 @@ class BoundProgram:
 
         Args:
             leaves: the call's leaves.
-            previous: the boundary cached until now, which the caller will drop.
+            previous: the same lane's cached boundary, which a forecast goes on from; empty if
+                there is none.
+
+        Returns:
+            The result, and the boundaries of the last ``history`` refreshes, the latest first. In
+            the place of those that there are not, the latest again.
         """
         values = tuple(self.full(leaves))
         results, boundary = values[: self.results], values[self.results :]
         self._aliased = _share_storage(results, boundary)
         if self._aliased:  # what the caller does to its result must not reach the cache
             boundary = tuple(_own(value) for value in boundary)
-        return self.packed(results), boundary
+        return self.packed(results), boundary + with_earlier(boundary, previous, self.history)
 
-    def reuse(self, leaves: Sequence[Any], boundary: tuple[Any, ...]) -> Any:
-        """Run the shallow graph from a cached boundary: what the module returns."""
-        results = tuple(self.shallow(leaves, boundary))
+    def reuse(
+        self, leaves: Sequence[Any], boundary: tuple[Any, ...], coefficients: Any = None
+    ) -> Any:
+        """Run the shallow graph from a cached boundary: what the module returns.
+
+        Args:
+            leaves: the call's leaves.
+            boundary: what ``refresh`` returned.
+            coefficients: of the forecast, shape (history,); None without one.
+        """
+        results = tuple(self.shallow(leaves, boundary, coefficients))
         return self.packed(tuple(map(_own, results)) if self._aliased else results)
 
     def packed(self, values: tuple[Any, ...]) -> Any:
         """The graph's results in the form in which the module returns them."""
         return values if self._tuple else tree_unflatten(list(values), self._spec)
+
+
+def with_earlier(
+    boundary: tuple[Any, ...], previous: tuple[Any, ...], history: int
+) -> tuple[Any, ...]:
+    """What comes after ``boundary`` in a cache of ``history`` boundaries, ``previous`` its last."""
+    if history == 1:
+        return ()
+    kept = len(boundary) * (history - 1)
+    return previous[:kept] if previous else boundary * (history - 1)
 
 
 def _share_storage(results: Sequence[Any], boundary: Sequence[Any]) -> bool:

@@ -5,14 +5,18 @@ network's timesteps from 0 at the start of a generation. ``steps`` is how many t
 where that is not known (timesteps passed as plain numbers). Step 0 always refreshes, and so does
 any step whose cache is missing or older than the last refresh step: a schedule can only ask for
 more refreshing, never for less.
+
+A schedule may also have ``plan(run) -> Schedule``: it is asked once, at the start of a generation,
+and what it returns is used for that generation. ``Sigma`` looks at the sampler this way.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol, cast, runtime_checkable
 
 from dcompile.errors import ScheduleError
@@ -25,6 +29,26 @@ class Schedule(Protocol):
     def refresh(self, step: int, steps: int | None) -> bool:
         """Whether step number ``step`` (from 0) of ``steps`` runs the full graph."""
         ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a generation when it starts.
+
+    Attributes:
+        steps: how many steps there are from here on; None if that is not known.
+        ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
+        weights: by how much an error at each step is multiplied on its way into the result (see
+            ``samplers.step_weights``); None without a sampler that says so.
+        stochastic: whether the sampler adds noise at its steps.
+        power: what suits it as exponent of the weights (see ``samplers.usual_power``).
+    """
+
+    steps: int | None
+    ratio: float = 0.0
+    weights: tuple[float, ...] | None = None
+    stochastic: bool = False
+    power: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -141,6 +165,111 @@ def _power_steps(steps: int, count: int, center: int, power: float) -> tuple[int
     )
 
 
+@dataclass(frozen=True)
+class Sigma:
+    """Refresh where the sampler turns errors into error of the result.
+
+    An error at step i enters the result with weight w_i, for DDIM the change of
+    sigma_bar = sqrt((1 - alpha_bar) / alpha_bar) (see ``samplers``). Refreshes are placed so that
+    the sum of w_i^power between them is equal. Knows nothing of the network, and measures nothing.
+
+    Args:
+        count: refresh steps in a run; or
+        speedup: how much less compute a run takes than an uncached one, in FLOPs.
+        power: exponent of the weights; 0 is uniform. By default what suits the sampler, see
+            ``samplers.usual_power``.
+
+    Raises:
+        ScheduleError: neither or both of count and speedup are given, or they are out of range;
+            when used, if the run has too few steps, or the speed-up is beyond 1/r.
+    """
+
+    count: int | None = None
+    speedup: float | None = None
+    power: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.speedup is None):
+            raise ScheduleError(
+                f"Sigma: give either count or speedup, got count={self.count!r} and "
+                f"speedup={self.speedup!r}"
+            )
+        if self.count is not None:
+            _require_int("count", self.count)
+        if self.speedup is not None:
+            require_speedup(self.speedup)
+        if self.power is not None and not 0 <= self.power <= 4:
+            raise ScheduleError(f"Sigma: expected a power from 0 to 4, got {self.power!r}")
+
+    def refresh(self, step: int, steps: int | None) -> bool:
+        raise ScheduleError(
+            "Sigma places its refreshes by the sampler's noise levels, and there is no sampler: "
+            "pass the pipeline to cache_compile, or cache_compile(unet, scheduler=...)"
+        )
+
+    def plan(self, run: Run) -> Schedule:
+        """The refresh steps for one run."""
+        if run.weights is None:
+            return cast(Schedule, self)  # whose refresh says what is missing
+        weights = run.weights if run.steps is None else run.weights[-run.steps :]
+        steps = run.steps or len(weights)
+        # A run longer than the sampler's own timesteps is not the sampler's: count steps only.
+        if len(weights) < steps:
+            weights = (1.0,) * steps
+        power = run.power if self.power is None else self.power
+        return Steps(placed([w**power for w in weights], self.refreshes(steps, run.ratio)))
+
+    def refreshes(self, steps: int, ratio: float) -> int:
+        """How many refresh steps a run of ``steps`` has.
+
+        Args:
+            ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
+        """
+        if self.count is not None:
+            if self.count > steps:
+                raise ScheduleError(f"Sigma: {self.count} refreshes in a run of {steps} steps")
+            return self.count
+        assert self.speedup is not None
+        # speed-up = steps / (count + (steps - count) r)
+        count = steps * (1 / self.speedup - ratio) / (1 - ratio) if ratio < 1 else 0.0
+        if count < 1:
+            most = steps / (1 + (steps - 1) * ratio)
+            raise ScheduleError(
+                f"a speed-up of {self.speedup:g} is beyond this network at this depth: with one "
+                f"refresh in {steps} steps it is {most:.2f} (a reuse step takes {ratio:.0%} of a "
+                "refresh step's compute)"
+            )
+        return max(1, math.floor(count + 1e-9))
+
+
+def require_speedup(value: object) -> float:
+    """Check a speed-up.
+
+    Raises:
+        ScheduleError: it is no finite number of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+        raise ScheduleError(f"speedup: expected a number of at least 1, got {value!r}")
+    return float(value)
+
+
+def placed(loads: Sequence[float], count: int) -> tuple[int, ...]:
+    """``count`` ascending steps from 0, between which the sums of ``loads`` are about equal."""
+    steps = len(loads)
+    total = sum(loads)
+    if total <= 0:
+        loads, total = [1.0] * steps, float(steps)
+    before = list(accumulate(loads, initial=0.0))[:steps]
+    chosen: list[int] = []
+    for number in range(count):
+        target = total * number / count
+        nearest = min(range(steps), key=lambda step: abs(before[step] - target))
+        # At least one step after the last, and room for those to come.
+        least = chosen[-1] + 1 if chosen else 0
+        chosen.append(min(max(nearest, least), steps - (count - number)))
+    return tuple(chosen)
+
+
 def _require_int(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ScheduleError(f"{name}: expected an int of at least {least}, got {value!r}")
@@ -169,4 +298,4 @@ def from_json(entry: Mapping[str, Any]) -> Schedule:
         raise ScheduleError(f"{kind}: {error}") from error
 
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Uniform, Steps, Power)}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Uniform, Steps, Power, Sigma)}

@@ -43,14 +43,14 @@ class Lane:
         program, signature: what made the cached boundary; None before the first refresh.
         boundary: the cached tensors, or what holds them (``cuda_graphs.HeldBoundary``). The lane
             owns them: they are freed with the lane.
-        refreshed: the step that made them.
+        refreshed: the steps that made them, the latest first; as many as a forecast looks back.
     """
 
     anchors: tuple[tuple[weakref.ref[Any], int], ...]
     program: Program | None = None
     signature: Any = None
     boundary: Any = ()
-    refreshed: int = -1
+    refreshed: tuple[int, ...] = (-1,)
 
     def contradicts(self, conditioning: Sequence[torch.Tensor]) -> bool:
         """Whether a call with this conditioning is certainly not this lane's."""
@@ -89,6 +89,7 @@ class Generation:
         beat: the latest step that the schedule wanted refreshed.
         programs: what runs this generation, by call signature; filled by the dispatcher.
         signature, bound: of the latest call.
+        schedule, forecast: chosen for this run when it began.
     """
 
     steps: int | None
@@ -97,6 +98,8 @@ class Generation:
     programs: dict[Any, Any] = field(default_factory=dict)
     signature: Any = None
     bound: Any = None
+    schedule: Any = None
+    forecast: Any = None
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)
     # Two generations may walk over one timesteps tensor (a loop that is begun again, or a server

@@ -10,6 +10,7 @@ ATen ``GraphModule`` as ``torch.export`` makes it and returns another.
 from passes.base import GraphPass, PassError, PostconditionError, PreconditionError
 from passes.canonicalize import Canonicalize
 from passes.cost import Cost, node_cost, total_cost
+from passes.forecast import with_forecast
 from passes.skips import SkipConnection, find_skip_connections
 from passes.split import SplitGraphs, split_at
 
@@ -26,4 +27,5 @@ __all__ = [
     "node_cost",
     "split_at",
     "total_cost",
+    "with_forecast",
 ]

@@ -336,7 +336,7 @@ class TestRefusals:
             compiled(interval=interval)
 
     def test_interval_and_schedule(self) -> None:
-        with pytest.raises(dcompile.ScheduleError, match="not both"):
+        with pytest.raises(dcompile.ScheduleError, match="give one of interval, speedup"):
             compiled(schedule=dcompile.Uniform(2))
 
     def test_schedule_without_refresh(self) -> None:

@@ -95,7 +95,7 @@ def test_another_schedule_may_be_given(saved: Path) -> None:
     network = loaded(saved, interval=7)
     sampled(network, picture(), timesteps())
     assert dcompile.handle(network).stats.refresh_steps == 1
-    with pytest.raises(ScheduleError, match="not both"):
+    with pytest.raises(ScheduleError, match="give one of interval, speedup and schedule"):
         loaded(saved, interval=3, schedule=dcompile.Uniform(3))
 
 

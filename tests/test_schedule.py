@@ -1,8 +1,12 @@
 """Schedules as pure functions of step and number of steps."""
 
+import json
+from typing import Any
+
 import pytest
 
-from dcompile import Power, Schedule, ScheduleError, Steps, Uniform
+from dcompile import Power, Run, Schedule, ScheduleError, Sigma, Steps, Uniform
+from dcompile.schedule import from_json, to_json
 
 
 def chosen(schedule: Schedule, steps: int) -> list[int]:
@@ -87,3 +91,89 @@ def test_anything_with_refresh_is_a_schedule() -> None:
 
     assert isinstance(EveryOther(), Schedule)
     assert isinstance(Uniform(2), Schedule)
+
+
+# By the sampler -----------------------------------------------------------------------------------
+
+
+def planned(schedule: Sigma, steps: int, weights: list[float], **known: Any) -> list[int]:
+    run = Run(steps, weights=tuple(weights), **known)
+    return chosen(schedule.plan(run), steps)
+
+
+def test_sigma_with_equal_weights_is_about_uniform() -> None:
+    assert planned(Sigma(4), 12, [1.0] * 12) == [0, 3, 6, 9]
+
+
+def test_sigma_refreshes_where_weights_are_large() -> None:
+    weights = [9.0] * 5 + [1.0] * 15
+    found = planned(Sigma(6, power=1), 20, weights)
+    assert found[0] == 0
+    assert found == [0, 1, 2, 3, 4, 10]  # 45 of 60 lie in the first five
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 19, 20])
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0, 4.0])
+def test_sigma_has_as_many_refreshes_as_asked(count: int, power: float) -> None:
+    weights = [10.0 ** (-i / 3) for i in range(20)]
+    found = planned(Sigma(count, power=power), 20, weights)
+    assert len(found) == count
+    assert found[0] == 0
+    assert found == sorted(set(found))
+
+
+def test_sigma_of_a_run_that_starts_late() -> None:
+    weights = [100.0, 100.0, *[1.0] * 6]
+    assert planned(Sigma(2), 6, weights) == [0, 3]
+
+
+def test_the_sampler_says_which_power() -> None:
+    weights = [16.0] * 4 + [1.0] * 16
+    for power in (0.0, 0.5, 1.0):
+        expected = planned(Sigma(8, power=power), 20, weights)
+        assert planned(Sigma(8), 20, weights, power=power) == expected
+    assert planned(Sigma(8, power=1), 20, weights) != planned(Sigma(8, power=0), 20, weights)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.07, 0.3])
+@pytest.mark.parametrize("speedup", [1.0, 1.5, 2.0, 2.5])
+def test_a_speed_up_is_at_least_what_was_asked(ratio: float, speedup: float) -> None:
+    count = Sigma(speedup=speedup).refreshes(50, ratio)
+    spent = count + (50 - count) * ratio
+    assert 50 / spent >= speedup - 1e-9
+    one_more = spent + (1 - ratio)
+    assert 50 / one_more < speedup or count == 50
+
+
+def test_a_speed_up_beyond_reach() -> None:
+    with pytest.raises(ScheduleError, match=r"speed-up of 12 is beyond .* it is 4\.24 \(a reuse"):
+        Sigma(speedup=12).refreshes(50, 0.22)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give either count or speedup"),
+        ({"count": 3, "speedup": 2.0}, "give either count or speedup"),
+        ({"count": 0}, "count: expected an int"),
+        ({"speedup": 0.5}, "speedup: expected a number of at least 1, got 0.5"),
+        ({"speedup": float("nan")}, "speedup: expected a number"),
+        ({"speedup": "2"}, "speedup: expected a number"),
+        ({"count": 3, "power": -1}, "power from 0 to 4"),
+    ],
+)
+def test_sigma_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        Sigma(**arguments)
+
+
+def test_sigma_needs_a_sampler_and_enough_steps() -> None:
+    with pytest.raises(ScheduleError, match=r"pass the pipeline to cache_compile"):
+        chosen(Sigma(3).plan(Run(9)), 9)
+    with pytest.raises(ScheduleError, match="12 refreshes in a run of 9 steps"):
+        planned(Sigma(12), 9, [1.0] * 9)
+
+
+def test_sigma_in_json() -> None:
+    schedule = Sigma(speedup=2.5, power=0.25)
+    assert from_json(json.loads(json.dumps(to_json(schedule)))) == schedule

@@ -63,6 +63,7 @@ class Inductor:
                 Callable[..., Any],
                 compile_fx(graph_module, list(inputs), config_patches=patches),
             )
+        compiler_config: Any = torch.compiler.config
         fakes = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
         fake_mode = _symbolic_mode(fakes)
         if fake_mode is None:
@@ -76,7 +77,7 @@ class Inductor:
             # Lowering may tie sizes to numbers, which the capture's guard has to know; a graph out
             # of Inductor's cache would not say so. Its compiled kernels are still found there.
             with (
-                torch.compiler.config.patch(cache_key_tag=uuid.uuid4().hex),
+                compiler_config.patch(cache_key_tag=uuid.uuid4().hex),
                 torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
             ):
                 artifact = torch._inductor.standalone_compile(

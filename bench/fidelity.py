@@ -1,0 +1,449 @@
+"""How close cached pictures are to uncached ones, for the compute they take.
+
+    python bench/fidelity.py                        # everything: hours on two CPU cores
+    python bench/fidelity.py --subject ddpm --minutes 9
+    python bench/fidelity.py --interval 3 --interval 5    # DeepCache at these intervals only
+
+Each method draws the same pictures from the same seeds as an uncached run of the same process. What
+is measured is kept in bench/results/fidelity.json after every method, and the same command goes on
+where it stopped. The table and the plots are written anew each time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from DeepCache import DeepCacheSDHelper
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+)
+from emoji_data import Captioned, captions
+from rich.console import Console
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+import dcompile
+from dcompile import Sigma, models
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench/results"
+DEPTHS = (0, 1, 2)
+TUNED_AT = (2, 3, 5)
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures in 0..1, shape (n, 3, height, width), and the final latents they came from."""
+
+    pictures: torch.Tensor
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, a sampler, and what it draws.
+
+    Attributes:
+        name: of its rows.
+        pipe: the pipeline.
+        steps: network evaluations in a run.
+        draw: pictures of the given numbers; numbers below 0 are for tuning only.
+        count: pictures that are scored.
+    """
+
+    name: str
+    pipe: Any
+    steps: int
+    draw: Callable[[list[int]], Drawn]
+    count: int
+
+    def scored(self) -> Drawn:
+        drawn = [self.draw(list(part)) for part in _parts(range(self.count), 16)]
+        return Drawn(
+            torch.cat([one.pictures for one in drawn]), torch.cat([one.latents for one in drawn])
+        )
+
+
+def ddpm(count: int) -> Subject:
+    """The bundled DDPM, 100 DDIM steps."""
+    loaded = DiffusionPipeline.from_pretrained(models.path("ddpm-emoji"))
+    scheduler = DDIMScheduler.from_config(loaded.scheduler.config)
+    pipe = DDIMPipeline(unet=loaded.unet, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(numbers: list[int]) -> Drawn:
+        images = pipe(
+            batch_size=len(numbers),
+            generator=[_generator(n) for n in numbers],
+            num_inference_steps=100,
+            output_type="np",
+        ).images
+        pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+        return Drawn(pictures, pictures * 2 - 1)
+
+    return Subject("ddpm, DDIM, 100 steps", pipe, 100, draw, count)
+
+
+def emoji_sd(count: int, sampler: str) -> Subject:
+    """emoji-sd with guidance 5: 50 DDIM steps or 20 of DPM-Solver++."""
+    pipe = StableDiffusionPipeline.from_pretrained(models.path("emoji-sd"))
+    pipe.set_progress_bar_config(disable=True)
+    steps = 50
+    if sampler == "DPM-Solver++":
+        steps = 20
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    names = Captioned.render(16).names
+    prompts = [captions(name)[0][0] for name in names]
+
+    def draw(numbers: list[int]) -> Drawn:
+        # Prompts of even place are scored, of odd place tuned on.
+        chosen = [prompts[(2 * n if n >= 0 else -2 * n - 1) * 7 % len(prompts)] for n in numbers]
+        latents = pipe(
+            chosen,
+            generator=[_generator(n) for n in numbers],
+            num_inference_steps=steps,
+            guidance_scale=5.0,
+            output_type="latent",
+        ).images
+        with torch.no_grad():
+            decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        return Drawn((decoded / 2 + 0.5).clamp(0, 1), latents)
+
+    return Subject(f"emoji-sd, {sampler}, {steps} steps", pipe, steps, draw, count)
+
+
+def _generator(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(10_000 + number)
+
+
+def _parts(numbers: range, size: int) -> Iterator[range]:
+    for start in range(numbers.start, numbers.stop, size):
+        yield numbers[start - numbers.start :][:size]
+
+
+# Methods ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Method:
+    """One way to cache.
+
+    Attributes:
+        name: of its row.
+        depth, refreshes: what it spends, for the FLOPs; of a tuned one known once it ran.
+        active: switches it on around a run.
+    """
+
+    name: str
+    depth: int
+    refreshes: int
+    active: Callable[[Subject], Any]
+
+
+def deepcache(subject: Subject, interval: int, depth: int) -> Method:
+    @contextmanager
+    def active(subject: Subject) -> Iterator[None]:
+        helper = DeepCacheSDHelper(pipe=subject.pipe)
+        helper.set_params(cache_interval=interval, cache_branch_id=depth)
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
+
+    return Method(
+        f"DeepCache, N={interval}, depth {depth}", depth, -(-subject.steps // interval), active
+    )
+
+
+def ours(name: str, refreshes: int, **settings: Any) -> Method:
+    @contextmanager
+    def active(subject: Subject) -> Iterator[None]:
+        dcompile.cache_compile(subject.pipe, **{"backend": "eager", "verbose": False, **settings})
+        try:
+            yield
+        finally:
+            stats = dcompile.handle(subject.pipe).stats
+            assert stats.refresh_steps % refreshes == 0, (name, stats)
+            dcompile.handle(subject.pipe).disable()
+
+    depth = settings.get("depth", getattr(settings.get("schedule"), "depth", 0))
+    return Method(name, depth, refreshes, active)
+
+
+def methods(subject: Subject, intervals: list[int]) -> Iterator[Method]:
+    steps = subject.steps
+    for interval in intervals:
+        count = -(-steps // interval)
+        for depth in DEPTHS:
+            yield deepcache(subject, interval, depth)
+        for forecast in ("linear", "quadratic", "taylor"):
+            yield ours(
+                f"uniform, {forecast}, N={interval}", count, interval=interval, forecast=forecast
+            )
+        yield ours(f"speedup=, as N={interval}", count, schedule=Sigma(count), forecast="auto")
+        for power in (0.25, 0.5, 1.0):
+            for forecast in ("reuse", "linear"):
+                yield ours(
+                    f"Sigma, power {power:g}, {forecast}, as N={interval}",
+                    count,
+                    schedule=Sigma(count, power=power),
+                    forecast=forecast,
+                )
+        for depth in DEPTHS[1:]:
+            yield ours(
+                f"uniform, taylor, N={interval}, depth {depth}",
+                count,
+                interval=interval,
+                forecast="taylor",
+                depth=depth,
+            )
+        if interval in TUNED_AT:
+            yield _tuned(subject, interval, count)
+
+
+def _tuned(subject: Subject, interval: int, count: int) -> Method:
+    """Tuned on eight pictures that are not scored; at depth 0's FLOPs of this interval."""
+    ratio = ratios(subject)[0]
+    speedup = steps_over(subject.steps, count, ratio)
+    kept: dict[str, Any] = {}
+
+    @contextmanager
+    def active(subject: Subject) -> Iterator[None]:
+        if "schedule" not in kept:
+            kept["schedule"] = dcompile.tune(
+                subject.pipe,
+                lambda: subject.draw(list(range(-8, 0))).pictures,
+                speedup=speedup,
+                trials=16,
+                verbose=False,
+            )
+        schedule = kept["schedule"]
+        method.depth, method.refreshes = schedule.depth, len(schedule.refresh_steps)
+        with ours(method.name, len(schedule.refresh_steps), schedule=schedule).active(subject):
+            yield
+
+    method = Method(f"tuned, at the FLOPs of N={interval}", 0, count, active)
+    return method
+
+
+def steps_over(steps: int, refreshes: int, ratio: float) -> float:
+    """Speed-up in FLOPs."""
+    return steps / (refreshes + (steps - refreshes) * ratio)
+
+
+_ratios: dict[str, dict[int, float]] = {}
+
+
+def ratios(subject: Subject) -> dict[int, float]:
+    """r of each depth."""
+    if subject.name not in _ratios:
+        dcompile.cache_compile(subject.pipe, interval=1, backend="eager", verbose=False)
+        subject.draw([0])
+        handle = dcompile.handle(subject.pipe)
+        _ratios[subject.name] = {row.depth: row.ratio for row in handle.explain().depths}
+        handle.disable()
+    return _ratios[subject.name]
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def scores(found: Drawn, expected: Drawn) -> dict[str, list[float]]:
+    """Of each picture: PSNR in dB, SSIM, and relative L2 distance of the final latents."""
+    pairs = list(zip(found.pictures, expected.pictures, strict=True))
+    return {
+        "psnr": [float(peak_signal_noise_ratio(a, b, data_range=1.0)) for a, b in pairs],
+        "ssim": [
+            float(structural_similarity_index_measure(a[None], b[None], data_range=1.0))
+            for a, b in pairs
+        ],
+        "latent_l2": [
+            float((a - b).norm() / b.norm())
+            for a, b in zip(found.latents, expected.latents, strict=True)
+        ],
+    }
+
+
+def interval_of(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % confidence interval."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return (finite[0] if finite else math.inf), 0.0
+    return statistics.mean(finite), 1.96 * statistics.stdev(finite) / math.sqrt(len(finite))
+
+
+def measure(
+    subject: Subject, intervals: list[int], rows: dict[str, Any], deadline: float, save: Any
+) -> None:
+    """Add rows for all methods that have none yet."""
+    missing = [m for m in methods(subject, intervals) if m.name not in rows]
+    if not missing:
+        return
+    ratio = ratios(subject)
+    started = time.perf_counter()
+    expected = subject.scored()
+    uncached = time.perf_counter() - started
+    for method in missing:
+        if time.monotonic() > deadline:
+            console.print("out of time; the same command goes on")
+            return
+        with method.active(subject):
+            started = time.perf_counter()
+            found = subject.scored()
+            seconds = time.perf_counter() - started
+        rows[method.name] = {
+            "depth": method.depth,
+            "refreshes": method.refreshes,
+            "steps": subject.steps,
+            "flops_speedup": steps_over(subject.steps, method.refreshes, ratio[method.depth]),
+            "wall_speedup": uncached / seconds,
+            **scores(found, expected),
+        }
+        mean, half = interval_of(rows[method.name]["psnr"])
+        console.print(f"{subject.name}: {method.name}: {mean:.2f} ± {half:.2f} dB")
+        save()
+
+
+# Pages --------------------------------------------------------------------------------------------
+
+
+def page(results: dict[str, Any]) -> str:
+    lines = [
+        "# Fidelity",
+        "",
+        "Made by `bench/fidelity.py`: cached against uncached pictures of the same seeds, on CPU, "
+        "eager. Speed-ups are in FLOPs; measured ones stand beside them. PSNR, SSIM and the "
+        "relative L2 distance of the final latents are means over the pictures with 95 % "
+        "confidence intervals.",
+    ]
+    for subject, rows in results.items():
+        lines += [
+            "",
+            f"## {subject}",
+            "",
+            f"{len(next(iter(rows.values()))['psnr'])} pictures.",
+            "",
+            "| method | refreshes | FLOPs | measured | PSNR, dB | SSIM | latents |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, row in rows.items():
+            psnr, ssim, latents = (interval_of(row[key]) for key in ("psnr", "ssim", "latent_l2"))
+            lines.append(
+                f"| {name} | {row['refreshes']} of {row['steps']} | {row['flops_speedup']:.2f}x | "
+                f"{row['wall_speedup']:.2f}x | {psnr[0]:.2f} ± {psnr[1]:.2f} | {ssim[0]:.4f} ± "
+                f"{ssim[1]:.4f} | {latents[0]:.4f} ± {latents[1]:.4f} |"
+            )
+        lines += ["", *bars(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def bars(rows: dict[str, Any]) -> Iterator[str]:
+    """The numbers to reach, as far as they were measured."""
+
+    def psnr(name: str) -> float | None:
+        return interval_of(rows[name]["psnr"])[0] if name in rows else None
+
+    yield "| against DeepCache at depth 0 and equal FLOPs | PSNR gained |"
+    yield "| --- | --- |"
+    for interval in (2, 3, 5, 10):
+        base = psnr(f"DeepCache, N={interval}, depth 0")
+        for name in (
+            f"uniform, linear, N={interval}",
+            f"uniform, taylor, N={interval}",
+            f"speedup=, as N={interval}",
+            f"tuned, at the FLOPs of N={interval}",
+        ):
+            value = psnr(name)
+            if base is not None and value is not None:
+                yield f"| {name} | {value - base:+.1f} dB |"
+    target = psnr("DeepCache, N=2, depth 0")
+    if target is not None:
+        spent = rows["DeepCache, N=2, depth 0"]["flops_speedup"]
+        enough = {
+            name: row["flops_speedup"] / spent
+            for name, row in rows.items()
+            if not name.startswith("DeepCache") and interval_of(row["psnr"])[0] >= target
+        }
+        if enough:
+            best = max(enough, key=lambda name: enough[name])
+            yield f"| fewer FLOPs at the PSNR of DeepCache N=2 ({best}) | {enough[best]:.2f}x |"
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """PSNR over speed-up: all methods, and each side's Pareto front."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4.5), squeeze=False)
+    for axis, (subject, rows) in zip(axes[0], results.items(), strict=True):
+        for label, colour, chosen in (
+            ("DeepCache", "tab:grey", [n for n in rows if n.startswith("DeepCache")]),
+            ("dcompile", "tab:blue", [n for n in rows if not n.startswith("DeepCache")]),
+        ):
+            points = sorted(
+                (rows[name]["flops_speedup"], interval_of(rows[name]["psnr"])[0]) for name in chosen
+            )
+            axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.5)
+            front = [p for p in points if all(q[1] < p[1] for q in points if q[0] > p[0])]
+            axis.plot(*zip(*front, strict=True), color=colour, label=label)
+        axis.set_title(subject)
+        axis.set_xlabel("speed-up in FLOPs")
+        axis.set_ylabel("PSNR against uncached, dB")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(
+    subject: Annotated[
+        list[str] | None, typer.Option(help="ddpm, emoji-sd, emoji-sd-20; repeat. Default: all.")
+    ] = None,
+    interval: Annotated[list[int] | None, typer.Option(help="Default: 2 to 10.")] = None,
+    count: Annotated[int, typer.Option(help="Pictures of each method.")] = 64,
+    minutes: Annotated[float, typer.Option(help="Stop in time to go on later.")] = math.inf,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = RESULTS,
+) -> None:
+    deadline = time.monotonic() + 60 * minutes
+    makers = {
+        "ddpm": lambda: ddpm(count),
+        "emoji-sd": lambda: emoji_sd(count, "DDIM"),
+        "emoji-sd-20": lambda: emoji_sd(count, "DPM-Solver++"),
+    }
+    file = out / "fidelity.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    for name in subject or list(makers):
+        if name not in makers:
+            raise SystemExit(f"unknown subject {name!r}; known are {', '.join(makers)}")
+        made = makers[name]()
+        rows = results.setdefault(made.name, {})
+
+        def save() -> None:
+            file.write_text(json.dumps(results, indent=1) + "\n")
+
+        measure(made, interval or list(range(2, 11)), rows, deadline, save)
+    results = {name: rows for name, rows in results.items() if rows}
+    (out / "fidelity.md").write_text(page(results))
+    plot(results, ROOT / "docs/fidelity.png" if out == RESULTS else out / "fidelity.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)

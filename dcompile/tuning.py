@@ -1,0 +1,707 @@
+"""Find the refresh steps, depth and forecast that suit one network, sampler and number of steps.
+
+What a schedule costs in fidelity is predicted before it is tried. One uncached run records the
+boundary at every step, which gives a Gram matrix: the inner products of all pairs of boundaries.
+From it follows how far any forecast from any refreshes would be from the true boundary, without
+another run. Multiplied with how strongly the network's output reacts to its boundary (measured once
+for each step) and with what the sampler makes of an error (``samplers.step_weights``), that is the
+error a step adds to the result. Dynamic programming and local search find the refresh steps that
+make the sum least; the best few are then tried in real runs, and the best of those is returned.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dcompile.dispatch import Dispatcher, Refreshed
+from dcompile.errors import DepthError, ScheduleError, TuneError
+from dcompile.forecast import Forecast, factors, resolve_forecast
+from dcompile.schedule import Sigma, Steps, Uniform, placed
+
+FORMAT = 1
+FORECASTS = ("reuse", "linear", "taylor")
+# Two uncached runs that differ by more than this (PSNR, dB) are no measure for a third.
+_LEAST_REPEATABLE = 50.0
+_LOCAL_SWEEPS = 12
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One schedule that was tried in real runs.
+
+    Attributes:
+        refresh_steps, depth, forecast: what was tried.
+        speedup: of a run, in FLOPs.
+        psnr: mean over the samples against the uncached result, in dB.
+    """
+
+    refresh_steps: tuple[int, ...]
+    depth: int
+    forecast: str
+    speedup: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A schedule with everything needed to use it: ``cache_compile(unet, schedule=tuned)``.
+
+    Attributes:
+        refresh_steps: which steps refresh.
+        steps: the number of steps it was tuned for.
+        depth, forecast: to use it with; ``cache_compile`` takes them from here.
+        network: the network's class and number of parameters.
+        speedup: of a run, in FLOPs.
+        psnr: mean over the samples against the uncached result, in dB.
+        trials: all that was tried, in that order.
+    """
+
+    refresh_steps: tuple[int, ...]
+    steps: int
+    depth: int
+    forecast: str
+    network: tuple[str, int]
+    speedup: float
+    psnr: float
+    trials: tuple[Trial, ...] = field(default=(), repr=False)
+
+    def refresh(self, step: int, steps: int | None) -> bool:
+        if steps is not None and steps != self.steps:
+            raise ScheduleError(
+                f"tuned for runs of {self.steps} steps, this one has {steps}: tune for that, or "
+                "use Sigma(speedup=...)"
+            )
+        return step in self.refresh_steps
+
+    def require_fit(self, network: nn.Module) -> None:
+        """Check that ``network`` is like the one it was tuned for.
+
+        Raises:
+            ScheduleError: it has another class or number of parameters.
+        """
+        here = _identity(network)
+        if here != self.network:
+            (name, count), (one, other) = self.network, here
+            raise ScheduleError(
+                f"tuned for a {name} with {count:,} parameters, this is a {one} with {other:,}"
+            )
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write it as JSON. Returns the file's full path."""
+        target = Path(file).expanduser().resolve()
+        target.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        return target
+
+    @staticmethod
+    def load(file: str | os.PathLike[str]) -> Tuned:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ScheduleError: the file is missing, or is not that.
+        """
+        source = Path(file).expanduser()
+        try:
+            entry = json.loads(source.read_text())
+            if entry.pop("format") != FORMAT:
+                raise ValueError("unknown format")
+            trials = tuple(
+                Trial(**{**trial, "refresh_steps": tuple(trial["refresh_steps"])})
+                for trial in entry.pop("trials")
+            )
+            steps = tuple(entry.pop("refresh_steps"))
+            name, count = entry.pop("network")
+            Steps(steps)
+            resolve_forecast(entry["forecast"])
+            return Tuned(refresh_steps=steps, network=(name, count), trials=trials, **entry)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ScheduleError(f"{source} holds no tuned schedule: {error}") from error
+
+
+# What a recorded run says -------------------------------------------------------------------------
+
+
+@dataclass
+class Recording:
+    """An uncached run at one depth.
+
+    Attributes:
+        gram: inner products of the boundaries, shape (steps, steps).
+        reaction: how much the output moves for one unit of error in the boundary, shape (steps,).
+        ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
+    """
+
+    gram: np.ndarray[Any, Any]
+    reaction: np.ndarray[Any, Any]
+    ratio: float
+
+    def errors(self, forecast: Forecast, refreshed: Sequence[int]) -> np.ndarray[Any, Any]:
+        """The boundary's squared error at every step if these are the refresh steps."""
+        steps = len(self.gram)
+        found = np.zeros(steps)
+        known = set(refreshed)
+        past: list[int] = []
+        for step in range(steps):
+            if step in known:
+                past = [step, *past][: forecast.history]
+                continue
+            given = factors(forecast, step, past)[: len(past)]
+            weights, places = np.array([*given, -1.0]), [*past, step]
+            found[step] = max(0.0, weights @ self.gram[np.ix_(places, places)] @ weights)
+        return found
+
+
+class _Features:
+    """Boundaries of one run: in memory, or in a file if they take more than ``limit`` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._rows: list[Any] = []
+        self._bytes = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def append(self, tensors: Iterable[torch.Tensor]) -> None:
+        row = torch.cat([t.detach().float().flatten() for t in tensors]).cpu().numpy()
+        self._bytes += row.nbytes
+        if self._bytes > self._limit:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="dcompile-tune-")
+            file = Path(self._folder.name) / f"{len(self._rows)}.npy"
+            np.save(file, row)
+            row = np.load(file, mmap_mode="r")
+        self._rows.append(row)
+
+    def gram(self) -> np.ndarray[Any, Any]:
+        """Inner products over the mean square, so that runs of other sizes count alike."""
+        count, length = len(self._rows), len(self._rows[0])
+        total = np.zeros((count, count))
+        for start in range(0, length, 1 << 18):
+            block = np.stack([row[start : start + (1 << 18)] for row in self._rows])
+            block = block.astype(np.float64)
+            total += block @ block.T
+        return total / max(float(np.trace(total)) / count, 1e-30)
+
+    def close(self) -> None:
+        if self._folder is not None:
+            self._rows.clear()
+            self._folder.cleanup()
+
+
+class _Recorder:
+    """Watches the refreshes of uncached runs; see ``Dispatcher.watch``."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lanes: dict[int, tuple[_Features, list[float], Any]] = {}
+        self._kept: list[Any] = []  # lanes, so that none is mistaken for another
+        self.ratio = 0.0
+
+    def __call__(self, seen: Refreshed) -> None:
+        key = id(seen.lane)
+        if key not in self._lanes:
+            self._kept.append(seen.lane)
+            self._lanes[key] = (_Features(self._limit), [], None)
+        features, reactions, previous = self._lanes[key]
+        boundary = seen.boundary
+        tensors = [b for b in boundary if isinstance(b, torch.Tensor) and b.is_floating_point()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise TuneError(f"features of step {seen.step} are not finite: nothing can be tuned")
+        reaction = 0.0
+        if previous is not None:
+            stale = seen.program.reuse(seen.leaves, previous)
+            moved = _distance(tree_leaves(stale), tree_leaves(seen.result))
+            changed = _distance(previous, boundary)
+            reaction = math.sqrt(moved / changed) if changed > 0 else 0.0
+        features.append(tensors)
+        reactions.append(reaction)
+        self._lanes[key] = (features, reactions, boundary)
+        self.ratio = seen.program.program.ratio
+
+    def recordings(self) -> list[Recording]:
+        """One for each lane of each run."""
+        found = []
+        for features, reactions, _ in self._lanes.values():
+            if len(reactions) < 2:
+                continue
+            scale = np.array(reactions)
+            scale[0] = scale[1]
+            found.append(Recording(features.gram(), scale, self.ratio))
+            features.close()
+        return found
+
+
+def _distance(one: Iterable[Any], other: Iterable[Any]) -> float:
+    """Squared distance of two lists of tensors."""
+    return sum(
+        float((a.float() - b.float()).square().sum())
+        for a, b in zip(one, other, strict=True)
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+    )
+
+
+# Search -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Predicts the error of the result, from recordings at one depth.
+
+    Attributes:
+        recordings: all of them with the same number of steps.
+        weights: what the sampler makes of an error at each step, shape (steps,).
+    """
+
+    recordings: tuple[Recording, ...]
+    weights: np.ndarray[Any, Any]
+
+    @property
+    def steps(self) -> int:
+        return len(self.weights)
+
+    @property
+    def ratio(self) -> float:
+        return self.recordings[0].ratio
+
+    def __call__(self, forecast: Forecast, refreshed: Sequence[int]) -> float:
+        """Predicted squared error, up to a factor: of errors that neither add up nor cancel."""
+        return float(
+            sum(
+                (r.errors(forecast, refreshed) * (self.weights * r.reaction) ** 2).sum()
+                for r in self.recordings
+            )
+        )
+
+    def best_by_dynamic_programming(self, count: int) -> tuple[int, ...]:
+        """The refresh steps, ``count`` of them, that make the error of plain reuse least."""
+        steps = self.steps
+        # cost[j, k]: error of the steps between refreshes at j and k; k = steps is the end.
+        cost = np.zeros((steps, steps + 1))
+        for recording in self.recordings:
+            gram = recording.gram
+            square = np.diag(gram)
+            distance = np.maximum(square[:, None] + square[None, :] - 2 * gram, 0.0)
+            distance = distance * ((self.weights * recording.reaction) ** 2)[None, :]
+            for j in range(steps):
+                cost[j, j + 1 :] += np.concatenate([[0.0], np.cumsum(distance[j, j + 1 :])])
+        cost[np.tril_indices(steps, 0, steps + 1)] = np.inf
+        best = np.full(steps, np.inf)
+        best[0] = 0.0
+        origin = []
+        for _ in range(count - 1):
+            total = best[:, None] + cost[:, :steps]
+            origin.append(total.argmin(axis=0))
+            best = total.min(axis=0)
+        chosen = [int((best + cost[:, steps]).argmin())]
+        for places in reversed(origin):
+            chosen.append(int(places[chosen[-1]]))
+        return tuple(reversed(chosen))
+
+    def improved(self, forecast: Forecast, start: Sequence[int]) -> tuple[int, ...]:
+        """Move single refreshes by a step or a few, as long as that helps."""
+        current = list(start)
+        least = self(forecast, current)
+        for _ in range(_LOCAL_SWEEPS):
+            before = least
+            for place in range(1, len(current)):
+                low = current[place - 1] + 1
+                high = current[place + 1] if place + 1 < len(current) else self.steps
+                for moved in range(max(low, current[place] - 3), min(high, current[place] + 4)):
+                    trial = [*current[:place], moved, *current[place + 1 :]]
+                    error = self(forecast, trial)
+                    if error < least:
+                        least, current = error, trial
+            if least >= before * (1 - 1e-9):
+                break
+        return tuple(current)
+
+
+def candidates(
+    objective: Objective, names: Sequence[str], count: int, power: float
+) -> list[tuple[float, str, tuple[int, ...]]]:
+    """Schedules with ``count`` refreshes, those first that promise the least error.
+
+    Returns:
+        Predicted error, forecast, refresh steps.
+    """
+    steps = objective.steps
+    starts = {
+        placed([1.0] * steps, count),
+        placed([w**power for w in objective.weights], count),
+        objective.best_by_dynamic_programming(count),
+    }
+    found: dict[tuple[str, tuple[int, ...]], float] = {}
+    for name in names:
+        forecast = resolve_forecast(name)
+        for start in sorted(starts):
+            chosen = objective.improved(forecast, start)
+            found[name, chosen] = objective(forecast, chosen)
+    return sorted((error, name, chosen) for (name, chosen), error in found.items())
+
+
+# Real runs ----------------------------------------------------------------------------------------
+
+
+def pictures_of(output: Any) -> torch.Tensor:
+    """What a run returned, as one float32 tensor on the CPU.
+
+    Takes tensors, arrays, PIL images, and nests of them such as a pipeline's output.
+
+    Raises:
+        TuneError: there is none of that in it.
+    """
+    output = getattr(output, "images", getattr(output, "frames", output))
+    found = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf.detach().float().cpu().flatten())
+        elif isinstance(leaf, np.ndarray):
+            found.append(torch.from_numpy(np.ascontiguousarray(leaf)).float().flatten())
+        elif hasattr(leaf, "getbands") and hasattr(leaf, "tobytes"):  # a PIL image
+            found.append(torch.from_numpy(np.asarray(leaf).astype("float32") / 255).flatten())
+    if not found:
+        raise TuneError(
+            f"run returned {type(output).__name__}: expected tensors, arrays or pictures to compare"
+        )
+    return torch.cat(found)
+
+
+def psnr_between(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """PSNR in dB, over the range of what is expected; infinite if equal."""
+    if found.shape != expected.shape:
+        raise TuneError(
+            f"run returned {found.numel()} values where it had returned {expected.numel()} before"
+        )
+    error = float((found - expected).square().mean())
+    span = float(expected.max() - expected.min()) or 1.0
+    return math.inf if error == 0 else 10 * math.log10(span**2 / error)
+
+
+def samples_of(run: Callable[..., Any], samples: int) -> list[Callable[[], Any]]:
+    """``run`` for each sample: called with its number if it takes an argument."""
+    takes_number = any(
+        parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.default is parameter.empty
+        for parameter in inspect.signature(run).parameters.values()
+    )
+    if not takes_number:
+        return [run]
+    return [lambda number=number: run(number) for number in range(samples)]  # type: ignore[misc]
+
+
+def tune(
+    module: Any,
+    run: Callable[..., Any],
+    *,
+    speedup: float | None = None,
+    psnr: float | None = None,
+    samples: int = 4,
+    depths: Sequence[int] = (0, 1, 2),
+    forecasts: Sequence[str] = FORECASTS,
+    trials: int = 12,
+    backend: str = "eager",
+    scheduler: Any = None,
+    memory: int = 2 * 1024**3,
+    verbose: bool = True,
+) -> Tuned:
+    """Find the refresh steps, depth and forecast for one network, sampler and number of steps.
+
+    Takes one uncached run for each sample and depth, and one cached run for each sample and trial.
+    The same arguments give the same result. Interrupted (Ctrl-C), it returns the best so far.
+
+    Args:
+        module: the network, or a pipeline. It is left as it was.
+        run: generates something with it, always the same: ``lambda: pipe(prompt,
+            generator=torch.Generator().manual_seed(0))``; or, with an argument, the sample of that
+            number: ``lambda i: pipe(prompts[i], generator=torch.Generator().manual_seed(i))``.
+            Returns pictures, tensors, or a pipeline's output.
+        speedup: find the closest result that takes this much less compute (FLOPs); or
+        psnr: the fastest whose mean PSNR against the uncached result is at least this, in dB.
+        samples: how many there are, if ``run`` takes a number. Use others to judge the result.
+        depths: which cuts to try; those the network does not have are left out.
+        forecasts: which to try.
+        trials: how many schedules to try in real runs; with ``psnr``, in each direction.
+        backend: what to try them with. Which is faster does not matter here.
+        scheduler: the sampler, if ``module`` is no pipeline that has one.
+        memory: bytes of recorded features to keep in memory; more go to a temporary file.
+        verbose: show progress on standard error.
+
+    Raises:
+        TuneError: ``run`` is not repeatable, calls the network less than twice, at timesteps that
+            do not belong to one sampler, or changes its number of steps.
+        ScheduleError: neither or both of ``speedup`` and ``psnr``; a speed-up beyond reach.
+        DepthError: none of ``depths`` exists.
+    """
+    from dcompile.schedule import require_speedup
+
+    if (speedup is None) == (psnr is None):
+        raise ScheduleError(f"give speedup or psnr, got speedup={speedup!r} and psnr={psnr!r}")
+    if speedup is not None:
+        require_speedup(speedup)
+    if not depths or not forecasts or trials < 1 or samples < 1:
+        raise TuneError("depths and forecasts must not be empty, trials and samples at least 1")
+    for name in forecasts:
+        resolve_forecast(name)
+    session = _Session(module, samples_of(run, samples), backend, scheduler, memory, verbose)
+    with session:
+        session.measure(depths)
+        try:
+            if speedup is not None:
+                session.search_at(speedup, forecasts, trials)
+            else:
+                assert psnr is not None
+                session.search_for(psnr, forecasts, trials)
+        except KeyboardInterrupt:
+            if not session.trials:
+                raise
+    return session.result(psnr)
+
+
+class _Session:
+    """One call of ``tune``."""
+
+    def __init__(
+        self,
+        module: Any,
+        runs: list[Callable[[], Any]],
+        backend: str,
+        scheduler: Any,
+        memory: int,
+        verbose: bool,
+    ) -> None:
+        self._module = module
+        self._runs = runs
+        self._settings = {"backend": backend, "scheduler": scheduler, "verbose": False}
+        self._memory = memory
+        self._verbose = verbose
+        self._expected: list[torch.Tensor] = []
+        self._objectives: dict[int, Objective] = {}
+        self._power = 0.5
+        self.trials: list[Trial] = []
+
+    def __enter__(self) -> _Session:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from dcompile.api import _dispatcher_of, _network_of
+
+        self.network = _network_of(self._module)
+        dispatcher = _dispatcher_of(self.network)
+        self._before = dispatcher.settings if dispatcher is not None else None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            disable=not self._verbose,
+            console=_console(),
+            transient=True,
+        )
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from dcompile.api import handle
+
+        self._progress.stop()
+        installed = handle(self.network)
+        installed._dispatcher.watch = None
+        if self._before is not None:
+            installed._dispatcher.configure(self._before)
+        else:
+            installed.remove()
+
+    # Recording
+
+    def measure(self, depths: Sequence[int]) -> None:
+        """Record uncached runs at all depths, and check that they repeat."""
+        bar = self._progress.add_task("recording", total=len(depths) * len(self._runs))
+        for depth in dict.fromkeys(depths):
+            recordings: list[Recording] = []
+            try:
+                for number in range(len(self._runs)):
+                    recordings += self._recorded(depth, number)
+                    self._progress.advance(bar)
+            except DepthError:
+                if depth == depths[-1] and not self._objectives:
+                    raise
+                self._progress.advance(bar, len(self._runs))
+                continue
+            self._objectives[depth] = self._objective(recordings)
+
+    def _recorded(self, depth: int, number: int) -> list[Recording]:
+        recorder = _Recorder(self._memory)
+        dispatcher = self._compiled(schedule=Uniform(1), depth=depth)
+        dispatcher.watch = recorder
+        try:
+            found = pictures_of(self._runs[number]())
+        finally:
+            dispatcher.watch = None
+        if dispatcher.stats().refresh_steps < 2:
+            raise TuneError("run called the network less than twice: there is nothing to cache")
+        if number == len(self._expected):
+            self._expected.append(found)
+            return recorder.recordings()
+        repeated = psnr_between(found, self._expected[number])
+        if repeated < _LEAST_REPEATABLE:
+            raise TuneError(
+                f"run does not repeat: two uncached runs of sample {number} differ ({repeated:.1f} "
+                "dB). Seed everything it draws: generator=torch.Generator().manual_seed(...)"
+            )
+        return recorder.recordings()
+
+    def _objective(self, recordings: list[Recording]) -> Objective:
+        lengths = {len(recording.gram) for recording in recordings}
+        if len(lengths) != 1:
+            raise TuneError(
+                f"run makes runs of {', '.join(map(str, sorted(lengths))) or 'no'} steps: a "
+                "schedule is tuned for one number of steps"
+            )
+        (steps,) = lengths
+        ahead = self._dispatcher().run_ahead(steps, recordings[0].ratio)
+        weights = np.ones(steps)
+        if ahead.weights is not None and len(ahead.weights) >= steps:
+            weights = np.array(ahead.weights[-steps:])
+            self._power = ahead.power
+        return Objective(tuple(recordings), weights)
+
+    # Trying
+
+    def search_at(self, speedup: float, forecasts: Sequence[str], trials: int) -> None:
+        """Try the most promising schedules of this speed-up, then what lies around the best."""
+        promising: list[tuple[float, int, str, tuple[int, ...]]] = []
+        unreachable: list[ScheduleError] = []
+        plain: list[tuple[int, str, tuple[int, ...]]] = []
+        for depth, objective in self._objectives.items():
+            try:
+                count = Sigma(speedup=speedup).refreshes(objective.steps, objective.ratio)
+            except ScheduleError as error:
+                unreachable.append(error)
+                continue
+            plain.append((depth, forecasts[-1], placed([1.0] * objective.steps, count)))
+            promising += [
+                (error, depth, name, chosen)
+                for error, name, chosen in candidates(objective, forecasts, count, self._power)
+            ]
+        if not promising:
+            raise unreachable[0]
+        bar = self._progress.add_task("trying", total=trials)
+        first = plain[0]
+        # Predictions compare schedules well within a depth and forecast, less well across them.
+        leaders: dict[tuple[int, str], list[tuple[int, ...]]] = {}
+        for _, depth, name, chosen in sorted(promising):
+            leaders.setdefault((depth, name), []).append(chosen)
+        queue = [first]
+        for rank in range(max(map(len, leaders.values()))):
+            queue += [(d, n, sets[rank]) for (d, n), sets in leaders.items() if rank < len(sets)]
+        for depth, name, chosen in list(dict.fromkeys(queue))[: max(1, 2 * trials // 3)]:
+            self._try(depth, name, chosen)
+            self._progress.advance(bar)
+        while len(self.trials) < trials:
+            best = max(self.trials, key=lambda trial: trial.psnr)
+            neighbour = self._untried_neighbour(best)
+            if neighbour is None:
+                break
+            self._try(best.depth, best.forecast, neighbour)
+            self._progress.advance(bar)
+
+    def search_for(self, psnr: float, forecasts: Sequence[str], trials: int) -> None:
+        """Of each depth and forecast, the fewest refreshes that reach ``psnr``."""
+        pairs = [(depth, name) for depth in self._objectives for name in forecasts]
+        bar = self._progress.add_task("trying", total=trials)
+        each = max(3, trials // len(pairs))
+        for depth, name in pairs:
+            objective = self._objectives[depth]
+            low, high = 1, objective.steps
+            for _ in range(each):
+                if low >= high:
+                    break
+                count = (low + high) // 2
+                _, _, chosen = candidates(objective, [name], count, self._power)[0]
+                self._progress.advance(bar)
+                if self._try(depth, name, chosen).psnr >= psnr:
+                    high = count
+                else:
+                    low = count + 1
+        depth, objective = next(iter(self._objectives.items()))
+        everything = tuple(range(objective.steps))
+        if not any(trial.psnr >= psnr for trial in self.trials):
+            self.trials.append(Trial(everything, depth, "reuse", 1.0, math.inf))
+
+    def _untried_neighbour(self, best: Trial) -> tuple[int, ...] | None:
+        """The most promising schedule that differs from the best in one refresh by one step."""
+        objective = self._objectives[best.depth]
+        forecast = resolve_forecast(best.forecast)
+        tried = {(t.depth, t.forecast, t.refresh_steps) for t in self.trials}
+        found = []
+        chosen = best.refresh_steps
+        for place in range(1, len(chosen)):
+            for moved in (chosen[place] - 1, chosen[place] + 1):
+                near = (*chosen[:place], moved, *chosen[place + 1 :])
+                ascending = len(set(near)) == len(near) and list(near) == sorted(near)
+                new = (best.depth, best.forecast, near) not in tried
+                if ascending and new and near[-1] < objective.steps:
+                    found.append((objective(forecast, near), near))
+        return min(found)[1] if found else None
+
+    def _try(self, depth: int, forecast: str, chosen: tuple[int, ...]) -> Trial:
+        self._compiled(schedule=Steps(chosen), depth=depth, forecast=forecast)
+        values = [
+            psnr_between(pictures_of(one()), expected)
+            for one, expected in zip(self._runs, self._expected, strict=True)
+        ]
+        objective = self._objectives[depth]
+        steps, ratio = objective.steps, objective.ratio
+        spent = len(chosen) + (steps - len(chosen)) * ratio
+        mean = sum(values) / len(values)
+        self.trials.append(Trial(chosen, depth, forecast, steps / spent, mean))
+        return self.trials[-1]
+
+    def result(self, psnr: float | None) -> Tuned:
+        """The best that was tried."""
+        if psnr is None:
+            best = max(self.trials, key=lambda trial: trial.psnr)
+        else:
+            enough = [trial for trial in self.trials if trial.psnr >= psnr]
+            best = max(enough or self.trials, key=lambda trial: (trial.speedup, trial.psnr))
+        return Tuned(
+            refresh_steps=best.refresh_steps,
+            steps=self._objectives[best.depth].steps,
+            depth=best.depth,
+            forecast=best.forecast,
+            network=_identity(self.network),
+            speedup=best.speedup,
+            psnr=best.psnr,
+            trials=tuple(self.trials),
+        )
+
+    def _compiled(self, **settings: Any) -> Dispatcher:
+        from dcompile.api import cache_compile
+
+        cache_compile(self._module, cuda_graphs=False, **{**self._settings, **settings})
+        return self._dispatcher()
+
+    def _dispatcher(self) -> Dispatcher:
+        from dcompile.api import handle
+
+        return handle(self.network)._dispatcher
+
+
+def _identity(network: nn.Module) -> tuple[str, int]:
+    return type(network).__name__, sum(parameter.numel() for parameter in network.parameters())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)

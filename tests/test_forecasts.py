@@ -1,0 +1,217 @@
+"""Forecasts: their coefficients, and what reaches the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from plain import Plain, picture, plain, sampled, steps_of, timesteps
+
+import dcompile
+from dcompile import Forecast, ScheduleError, Steps
+from dcompile.forecast import Lagrange, Reuse, Taylor, factors, name_of, resolve_forecast
+from passes import find_skip_connections, split_at
+
+
+def forecasted(forecast: Forecast, values: dict[int, float], step: int) -> float:
+    """Of a scalar feature that had these values when it was refreshed."""
+    refreshed = sorted(values, reverse=True)
+    given = factors(forecast, step, refreshed)
+    return sum(f * values[s] for f, s in zip(given, refreshed, strict=False))
+
+
+def test_reuse_is_the_latest() -> None:
+    assert forecasted(Reuse(), {0: 5.0}, 2) == 5.0
+
+
+@pytest.mark.parametrize(("order", "refreshed"), [(1, (4, 1)), (2, (7, 4, 2)), (3, (9, 8, 4, 0))])
+def test_lagrange_is_exact_for_polynomials(order: int, refreshed: tuple[int, ...]) -> None:
+    def polynomial(x: float) -> float:
+        return 3 - 2 * x + 0.5 * x**order
+
+    found = forecasted(Lagrange(order), {s: polynomial(s) for s in refreshed}, 11)
+    assert found == pytest.approx(polynomial(11))
+
+
+def test_taylor_of_order_one_is_linear() -> None:
+    values = {6: 1.0, 2: 3.0}
+    assert forecasted(Taylor(1), values, 9) == pytest.approx(forecasted(Lagrange(1), values, 9))
+
+
+def test_taylor_takes_differences_of_the_past() -> None:
+    # TaylorSeer with interval 3: F + k (dF)/3 + k^2/2 (ddF)/9.
+    newest, middle, oldest = 7.0, 4.0, 3.0
+    values, k = {6: newest, 3: middle, 0: oldest}, 2
+    expected = newest + k * (newest - middle) / 3 + k**2 / 2 * (newest - 2 * middle + oldest) / 9
+    assert forecasted(Taylor(2), values, 8) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("forecast", [Lagrange(1), Lagrange(2), Taylor(2)])
+def test_with_too_little_history_it_makes_do(forecast: Forecast) -> None:
+    assert factors(forecast, 3, [2])[0] == 1.0
+    assert len(factors(forecast, 3, [2])) == forecast.history
+    two = factors(forecast, 3, [2, 1])
+    assert two[:2] == pytest.approx((2.0, -1.0))
+    assert not any(two[2:])
+
+
+def test_names() -> None:
+    for name in ("reuse", "linear", "quadratic", "taylor"):
+        assert name_of(resolve_forecast(name)) == name
+    assert name_of(Lagrange(5)) is None
+    assert isinstance(Lagrange(1), Forecast)
+
+
+@pytest.mark.parametrize("bad", ["cubic", 3, None, object(), Lagrange(-1)])
+def test_what_is_no_forecast(bad: Any) -> None:
+    with pytest.raises(ScheduleError, match=r"forecast: expected 'reuse', 'linear'"):
+        resolve_forecast(bad)
+
+
+def test_too_many_coefficients() -> None:
+    class Many:
+        history = 2
+
+        def coefficients(self, step: int, refreshed: Sequence[int]) -> Sequence[float]:
+            return (1.0, 2.0, 3.0)
+
+    with pytest.raises(ScheduleError, match="gave 3 coefficients for 2 refreshed steps"):
+        factors(Many(), 3, [2, 1])
+
+
+# In a run -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def each_way(graphs: str) -> str:
+    return graphs
+
+
+def compiled(forecast: Any, schedule: Any = None, **settings: Any) -> Plain:
+    settings = {"backend": "eager", "verbose": False, "forecast": forecast} | settings
+    return dcompile.cache_compile(plain(), schedule=schedule or Steps([0, 2, 5]), **settings)
+
+
+def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[int]) -> Any:
+    """The same run with the two graphs of the split, and arithmetic in the open."""
+    network = plain()
+    probe = dcompile.cache_compile(plain(), backend="eager", verbose=False)
+    captured = dcompile.handle(probe)._dispatcher.network_for((x, ts[0]), {})
+    full, shallow = split_at(
+        captured.graph_module, find_skip_connections(captured.graph_module, captured.sample)[0]
+    )
+    weights = dict(network.named_parameters())
+
+    def call(graph: Any, x: torch.Tensor, t: torch.Tensor, *cached: torch.Tensor) -> Any:
+        given = {captured.sample: x}
+        given |= {name: t for name in captured.inputs if name != captured.sample}
+        names = [str(n.target) for n in graph.graph.find_nodes(op="placeholder")]
+        inputs = [
+            weights[captured.parameters[name]] if name in captured.parameters else given[name]
+            for name in names[: len(names) - len(cached)]
+        ]
+        return graph(*inputs, *cached)
+
+    past: list[tuple[int, torch.Tensor]] = []
+    for step, t in enumerate(ts):
+        if step in refresh:
+            output, boundary = call(full, x, t)
+            past = [(step, boundary), *past][: forecast.history]
+        else:
+            given = forecast.coefficients(step, [s for s, _ in past])
+            total = sum(c * b for c, (_, b) in zip(given, past, strict=False))
+            (output,) = call(shallow, x, t, total)
+        x = x - 0.2 * output
+    return x
+
+
+@pytest.mark.usefixtures("each_way")
+@pytest.mark.parametrize("name", ["linear", "quadratic", "taylor"])
+def test_a_run_is_what_it_is_by_hand(name: str) -> None:
+    x, ts = picture(), timesteps(9)
+    found = sampled(compiled(name), x, ts)
+    with torch.no_grad():
+        expected = by_hand(resolve_forecast(name), x, ts, {0, 2, 5})
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, sampled(compiled("reuse"), x, ts), atol=1e-5)
+
+
+@pytest.mark.usefixtures("each_way")
+def test_a_forecast_of_its_own() -> None:
+    class Halfway:
+        history = 2
+
+        def coefficients(self, step: int, refreshed: Sequence[int]) -> Sequence[float]:
+            return (0.5, 0.5) if len(refreshed) == 2 else (1.0,)
+
+    x, ts = picture(), timesteps(9)
+    with torch.no_grad():
+        expected = by_hand(Halfway(), x, ts, {0, 2, 5})
+    torch.testing.assert_close(sampled(compiled(Halfway()), x, ts), expected)
+
+
+@pytest.mark.usefixtures("each_way")
+def test_interleaved_runs_keep_their_own_history() -> None:
+    network = compiled("linear")
+    pictures = [picture(seed) for seed in range(3)]
+    expected = [sampled(compiled("linear"), x, timesteps(9)) for x in pictures]
+    runs = [steps_of(network, x, timesteps(9)) for x in pictures]
+    found = [list(step) for step in zip(*runs, strict=True)][-1]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("each_way")
+def test_until_the_second_refresh_features_are_reused() -> None:
+    x, ts = picture(), timesteps(6)
+    found = sampled(compiled("linear", dcompile.Uniform(6)), x, ts)
+    assert torch.equal(found, sampled(compiled("reuse", dcompile.Uniform(6)), x, ts))
+
+
+def test_interval_one_is_exact_with_any_forecast() -> None:
+    x, ts = picture(), timesteps()
+    expected = sampled(plain(), x, ts)
+    for name in ("linear", "quadratic", "taylor"):
+        assert torch.equal(sampled(compiled(name, dcompile.Uniform(1)), x, ts), expected)
+
+
+def test_history_of_different_length_shares_captures() -> None:
+    network = compiled("reuse")
+    sampled(network, picture(), timesteps(9))
+    dcompile.cache_compile(
+        network, schedule=Steps([0, 2, 5]), forecast="linear", backend="eager", verbose=False
+    )
+    x = picture()
+    assert torch.equal(
+        sampled(network, x, timesteps(9)), sampled(compiled("linear"), x, timesteps(9))
+    )
+    assert dcompile.handle(network).stats.captures == 0
+
+
+def test_dynamic_sizes() -> None:
+    network = compiled("linear", dynamic={"height": (8, 16)})
+    for height in (8, 12, 16):
+        x = picture(size=(height, 8))
+        expected = sampled(compiled("linear"), x, timesteps(9))
+        assert torch.equal(sampled(network, x, timesteps(9)), expected)
+    assert dcompile.handle(network).stats.captures == 1
+
+
+def test_inductor() -> None:
+    x, ts = picture(), timesteps(9)
+    found = sampled(compiled("linear", backend="inductor"), x, ts)
+    torch.testing.assert_close(found, sampled(compiled("linear"), x, ts), rtol=1e-3, atol=1e-4)
+
+
+def test_saved_and_loaded(tmp_path: Any) -> None:
+    network = compiled("linear")
+    x, ts = picture(), timesteps(9)
+    expected = sampled(network, x, ts)
+    folder = dcompile.handle(network).save(tmp_path / "saved")
+    fresh = dcompile.load(plain(), folder, verbose=False)
+    assert torch.equal(sampled(fresh, x, timesteps(9)), expected)
+    assert dcompile.handle(fresh).stats.captures == 0
+    with pytest.raises(ScheduleError, match="saved for a forecast from 2 refreshes, 'quadratic'"):
+        dcompile.load(plain(), folder, forecast="quadratic", verbose=False)

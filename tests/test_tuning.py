@@ -1,0 +1,276 @@
+"""The tuner: what it predicts, what it finds, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plain import Plain, picture, plain, sampled, timesteps
+
+import dcompile
+from dcompile import DepthError, NotCompiledError, ScheduleError, Tuned, TuneError
+from dcompile.forecast import Lagrange, Reuse
+from dcompile.tuning import Objective, Recording, pictures_of, psnr_between
+
+STEPS = 12
+
+
+def run_of(network: Plain) -> Any:
+    return lambda number: sampled(network, picture(number), timesteps(STEPS))
+
+
+def tuned(network: Plain | None = None, **settings: Any) -> Tuned:
+    network = plain() if network is None else network
+    settings = {"samples": 2, "trials": 6, "verbose": False} | settings
+    return dcompile.tune(network, run_of(network), **settings)
+
+
+def quality(seed: int, **settings: Any) -> float:
+    """PSNR of a cached run of another picture than those tuned on."""
+    network = dcompile.cache_compile(plain(), backend="eager", verbose=False, **settings)
+    found = sampled(network, picture(seed), timesteps(STEPS))
+    return psnr_between(found, sampled(plain(), picture(seed), timesteps(STEPS)))
+
+
+# Predictions --------------------------------------------------------------------------------------
+
+
+def recording(features: np.ndarray[Any, Any], reaction: Any = None) -> Recording:
+    steps = len(features)
+    return Recording(features @ features.T, np.ones(steps) if reaction is None else reaction, 0.1)
+
+
+def test_errors_are_those_of_the_features_themselves() -> None:
+    features = np.random.default_rng(0).normal(size=(9, 40)).cumsum(axis=0)
+    found = recording(features).errors(Reuse(), (0, 3, 7))
+    for step, source in enumerate([0, 0, 0, 3, 3, 3, 3, 7, 7]):
+        assert found[step] == pytest.approx(((features[step] - features[source]) ** 2).sum())
+    linear = recording(features).errors(Lagrange(1), (0, 3, 7))
+    expected = features[7] + (features[7] - features[3]) / 4
+    assert linear[8] == pytest.approx(((features[8] - expected) ** 2).sum())
+
+
+def test_a_straight_line_is_forecast_without_error() -> None:
+    features = np.arange(8)[:, None] * np.ones((1, 5))
+    errors = recording(features).errors(Lagrange(1), (0, 2))
+    assert errors[1] > 0
+    assert errors[3:] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_dynamic_programming_finds_the_best(count: int) -> None:
+    generator = np.random.default_rng(count)
+    recordings = tuple(
+        recording(generator.normal(size=(9, 30)).cumsum(axis=0), generator.random(9))
+        for _ in range(2)
+    )
+    objective = Objective(recordings, generator.random(9))
+    every = ((0, *rest) for rest in combinations(range(1, 9), count - 1))
+    best = min(every, key=lambda chosen: objective(Reuse(), chosen))
+    assert objective.best_by_dynamic_programming(count) == best
+
+
+def test_local_search_never_makes_it_worse() -> None:
+    features = np.random.default_rng(0).normal(size=(12, 30)).cumsum(axis=0)
+    objective = Objective((recording(features),), np.ones(12))
+    start = (0, 1, 2, 3)
+    better = objective.improved(Lagrange(1), start)
+    assert objective(Lagrange(1), better) < objective(Lagrange(1), start)
+    assert len(set(better)) == 4
+    assert better == tuple(sorted(better))
+    assert better[0] == 0
+
+
+# Searching ----------------------------------------------------------------------------------------
+
+
+def test_it_beats_the_uniform_schedule_on_other_pictures() -> None:
+    network = plain()
+    before = dict(network.__dict__)
+    found = tuned(network, speedup=1.4)
+    assert network.__dict__ == before  # left as it was
+    assert found.speedup >= 1.4
+    assert found.steps == STEPS
+    assert len(found.trials) == 6
+    assert found.psnr == max(trial.psnr for trial in found.trials)
+    ratio = dcompile.handle(dcompile.cache_compile(network, backend="eager", verbose=False))
+    depths = ratio.explain(picture(), timesteps()[0], None).depths
+    spent = (
+        len(found.refresh_steps) + (STEPS - len(found.refresh_steps)) * depths[found.depth].ratio
+    )
+    assert STEPS / spent == pytest.approx(found.speedup)
+    uniform = [
+        quality(9, interval=n, depth=depth)
+        for depth, report in enumerate(depths)
+        for n in range(2, STEPS)
+        if STEPS / (-(-STEPS // n) + (STEPS - -(-STEPS // n)) * report.ratio) >= found.speedup
+    ]
+    assert quality(9, schedule=found) > max(uniform)
+
+
+def test_it_repeats() -> None:
+    assert tuned(speedup=1.3) == tuned(speedup=1.3)
+
+
+def test_for_a_quality() -> None:
+    found = tuned(psnr=30.0, trials=12)
+    assert found.psnr >= 30
+    assert found.speedup > 1
+    assert not any(t.psnr >= 30 and t.speedup > found.speedup for t in found.trials)
+
+
+def test_a_quality_that_only_the_uncached_run_has() -> None:
+    found = tuned(psnr=1000.0)
+    assert found.refresh_steps == tuple(range(STEPS))
+    assert found.speedup == 1.0
+
+
+def test_a_module_that_was_compiled_stays_so() -> None:
+    network = dcompile.cache_compile(plain(), interval=4, backend="eager", verbose=False)
+    tuned(network, speedup=1.2, samples=1, trials=2)
+    sampled(network, picture(), timesteps(STEPS))
+    assert dcompile.handle(network).stats.refresh_steps == 3
+
+
+def test_interrupted_it_returns_the_best_so_far() -> None:
+    network, calls = plain(), 0
+    run = run_of(network)
+
+    def interrupted(number: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 2 * 2 + 2 * 3:  # recordings at two depths, three trials
+            raise KeyboardInterrupt
+        return run(number)
+
+    settings: dict[str, Any] = {"samples": 2, "depths": (0, 1), "verbose": False}
+    found = dcompile.tune(network, interrupted, speedup=1.2, **settings)
+    assert len(found.trials) == 3
+    with pytest.raises(NotCompiledError):
+        dcompile.handle(network)
+
+
+def test_features_go_to_a_file_if_they_are_many() -> None:
+    assert tuned(speedup=1.3, memory=4096) == tuned(speedup=1.3)
+
+
+def test_unbatched_guidance() -> None:
+    network = plain()
+    conditions = [torch.zeros(2, 4), torch.ones(2, 4)]
+
+    def run() -> torch.Tensor:
+        x = picture()
+        for t in timesteps(STEPS):
+            with torch.no_grad():
+                one, two = (network(x, t, condition)[0] for condition in conditions)
+            x = x - 0.2 * (one + 2 * (two - one))
+        return x
+
+    found = dcompile.tune(network, run, speedup=1.3, trials=3, verbose=False)
+    assert found.psnr > 20
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    found = tuned(speedup=1.3)
+    file = found.save(tmp_path / "tuned.json")
+    assert Tuned.load(file) == found
+    settings: dict[str, Any] = {"backend": "eager", "verbose": False}
+    network = dcompile.cache_compile(plain(), schedule=Tuned.load(file), **settings)
+    sampled(network, picture(), timesteps(STEPS))
+    handle = dcompile.handle(network)
+    assert handle.stats.refresh_steps == len(found.refresh_steps)
+    assert handle.explain().chosen == found.depth
+    with pytest.raises(ScheduleError, match="tuned for runs of 12 steps, this one has 9"):
+        sampled(network, picture(), timesteps(9))
+    with pytest.raises(ScheduleError, match=r"tuned for a Plain with [\d,]+ parameters, this is a"):
+        dcompile.cache_compile(plain(width=4), schedule=found, **settings)
+    with pytest.raises(ScheduleError, match="leave them out"):
+        dcompile.cache_compile(plain(), schedule=found, forecast="quadratic", **settings)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "steps": 3}'])
+def test_what_is_no_tuned_schedule(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    file.write_text(content)
+    with pytest.raises(ScheduleError, match="holds no tuned schedule"):
+        Tuned.load(file)
+    with pytest.raises(ScheduleError, match="holds no tuned schedule"):
+        Tuned.load(tmp_path / "missing.json")
+
+
+def test_a_damaged_one(tmp_path: Path) -> None:
+    file = tuned(speedup=1.3).save(tmp_path / "tuned.json")
+    entry = json.loads(file.read_text())
+    entry["refresh_steps"] = [3, 1]
+    file.write_text(json.dumps(entry))
+    with pytest.raises(ScheduleError, match="begin with 0"):
+        Tuned.load(file)
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_does_not_repeat() -> None:
+    network = plain()
+
+    def run() -> torch.Tensor:
+        return sampled(network, torch.randn(2, 3, 8, 8), timesteps(STEPS))
+
+    with pytest.raises(TuneError, match=r"does not repeat: two uncached runs of sample 0 differ"):
+        dcompile.tune(network, run, speedup=1.3, verbose=False)
+    with pytest.raises(NotCompiledError):
+        dcompile.handle(network)
+
+
+def test_features_that_are_not_finite() -> None:
+    network = plain()
+    with torch.no_grad():
+        network.deep[0].weight.fill_(float("nan"))
+    with pytest.raises(TuneError, match="features of step 0 are not finite"):
+        tuned(network, speedup=1.3)
+
+
+def test_a_run_that_does_not_call_the_network() -> None:
+    with pytest.raises(TuneError, match="called the network less than twice"):
+        dcompile.tune(plain(), lambda: torch.zeros(3), speedup=1.3, verbose=False)
+
+
+def test_runs_of_several_lengths() -> None:
+    network = plain()
+
+    def run(number: int) -> torch.Tensor:
+        return sampled(network, picture(), timesteps(8 + number))
+
+    with pytest.raises(TuneError, match="makes runs of 8, 9 steps"):
+        dcompile.tune(network, run, speedup=1.3, samples=2, verbose=False)
+
+
+def test_nothing_to_compare() -> None:
+    with pytest.raises(TuneError, match="run returned str"):
+        pictures_of("a picture")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({}, ScheduleError, "give speedup or psnr"),
+        ({"speedup": 2.0, "psnr": 30}, ScheduleError, "give speedup or psnr"),
+        ({"speedup": 0.5}, ScheduleError, "at least 1, got 0.5"),
+        ({"speedup": 50}, ScheduleError, "a speed-up of 50 is beyond"),
+        ({"speedup": 1.3, "depths": (7,)}, DepthError, "depth 7 is out of range"),
+        ({"speedup": 1.3, "depths": ()}, TuneError, "must not be empty"),
+        ({"speedup": 1.3, "forecasts": ("cubic",)}, ScheduleError, "expected 'reuse'"),
+        ({"speedup": 1.3, "trials": 0}, TuneError, "at least 1"),
+    ],
+)
+def test_bad_arguments(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tuned(**settings)
