@@ -24,7 +24,10 @@ from simulated_graphs import SimulatedRecorder
 from small_pipelines import DDIM, PIPELINES, run, stable_diffusion
 
 import dcompile
+from dcompile import Sigma
 from dcompile.cuda_graphs import RECORDERS
+from dcompile.samplers import step_weights
+from dcompile.schedule import placed
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEPTHS = 6  # two levels of three skip connections
@@ -354,3 +357,57 @@ def test_a_pipeline_without_a_denoiser_is_refused() -> None:
     nothing = SimpleNamespace(components={"vae": torch.nn.Linear(1, 1)})
     with pytest.raises(dcompile.DcompileError, match="no single denoiser"):
         cached(nothing)
+
+
+# By speed-up --------------------------------------------------------------------------------------
+
+
+def picture_of(pipe: Any, steps: int = 12, **settings: Any) -> tuple[torch.Tensor, Any]:
+    cached(pipe, **settings)
+    return run(pipe, num_inference_steps=steps), dcompile.handle(pipe).stats
+
+
+def test_a_speed_up_is_planned_by_the_pipeline_s_own_scheduler(pipes: tuple[Any, Any]) -> None:
+    pipe = pipes[1]
+    run(pipe)
+    ratio = dcompile.handle(pipe).explain().depths[0].ratio
+    for steps in (12, 20):
+        found, stats = picture_of(pipe, steps, speedup=1.8)
+        count = Sigma(speedup=1.8).refreshes(steps, ratio)
+        assert (stats.refresh_steps, stats.refresh_steps + stats.reuse_steps) == (count, steps)
+        same, _ = picture_of(pipe, steps, schedule=Sigma(count), forecast="linear")
+        assert torch.equal(found, same)
+    weights = step_weights(pipe.scheduler)
+    assert weights is not None
+    chosen = dcompile.Steps(placed([w**0.5 for w in weights], count))
+    assert torch.equal(found, picture_of(pipe, 20, schedule=chosen, forecast="linear")[0])
+    assert not torch.equal(found, picture_of(pipe, 20, interval=3)[0])
+
+
+def test_a_new_scheduler_is_seen(pipes: tuple[Any, Any]) -> None:
+    pipe = pipes[1]
+    cached(pipe, schedule=Sigma(4), forecast="auto")
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(DDIM.config)
+    found = run(pipe, num_inference_steps=12)  # it adds noise: nothing is extrapolated
+    expected, stats = picture_of(pipe, schedule=Sigma(4), forecast="reuse")
+    assert torch.equal(found, expected)
+    assert stats.refresh_steps == 4
+
+
+def test_without_a_pipeline_the_scheduler_is_given(pipes: tuple[Any, Any]) -> None:
+    pipe = pipes[1]
+    expected, _ = picture_of(pipe, speedup=1.5)
+    with pytest.raises(dcompile.ScheduleError, match="speedup and Sigma look at the sampler"):
+        cached(pipe.unet, speedup=1.5)
+    with pytest.raises(dcompile.ScheduleError, match="expected a diffusers scheduler, got str"):
+        cached(pipe.unet, speedup=1.5, scheduler="ddim")
+    cached(pipe.unet, speedup=1.5, scheduler=pipe.scheduler)
+    assert torch.equal(run(pipe, num_inference_steps=12), expected)
+
+
+def test_a_pipeline_can_be_tuned(pipes: tuple[Any, Any]) -> None:
+    pipe = pipes[1]
+    settings: dict[str, Any] = {"trials": 3, "depths": (0, 3), "verbose": False}
+    tuned = dcompile.tune(pipe, lambda: run(pipe, num_inference_steps=8), speedup=1.4, **settings)
+    _, stats = picture_of(pipe, 8, schedule=tuned)
+    assert stats.refresh_steps == len(tuned.refresh_steps)
