@@ -2,6 +2,7 @@
 
     python bench/train_emoji_sd.py                 # two CPU cores: hours; a GPU: minutes
     python bench/train_emoji_sd.py --minutes 8     # stop in time; the same line goes on later
+    python bench/train_emoji_sd.py --from dcompile/models/emoji-sd    # train the bundled one on
 
 One command does everything: render the glyphs, train the autoencoder, then the text encoder, then
 that and the diffusion network together, then the autoencoder's decoder a little more, write samples
@@ -61,7 +62,7 @@ trained, so that its features behave as a real network's do. Stock
 - **Training**: `bench/train_emoji_sd.py`: autoencoder {ae_steps} steps of {ae_batch} pictures, then
   the text encoder alone {text_steps} steps, to predict latents from captions, then text encoder
   and diffusion network {steps} steps of {batch} latents with 10 % of the captions dropped, then the
-  decoder alone, {decoder_steps} steps; AdamW.
+  decoder alone, {decoder_steps} steps; AdamW.{before}
 - **Limits**: it knows nothing but these emoji and their names. Unknown words give some emoji or
   a blend. Glyphs that look alike get mixed up, and lettering is illegible.
 """
@@ -534,6 +535,9 @@ def main(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Train through torch.compile.")
     ] = False,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Go on from an exported pipeline's weights.")
+    ] = None,
     font: Annotated[Path, typer.Option(help="NotoColorEmoji.ttf")] = FONT,
     out: Annotated[Path, typer.Option(help="The exported pipeline folder.")] = ROOT
     / "dcompile/models/emoji-sd",
@@ -548,53 +552,56 @@ def main(
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
 
-    torch.manual_seed(0)
-    first = autoencoder_stage(data, widths(ae_channels), ae_steps, ae_batch, device)
-    trained = first.run(work, every=every, sheet_every=sheet_every, deadline=deadline)
-    if trained is None:
-        raise SystemExit("out of time; the same command goes on")
-    vae: Any = trained["vae"]
+    def run(stage: Stage) -> Any:
+        averaged = stage.run(work, every=every, sheet_every=sheet_every, deadline=deadline)
+        if averaged is None:
+            raise SystemExit("out of time; the same command goes on")
+        return averaged
 
-    standardize(vae, LatentBank(data, vae, variants=2).latents.flatten(0, 1).float())
-    bank = kept_bank(work / "latents.pt", data, vae, variants)
-
-    corpus = [caption for name in data.names for caption in captions(name)[0]]
-    corpus += [with_ground("", ground, frame) for ground in GROUNDS for frame in range(3)] * 50
-    tokenizer = kept_tokenizer(work / "tokenizer", vocabulary, corpus)
     torch.manual_seed(0)
-    text_encoder = build_text_encoder(tokenizer, text_width, text_layers).to(device)
-    unet = build_unet(widths(channels), text_width)
+    unet: Any
+    text_encoder: Any
+    if start is None:
+        stage = autoencoder_stage(data, widths(ae_channels), ae_steps, ae_batch, device)
+        vae = run(stage)["vae"]
+        standardize(vae, LatentBank(data, vae, variants=2).latents.flatten(0, 1).float())
+        corpus = [caption for name in data.names for caption in captions(name)[0]]
+        corpus += [with_ground("", ground, frame) for ground in GROUNDS for frame in range(3)] * 50
+        tokenizer = kept_tokenizer(work / "tokenizer", vocabulary, corpus)
+        torch.manual_seed(0)
+        text_encoder = build_text_encoder(tokenizer, text_width, text_layers).to(device)
+        unet = build_unet(widths(channels), text_width)
+    else:
+        given = StableDiffusionPipeline.from_pretrained(start)
+        vae, tokenizer = given.vae.to(device), given.tokenizer
+        text_encoder, unet = given.text_encoder.to(device), given.unet
     unet = unet.to(device, memory_format=torch.channels_last)
+    bank = kept_bank(work / "latents.pt", data, vae, variants)
+    text = Captions(data.names, tokenizer)
     # Token numbers mean nothing under another vocabulary.
     spelling = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+    config = text_encoder.config
     of_text = {
-        "text": [text_width, text_layers, len(tokenizer)],
+        "text": [config.hidden_size, config.num_hidden_layers, len(tokenizer)],
         "vocabulary": hashlib.sha256(spelling).hexdigest(),
     }
-    text = Captions(data.names, tokenizer)
-    reading = text_stage(Batches(bank, text, 128, device), text_encoder, text_steps, of_text)
-    read = reading.run(work, every=every, deadline=deadline)
-    if read is None:
-        raise SystemExit("out of time; the same command goes on")
-    text_encoder.load_state_dict(read["text_encoder"].state_dict())
-    second = diffusion_stage(
-        Batches(bank, text, batch, device),
-        vae,
-        text_encoder,
-        unet,
-        steps=steps,
-        peak=peak,
-        compiled=compiled,
-        settings={"channels": list(widths(channels)), **of_text},
+    if start is None:
+        reading = text_stage(Batches(bank, text, 128, device), text_encoder, text_steps, of_text)
+        text_encoder.load_state_dict(run(reading)["text_encoder"].state_dict())
+    settings = {"channels": list(unet.config.block_out_channels), **of_text}
+    trained = run(
+        diffusion_stage(
+            Batches(bank, text, batch, device),
+            vae,
+            text_encoder,
+            unet,
+            steps=steps,
+            peak=peak,
+            compiled=compiled,
+            settings=settings,
+        )
     )
-    trained = second.run(work, every=every, sheet_every=sheet_every, deadline=deadline)
-    if trained is None:
-        raise SystemExit("out of time; the same command goes on")
-
-    last = decoder_stage(data, vae, decoder_steps, ae_batch, device)
-    finished = last.run(work, every=every, sheet_every=sheet_every, deadline=deadline)
-    if finished is None:
-        raise SystemExit("out of time; the same command goes on")
+    finished = run(decoder_stage(data, vae, decoder_steps, ae_batch, device))
     vae.decoder, vae.post_quant_conv = finished["decoder"], finished["into"]
 
     pipeline = assemble(vae, trained["text_encoder"], tokenizer, trained["unet"])
@@ -607,7 +614,10 @@ def main(
         unet=millions(pipeline.unet),
         vae=millions(vae),
         text=millions(pipeline.text_encoder),
-        channels=widths(channels),
+        channels=tuple(pipeline.unet.config.block_out_channels),
+        before=""
+        if start is None
+        else "\n  It went on from weights that were trained before in the same way.",
         tokens=TOKENS,
         glyphs=len(data.names),
         ae_steps=ae_steps,
