@@ -280,7 +280,8 @@ class Handle:
         returns named fields), and the full graph's ``boundary_0`` feeds the shallow graph's.
         ``manifest.json`` lists names, dtypes and shapes of all of them, and the schedule.
 
-        Weights and inputs keep their dtypes; autocast is no part of the graphs. A capture made
+        Weights and inputs keep their dtypes; autocast and forecasts are no part of the graphs: the
+        shallow one takes one boundary, which the caller may have extrapolated. A capture made
         with ``dynamic=True`` has named sizes, such as ``sample_2``, where others have numbers.
         The folder appears at once, when it is complete; an export that stands there is replaced.
 

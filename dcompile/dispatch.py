@@ -38,7 +38,7 @@ from dcompile.errors import (
     NotCompiledError,
 )
 from dcompile.forecast import Forecast, Lagrange, Reuse, factors, name_of
-from dcompile.program import BoundProgram, Constant, Program, weights_of
+from dcompile.program import BoundProgram, CompiledGraph, Constant, Program, weights_of
 from dcompile.samplers import is_stochastic, step_weights, usual_power
 from dcompile.schedule import Run, Schedule
 from dcompile.steps import Generation, Lane, StepTracker
@@ -614,10 +614,19 @@ class Dispatcher:
         if program is not None:
             program = renewed(program, network, depth, self.module, leaves, display)
         if program is None:
-            program = build(network, depth, backend, self.module, leaves, display, history)
+            full = self._full_graph_of(network)
+            program = build(network, depth, backend, self.module, leaves, display, history, full)
             network.tighten()
         self._programs[key] = program
         return program
+
+    def _full_graph_of(self, network: CapturedNetwork) -> CompiledGraph | None:
+        """The compiled full graph, if there is one already for a forecast of another length."""
+        place = (network, self.settings.depth, self.settings.backend)
+        for known, program in self._programs.items():
+            if known[:3] == place and program.full.baked is None:
+                return program.full
+        return None
 
     def _warn(self, message: str) -> None:
         """Once for each message."""

@@ -217,7 +217,8 @@ class Sigma:
         if len(weights) < steps:
             weights = (1.0,) * steps
         power = run.power if self.power is None else self.power
-        return Steps(placed([w**power for w in weights], self.refreshes(steps, run.ratio)))
+        chosen = Steps(placed([w**power for w in weights], self.refreshes(steps, run.ratio)))
+        return chosen if run.steps is not None else _Within(chosen, steps)
 
     def refreshes(self, steps: int, ratio: float) -> int:
         """How many refresh steps a run of ``steps`` has.
@@ -240,6 +241,17 @@ class Sigma:
                 "refresh step's compute)"
             )
         return max(1, math.floor(count + 1e-9))
+
+
+@dataclass(frozen=True)
+class _Within:
+    """A schedule for as many steps as the sampler has; what goes on after them refreshes."""
+
+    schedule: Schedule
+    steps: int
+
+    def refresh(self, step: int, steps: int | None) -> bool:
+        return step >= self.steps or self.schedule.refresh(step, steps)
 
 
 def require_speedup(value: object) -> float:

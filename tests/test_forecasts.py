@@ -177,17 +177,23 @@ def test_interval_one_is_exact_with_any_forecast() -> None:
         assert torch.equal(sampled(compiled(name, dcompile.Uniform(1)), x, ts), expected)
 
 
-def test_history_of_different_length_shares_captures() -> None:
-    network = compiled("reuse")
+def test_history_of_different_length_shares_the_full_graph() -> None:
+    compilations = []
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: Any) -> Any:
+        compilations.append(graph_module)
+        return graph_module
+
+    network = compiled("reuse", backend=backend)
     sampled(network, picture(), timesteps(9))
-    dcompile.cache_compile(
-        network, schedule=Steps([0, 2, 5]), forecast="linear", backend="eager", verbose=False
-    )
+    settings: dict[str, Any] = {"backend": backend, "verbose": False}
+    dcompile.cache_compile(network, schedule=Steps([0, 2, 5]), forecast="linear", **settings)
     x = picture()
     assert torch.equal(
         sampled(network, x, timesteps(9)), sampled(compiled("linear"), x, timesteps(9))
     )
     assert dcompile.handle(network).stats.captures == 0
+    assert len(compilations) == 3
 
 
 def test_dynamic_sizes() -> None:

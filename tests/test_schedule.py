@@ -174,6 +174,11 @@ def test_sigma_needs_a_sampler_and_enough_steps() -> None:
         planned(Sigma(12), 9, [1.0] * 9)
 
 
+def test_sigma_of_a_run_of_unknown_length() -> None:
+    schedule = Sigma(2).plan(Run(None, weights=(1.0,) * 6))
+    assert [step for step in range(9) if schedule.refresh(step, None)] == [0, 3, 6, 7, 8]
+
+
 def test_sigma_in_json() -> None:
     schedule = Sigma(speedup=2.5, power=0.25)
     assert from_json(json.loads(json.dumps(to_json(schedule)))) == schedule
