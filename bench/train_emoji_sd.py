@@ -551,6 +551,7 @@ def main(
         data = Captioned.render(SIZE, font)
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
+    work.mkdir(parents=True, exist_ok=True)
 
     def run(stage: Stage) -> Any:
         averaged = stage.run(work, every=every, sheet_every=sheet_every, deadline=deadline)
