@@ -391,6 +391,14 @@ def load(
         )
     else:
         chosen = artifact.schedule
+    if isinstance(chosen, Tuned):
+        chosen.require_fit(network)
+        forecast, _ = _as_tuned(chosen, forecast, artifact.depth)
+        if artifact.depth != chosen.depth:
+            raise ScheduleError(
+                f"{source} was saved at depth {artifact.depth}, the schedule was tuned for depth "
+                f"{chosen.depth}: compile for it"
+            )
     if forecast is None and artifact.forecast is None:
         raise ScheduleError(
             f"{source} was saved with a forecast class of your own, which is not part of it: give "
@@ -545,15 +553,22 @@ def _chosen_forecast(forecast: Any) -> Forecast | Literal["auto"]:
 def _sampler_of(module: Any, scheduler: Any) -> Callable[[], Any] | None:
     """Where to find the sampler when a generation starts; a pipeline's may be replaced."""
     if scheduler is not None:
-        if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
+        if not callable(getattr(scheduler, "set_timesteps", None)):
             raise ScheduleError(
                 f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}"
             )
         return lambda: scheduler
     if not _is_pipeline(module) or not hasattr(module, "scheduler"):
         return None
-    pipeline = weakref.ref(module)
-    return lambda: getattr(pipeline(), "scheduler", None)
+    pipeline, latest = weakref.ref(module), module.scheduler
+
+    def sampler() -> Any:
+        # The network may outlive its pipeline, in another one made of the same parts.
+        nonlocal latest
+        latest = getattr(pipeline(), "scheduler", latest)
+        return latest
+
+    return sampler
 
 
 def _require_sampler(settings: Settings) -> None:

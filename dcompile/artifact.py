@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -37,7 +38,7 @@ from dcompile.program import CompiledGraph, Constant, Convention, Program
 from dcompile.schedule import Schedule
 from dcompile.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _SHOWN = 160  # characters of a value that an error message quotes
@@ -171,6 +172,8 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
 def machine(device: torch.device) -> dict[str, str]:
     """What compiled code depends on besides the module."""
     found = {"torch": torch.__version__, "device": device.type, "platform": platform.machine()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["diffusers"] = importlib.metadata.version("diffusers")  # whose code was captured
     if device.type == "cuda":
         found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     else:

@@ -85,7 +85,10 @@ def build(
             boundary = tuple(full.bind(weights)(leaves))[network.out_spec.num_leaves :]
         if history > 1:
             tensor = next(value for value in boundary if isinstance(value, torch.Tensor))
-            boundary = (*boundary * history, torch.zeros(history, device=tensor.device))
+            boundary = (
+                *boundary * history,
+                torch.zeros(history, dtype=torch.float32, device=tensor.device),
+            )
     shallow = _compile(
         shallow_graph, network, backend, weights, leaves, boundary, "shallow", display
     )

@@ -59,7 +59,6 @@ class CallForms:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._parameters = inspect.signature(forward)
-        # What a decorator makes of an argument may depend on how it is given.
         self._decorated = hasattr(forward, "__wrapped__")
         names = list(self._parameters.parameters)
         timed = [name for name in names[1:] if "time" in name.lower()]
@@ -98,7 +97,8 @@ class CallForms:
     def standard(self, form: CallForm, leaves: Sequence[Any]) -> StandardCall:
         """The same call with arguments by keyword, in order, and none that has its default value.
 
-        So programs do not depend on how a pipeline happens to write its calls. For every new
+        So programs do not depend on how a pipeline happens to write its calls. A decorator may see
+        how, so of a decorated forward only the order of keywords is changed. For every new
         signature, not for every call.
         """
         given = StandardCall(form, list(leaves), tuple(range(len(leaves))))
@@ -108,7 +108,7 @@ class CallForms:
         positional: tuple[Any, ...] = (args, places)
         if not self._decorated:
             taken = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-            if len(args) > len(taken) or next(iter(parameters.values())) is not taken[0]:
+            if args and (len(args) > len(taken) or next(iter(parameters.values())) != taken[0]):
                 return given
             names = [p.name for p in taken[: len(args)]]
             if not kwargs.keys().isdisjoint(names):
@@ -118,14 +118,12 @@ class CallForms:
             positional = ((), ())
         if not kwargs.keys() <= parameters.keys():
             return given
+        asked = (self._sample, self._timestep)
         kept = [
             name
-            for name in parameters
+            for name, parameter in parameters.items()
             if name in kwargs
-            and (
-                name in (self._sample, self._timestep)
-                or not _is_default(parameters[name], kwargs[name])
-            )
+            and (self._decorated or name in asked or not _is_default(parameter, kwargs[name]))
         ]
         leaves, standard = self.flatten(positional[0], {name: kwargs[name] for name in kept})
         order, _ = tree_flatten((positional[1], {name: named_places[name] for name in kept}))

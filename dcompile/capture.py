@@ -298,7 +298,12 @@ def capture(
     Raises:
         CaptureError: ``torch.export`` cannot follow the code; names the line.
     """
-    args, kwargs = tree_unflatten(list(leaves), spec)
+    # One tensor given twice would be one input.
+    distinct = [
+        leaf.clone() if isinstance(leaf, torch.Tensor) and _is_among(leaf, leaves[:i]) else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    args, kwargs = tree_unflatten(distinct, spec)
     before = dict(module.__dict__)
     network = _Network(module, forward)
     # Ranges let backends tune for them. Code that treats a size within the range specially makes
@@ -321,6 +326,10 @@ def capture(
         _take_over_writes(module, network.network, before)
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
     return _from_exported(exported, spec, sample_leaf, ranges)
+
+
+def _is_among(leaf: Any, others: Sequence[Any]) -> bool:
+    return any(leaf is other for other in others)
 
 
 def _exported(network: nn.Module, call: tuple[Any, ...], hints: list[Any]) -> ExportedProgram:

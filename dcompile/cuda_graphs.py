@@ -158,7 +158,7 @@ class RecordedProgram:
                 if self._owner is not None and self._owner() is not previous:
                     self._copy_out()
                 if previous:
-                    self._move_on(previous.tensors)
+                    self._move_on(getattr(previous, "tensors", previous))
                 results = self._run(self._full, leaves)
                 if not previous:
                     for age in range(1, self._bound.history):
@@ -248,7 +248,9 @@ class RecordedProgram:
                 else:
                     reads = self._boundary
                     if self._bound.history > 1:
-                        self._coefficients = torch.zeros(self._bound.history, device=self._device)
+                        self._coefficients = torch.zeros(
+                            self._bound.history, dtype=torch.float32, device=self._device
+                        )
                         reads = (*reads, self._coefficients)
                     self._shallow = self._capture(self._bound.shallow, reads)
         except Exception as error:
@@ -302,6 +304,21 @@ class RecordedProgram:
         )
 
 
+class Reordered:
+    """A recorded program for calls that are written in another way."""
+
+    def __init__(self, recorded: RecordedProgram, order: tuple[int, ...]) -> None:
+        self.program = recorded.program
+        self._recorded = recorded
+        self._order = order
+
+    def refresh(self, leaves: Sequence[Any], previous: Any = ()) -> tuple[Any, Any]:
+        return self._recorded.refresh([leaves[i] for i in self._order], previous)
+
+    def reuse(self, leaves: Sequence[Any], boundary: Any, coefficients: Any = None) -> Any:
+        return self._recorded.reuse([leaves[i] for i in self._order], boundary, coefficients)
+
+
 def _buffer_like(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
@@ -332,4 +349,4 @@ def _addresses(bound: BoundProgram) -> tuple[Any, ...]:
     )
 
 
-__all__ = ["RECORDERS", "CudaRecorder", "HeldBoundary", "RecordedProgram", "Recorder"]
+__all__ = ["RECORDERS", "CudaRecorder", "HeldBoundary", "RecordedProgram", "Recorder", "Reordered"]

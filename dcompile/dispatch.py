@@ -28,7 +28,7 @@ from dcompile.call import (
     signature_of,
 )
 from dcompile.capture import CapturedNetwork, DynamicSizes, capture, capturing_threads
-from dcompile.cuda_graphs import RECORDERS, RecordedProgram
+from dcompile.cuda_graphs import RECORDERS, RecordedProgram, Reordered
 from dcompile.display import Display
 from dcompile.errors import (
     ArtifactError,
@@ -54,7 +54,7 @@ from dcompile.structure import (
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
 MAX_RECORDED = 16
 
-Runner = BoundProgram | RecordedProgram
+Runner = BoundProgram | RecordedProgram | Reordered
 _Place = tuple[int, int, Backend, int]
 """What a loaded program is good for: number of the structure, depth, backend, history."""
 
@@ -105,7 +105,7 @@ class Stats:
 def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """A small tensor that is copied to its device once, however often it is used."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Refreshed(NamedTuple):
@@ -113,12 +113,14 @@ class Refreshed(NamedTuple):
 
     Attributes:
         step, lane: where it belongs.
+        steps: from the generation's first call to the end of its timesteps, if known.
         program: what ran.
         leaves: the call's leaves.
         result, boundary: what it gave.
     """
 
     step: int
+    steps: int | None
     lane: Lane
     program: Runner
     leaves: list[Any]
@@ -227,7 +229,7 @@ class Dispatcher:
             generation.signature, generation.bound = signature, bound
             schedule = generation.schedule
             if schedule is None:
-                schedule = self._planned(generation, bound.program)
+                schedule = self._planned(generation, bound.program, timestep)
             scheduled = schedule.refresh(step, generation.steps)
             if scheduled:
                 generation.beat = step
@@ -282,27 +284,36 @@ class Dispatcher:
         result, lane.boundary = bound.refresh(leaves, lane.boundary)
         lane.refreshed = (step, *earlier)
         if self.watch is not None:
-            self.watch(Refreshed(step, lane, bound, leaves, result, lane.boundary))
+            seen = Refreshed(step, generation.steps, lane, bound, leaves, result, lane.boundary)
+            self.watch(seen)
         return result
 
-    def _planned(self, generation: Generation, program: Program) -> Schedule:
+    def _planned(self, generation: Generation, program: Program, timestep: Any) -> Schedule:
         """Choose this run's schedule and forecast, by its sampler if they ask for that."""
         settings = self.settings
         schedule, forecast = settings.schedule, settings.forecast
         plan = getattr(schedule, "plan", None)
         if plan is not None or forecast == "auto":
-            run = self.run_ahead(generation.steps, program.ratio)
+            run = self.run_ahead(generation.steps, program.ratio, timestep)
             schedule = plan(run) if plan is not None else schedule
             if forecast == "auto":
                 forecast = Reuse() if run.stochastic else Lagrange(1)
         generation.schedule, generation.forecast = schedule, forecast
         return schedule
 
-    def run_ahead(self, steps: int | None, ratio: float) -> Run:
-        """What is known of a run that begins now."""
+    def run_ahead(self, steps: int | None, ratio: float, timestep: Any = None) -> Run:
+        """What is known of a run that begins now, with this timestep if it is known."""
         sampler = self.settings.sampler() if self.settings.sampler is not None else None
         if sampler is None:
-            return Run(steps, ratio)
+            return Run(steps, ratio, stochastic=True)
+        if steps is not None and isinstance(timestep, torch.Tensor):
+            own = getattr(sampler, "timesteps", None)
+            if own is None or own.untyped_storage() is not timestep.untyped_storage():
+                self._warn(
+                    f"a run whose timesteps are not those of the {type(sampler).__name__} given to "
+                    "cache_compile: its steps count alike, and nothing is extrapolated by 'auto'"
+                )
+                return Run(steps, ratio, (1.0,) * steps, stochastic=True, power=0.0)
         weights = step_weights(sampler)
         if weights is None:
             self._warn(
@@ -508,23 +519,27 @@ class Dispatcher:
                 raise
             finally:
                 self._compile_seconds += sum(display.seconds.values())
-            bound = program.bind(weights_of(self.module), call.order)
-            runner = self._runner(bound, signature, leaves[form.sample].device)
+            runner = self._runner(program, call)
         generation.programs[signature] = runner
         return runner
 
-    def _runner(self, bound: BoundProgram, signature: Signature, device: torch.device) -> Runner:
+    def _runner(self, program: Program, call: StandardCall) -> Runner:
         """The program with the module's weights; as CUDA graphs where those are wanted."""
+        weights = weights_of(self.module)
+        device = call.leaves[call.form.sample].device
         if not self._wants_cuda_graphs(device):
-            return bound
-        key = (bound.program, signature)
+            return program.bind(weights, call.order)
+        # Recorded once, however the call is written.
+        bound = program.bind(weights)
+        key = (program, signature_of(call.form, call.leaves)[0])
         recorded = self._recorded.pop(key, None)
         if recorded is None or not recorded.still_fits(bound):
             recorded = RecordedProgram(bound, device)
         self._recorded[key] = recorded  # the latest last
         while len(self._recorded) > MAX_RECORDED:
             del self._recorded[next(iter(self._recorded))]
-        return recorded
+        in_order = call.order == tuple(range(len(call.order)))
+        return recorded if in_order else Reordered(recorded, call.order)
 
     def _wants_cuda_graphs(self, device: torch.device) -> bool:
         wanted = self.settings.cuda_graphs
@@ -583,6 +598,9 @@ class Dispatcher:
             dynamic = None
         known = self._structure(display)
         network = self._networks.get((known, signature, dynamic))
+        if network is not None and network.guard is not None:
+            # A compiler may have tied sizes to numbers since.
+            network = network if network.accepts(form.spec, leaves) else None
         if network is None and dynamic is not None:
             network = next(
                 (
@@ -603,7 +621,9 @@ class Dispatcher:
             if written:  # by the network's own forward: no sign of a changed structure
                 self._written |= written
                 self._structures[known] = structure_of(self.module, self._written)
-        self._networks[(known, signature, dynamic)] = network
+        key = (known, signature, dynamic)
+        self._networks.pop(key, None)
+        self._networks[key] = network  # the latest last
         return network
 
     def _compiled(self, network: CapturedNetwork, leaves: list[Any], display: Display) -> Program:
@@ -616,9 +636,17 @@ class Dispatcher:
         if program is None:
             full = self._full_graph_of(network)
             program = build(network, depth, backend, self.module, leaves, display, history, full)
-            network.tighten()
+            self._tighten(network)
         self._programs[key] = program
         return program
+
+    def _tighten(self, network: CapturedNetwork) -> None:
+        """Forget for which calls a network was found before its compiler tied sizes to numbers."""
+        before = network.guard
+        network.tighten()
+        if network.guard != before:
+            for key in [key for key, other in self._networks.items() if other is network][:-1]:
+                del self._networks[key]
 
     def _full_graph_of(self, network: CapturedNetwork) -> CompiledGraph | None:
         """The compiled full graph, if there is one already for a forecast of another length."""

@@ -140,10 +140,14 @@ def factors(forecast: Forecast, step: int, refreshed: Sequence[int]) -> tuple[fl
     """The forecast's coefficients, one for each of ``history`` boundaries.
 
     Raises:
-        ScheduleError: it gave more than there are boundaries.
+        ScheduleError: it gave none, more than there are boundaries, or no numbers.
     """
-    given = tuple(map(float, forecast.coefficients(step, refreshed)))
-    if len(given) > min(forecast.history, len(refreshed)):
+    answer: Any = forecast.coefficients(step, refreshed)
+    try:
+        given = tuple(map(float, answer))
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(f"{forecast!r} gave {answer!r} as coefficients: {error}") from error
+    if not 0 < len(given) <= min(forecast.history, len(refreshed)):
         raise ScheduleError(
             f"{forecast!r} gave {len(given)} coefficients for {len(refreshed)} refreshed steps and "
             f"history={forecast.history}"

@@ -31,11 +31,16 @@ def step_weights(scheduler: Any) -> list[float] | None:
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, torch.Tensor) or timesteps.dim() != 1 or not len(timesteps):
         return None
+    timesteps = timesteps.detach().cpu()
     levels = _noise_levels(scheduler, timesteps)
     if levels is None or not torch.isfinite(levels).all():
         return None
     moved = (levels[1:] - levels[:-1]).abs()
     weights: list[float] = (moved * _per_unit_of_output(scheduler, levels[:-1])).tolist()
+    for step in range(1, len(weights)):
+        again = step + 1 < len(weights) and bool(timesteps[step] == timesteps[step + 1])
+        if weights[step] == 0 and again:  # the second evaluation of one step (Heun, PNDM)
+            weights[step - 1] = weights[step] = weights[step - 1] / 2
     return weights
 
 
@@ -43,7 +48,7 @@ def _noise_levels(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor | Non
     """sigma_bar (of flow matching: sigma) at each step, and at the end; float64, on the CPU."""
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(sigmas, torch.Tensor) and sigmas.dim() == 1:
-        levels = sigmas.detach().double().cpu()
+        levels = sigmas.detach().cpu().double()
         if len(levels) == len(timesteps):
             levels = torch.cat([levels, levels.new_zeros(1)])
         if len(levels) == len(timesteps) + 1:
@@ -51,13 +56,13 @@ def _noise_levels(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor | Non
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(alphas, torch.Tensor) or alphas.dim() != 1:
         return None
-    alphas = alphas.detach().double().cpu()
-    at = timesteps.detach().double().cpu().clamp(0, len(alphas) - 1)
+    alphas = alphas.detach().cpu().double()
+    at = timesteps.double().clamp(0, len(alphas) - 1)
     below = at.floor().long()
     above = at.ceil().long()
     alpha_bar = torch.lerp(alphas[below], alphas[above], at - below)
     final = (
-        torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).double().cpu().reshape(1)
+        torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).cpu().double().reshape(1)
     )
     alpha_bar = torch.cat([alpha_bar, final]).clamp(min=_LEAST_ALPHA_BAR)
     return ((1 - alpha_bar) / alpha_bar).sqrt()
@@ -81,7 +86,7 @@ def usual_power(scheduler: Any, *, stochastic: bool) -> float:
     that predicts velocity or the sample itself errs most where its weights are least, and the two
     about make up for each other: 0, which is uniform. Measured: bench/results/fidelity.md.
     """
-    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
+    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     if predicts != "epsilon":
         return 0.0
     return 1.0 if stochastic else 0.5
@@ -90,7 +95,8 @@ def usual_power(scheduler: Any, *, stochastic: bool) -> float:
 def is_stochastic(scheduler: Any) -> bool:
     """Whether a step adds noise of its own, found out by taking one twice with other seeds.
 
-    A scheduler that cannot be tried out counts as stochastic.
+    A scheduler that cannot be tried out counts as stochastic. What a pipeline asks for at each step
+    (DDIM's ``eta``) is not seen.
     """
     try:
         return not torch.equal(_tried(scheduler, 0), _tried(scheduler, 1))
@@ -101,13 +107,16 @@ def is_stochastic(scheduler: Any) -> bool:
 def _tried(scheduler: Any, seed: int) -> torch.Tensor:
     """One step from the middle of the timesteps, where noise is added if ever."""
     trial = copy.deepcopy(scheduler)
+    for name, value in vars(trial).items():
+        if isinstance(value, torch.Tensor):  # where earlier steps took it
+            setattr(trial, name, value.cpu())
     trial.set_timesteps(6)
     arguments: dict[str, Any] = {}
     if "generator" in inspect.signature(trial.step).parameters:
         arguments["generator"] = torch.Generator().manual_seed(seed)
     sample = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of other devices
         for timestep in trial.timesteps[:3]:
             if hasattr(trial, "scale_model_input"):
                 trial.scale_model_input(sample, timestep)

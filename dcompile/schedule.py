@@ -175,7 +175,9 @@ class Sigma:
 
     Args:
         count: refresh steps in a run; or
-        speedup: how much less compute a run takes than an uncached one, in FLOPs.
+        speedup: how much less compute a run takes than an uncached one, in FLOPs. A run of a few
+            steps gets at least one refresh. One that ends before its timesteps do (SDXL's
+            ``denoising_end``) is planned as if it did not.
         power: exponent of the weights; 0 is uniform. By default what suits the sampler, see
             ``samplers.usual_power``.
 
@@ -232,14 +234,13 @@ class Sigma:
             return self.count
         assert self.speedup is not None
         # speed-up = steps / (count + (steps - count) r)
-        count = steps * (1 / self.speedup - ratio) / (1 - ratio) if ratio < 1 else 0.0
-        if count < 1:
-            most = steps / (1 + (steps - 1) * ratio)
+        if self.speedup > 1 and self.speedup * ratio >= 1:
             raise ScheduleError(
-                f"a speed-up of {self.speedup:g} is beyond this network at this depth: with one "
-                f"refresh in {steps} steps it is {most:.2f} (a reuse step takes {ratio:.0%} of a "
-                "refresh step's compute)"
+                f"a speed-up of {self.speedup:g} is beyond this network at this depth: a reuse "
+                f"step takes {ratio:.0%} of a refresh step's compute, so the limit is "
+                f"{1 / ratio:.2f}"
             )
+        count = steps * (1 / self.speedup - ratio) / (1 - ratio) if ratio < 1 else steps
         return max(1, math.floor(count + 1e-9))
 
 

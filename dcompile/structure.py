@@ -25,7 +25,7 @@ _BOOKKEEPING = frozenset(vars(nn.Module()))
 # Around the whole network, where dcompile and accelerate's hooks take turns; capture goes beneath.
 _ROOT_WRAPPERS = frozenset({"forward", "_old_forward", "_hf_hook", "_is_torch_compile"})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_MAX_DEPTH = 4
+_MAX_DEPTH = 8  # levels of containers and objects within an attribute
 
 Structure = dict[str, Any]
 
@@ -52,7 +52,8 @@ def structure_of(module: nn.Module, ignore: Iterable[str] = ()) -> Structure:
     """
     ignored: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for key in ignore:
-        path, name, place = key.split(":")
+        where, _, place = key.rpartition(":")
+        path, _, name = where.rpartition(":")
         positions = tuple(map(int, place.split("."))) if place else ()
         ignored.setdefault((path, name), []).append(positions)
     first_names: dict[int, str] = {}
@@ -72,8 +73,8 @@ def structure_of(module: nn.Module, ignore: Iterable[str] = ()) -> Structure:
 def portable(structure: Structure) -> dict[str, dict[str, Any]]:
     """The structure in JSON's types, the same in every process that builds the same module.
 
-    Left out is what only one process knows: identities, device numbers, and a mapping's private
-    entries, such as the folder a configuration was read from.
+    Left out is what only one process knows: identities, device numbers, and where a configuration
+    came from.
     """
     plain = json.loads(
         json.dumps(
@@ -86,6 +87,10 @@ def portable(structure: Structure) -> dict[str, dict[str, Any]]:
     return cast(dict[str, dict[str, Any]], plain)
 
 
+# What diffusers' configurations say of their own origin.
+_ORIGIN = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"})
+
+
 def _portable(value: Any) -> Any:
     if isinstance(value, str):  # often an object's representation
         return _ADDRESS.sub("", value)
@@ -96,11 +101,7 @@ def _portable(value: Any) -> Any:
     if isinstance(value, _Identity):
         return _portable(value.what)
     if isinstance(value, _Items):
-        return [
-            [_portable(key), _portable(item)]
-            for key, item in value
-            if not (isinstance(key, str) and key.startswith("_"))
-        ]
+        return [[_portable(key), _portable(item)] for key, item in value if key not in _ORIGIN]
     if isinstance(value, tuple):
         return [_portable(item) for item in value]
     if isinstance(value, frozenset):
@@ -114,9 +115,16 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 @functools.lru_cache(maxsize=4096)
 def _class_of(kind: type) -> str:
     """Name and code: a class of the same name may do something else elsewhere."""
-    methods = [getattr(kind, name, None) for name in ("forward", "__call__")]
-    codes = [_code_of(m.__code__) for m in methods if isinstance(m, types.FunctionType)]
-    return " ".join([_name_of(kind), *codes])
+    digest = hashlib.sha256()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, member in sorted(vars(base).items()):
+            member = getattr(member, "__func__", getattr(member, "fget", member))
+            while isinstance(member, types.FunctionType):  # and what a decorator has wrapped
+                digest.update(f"{name} {_code_of(member.__code__)}".encode())
+                member = getattr(member, "__wrapped__", None)
+    return f"{_name_of(kind)} {digest.hexdigest()[:16]}"
 
 
 def _name_of(thing: Any) -> str:
@@ -166,7 +174,7 @@ def _places_that_differ(before: Any, after: Any) -> list[str]:
         return []
     if type(before) is not type(after) or not isinstance(after, tuple):
         return [""]
-    if isinstance(after, _Identity) or len(before) != len(after):
+    if isinstance(after, (_Identity, torch.Size)) or len(before) != len(after):
         return [""]
     return [
         f"{number}.{place}".rstrip(".")
@@ -185,7 +193,8 @@ def _without(description: Any, places: Iterable[tuple[int, ...]]) -> Any:
 def _marked(description: Any, place: tuple[int, ...]) -> Any:
     if not place:
         return _WRITTEN
-    if not isinstance(description, tuple) or place[0] >= len(description):
+    plain = isinstance(description, tuple) and not isinstance(description, (_Identity, torch.Size))
+    if not plain or place[0] >= len(description):
         return description  # something else now, which will be noticed
     items = list(description)
     items[place[0]] = _marked(items[place[0]], place[1:])

@@ -61,7 +61,7 @@ class Tuned:
 
     Attributes:
         refresh_steps: which steps refresh.
-        steps: the number of steps it was tuned for.
+        steps: the number of timesteps of the runs it was tuned for.
         depth, forecast: to use it with; ``cache_compile`` takes them from here.
         network: the network's class and number of parameters.
         speedup: of a run, in FLOPs.
@@ -84,7 +84,7 @@ class Tuned:
                 f"tuned for runs of {self.steps} steps, this one has {steps}: tune for that, or "
                 "use Sigma(speedup=...)"
             )
-        return step in self.refresh_steps
+        return step >= self.steps or step in self.refresh_steps
 
     def require_fit(self, network: nn.Module) -> None:
         """Check that ``network`` is like the one it was tuned for.
@@ -125,6 +125,9 @@ class Tuned:
             name, count = entry.pop("network")
             Steps(steps)
             resolve_forecast(entry["forecast"])
+            for key, least in (("steps", steps[-1] + 1), ("depth", 0)):
+                if type(entry[key]) is not int or entry[key] < least:
+                    raise ValueError(f"{key} is {entry[key]!r}")
             return Tuned(refresh_steps=steps, network=(name, count), trials=trials, **entry)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ScheduleError(f"{source} holds no tuned schedule: {error}") from error
@@ -207,8 +210,15 @@ class _Recorder:
         self._lanes: dict[int, tuple[_Features, list[float], Any]] = {}
         self._kept: list[Any] = []  # lanes, so that none is mistaken for another
         self.ratio = 0.0
+        self.steps: set[int] = set()
 
     def __call__(self, seen: Refreshed) -> None:
+        if seen.steps is None:
+            raise TuneError(
+                "the network's timesteps are not elements of one tensor, such as "
+                "scheduler.timesteps: its runs cannot be told apart well enough to tune for them"
+            )
+        self.steps.add(seen.steps)
         key = id(seen.lane)
         if key not in self._lanes:
             self._kept.append(seen.lane)
@@ -374,7 +384,10 @@ def pictures_of(output: Any) -> torch.Tensor:
         raise TuneError(
             f"run returned {type(output).__name__}: expected tensors, arrays or pictures to compare"
         )
-    return torch.cat(found)
+    pictures = torch.cat(found)
+    if not bool(torch.isfinite(pictures).all()):
+        raise TuneError("run returned values that are not finite: nothing can be compared")
+    return pictures
 
 
 def psnr_between(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -431,7 +444,8 @@ def tune(
         samples: how many there are, if ``run`` takes a number. Use others to judge the result.
         depths: which cuts to try; those the network does not have are left out.
         forecasts: which to try.
-        trials: how many schedules to try in real runs; with ``psnr``, in each direction.
+        trials: how many schedules to try in real runs; with ``psnr``, at most, for each depth and
+            forecast.
         backend: what to try them with. Which is faster does not matter here.
         scheduler: the sampler, if ``module`` is no pipeline that has one.
         memory: bytes of recorded features to keep in memory; more go to a temporary file.
@@ -439,7 +453,7 @@ def tune(
 
     Raises:
         TuneError: ``run`` is not repeatable, calls the network less than twice, at timesteps that
-            do not belong to one sampler, or changes its number of steps.
+            are not elements of one tensor, or changes its number of steps.
         ScheduleError: neither or both of ``speedup`` and ``psnr``; a speed-up beyond reach.
         DepthError: none of ``depths`` exists.
     """
@@ -449,8 +463,13 @@ def tune(
         raise ScheduleError(f"give speedup or psnr, got speedup={speedup!r} and psnr={psnr!r}")
     if speedup is not None:
         require_speedup(speedup)
-    if not depths or not forecasts or trials < 1 or samples < 1:
-        raise TuneError("depths and forecasts must not be empty, trials and samples at least 1")
+    if not callable(run):
+        raise TuneError(f"run: expected a function, got {run!r}")
+    if not depths or not forecasts:
+        raise TuneError("depths and forecasts must not be empty")
+    for what, number in (("trials", trials), ("samples", samples)):
+        if type(number) is not int or number < 1:
+            raise TuneError(f"{what}: expected an int of at least 1, got {number!r}")
     for name in forecasts:
         resolve_forecast(name)
     session = _Session(module, samples_of(run, samples), backend, scheduler, memory, verbose)
@@ -488,6 +507,7 @@ class _Session:
         self._expected: list[torch.Tensor] = []
         self._objectives: dict[int, Objective] = {}
         self._power = 0.5
+        self._timesteps: set[int] = set()
         self.trials: list[Trial] = []
 
     def __enter__(self) -> _Session:
@@ -497,7 +517,7 @@ class _Session:
 
         self.network = _network_of(self._module)
         dispatcher = _dispatcher_of(self.network)
-        self._before = dispatcher.settings if dispatcher is not None else None
+        self._before = (dispatcher.settings, dispatcher.enabled) if dispatcher else None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -511,15 +531,19 @@ class _Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from dcompile.api import handle
+        from dcompile.api import Handle, _dispatcher_of
 
         self._progress.stop()
-        installed = handle(self.network)
-        installed._dispatcher.watch = None
-        if self._before is not None:
-            installed._dispatcher.configure(self._before)
-        else:
-            installed.remove()
+        dispatcher = _dispatcher_of(self.network)
+        if dispatcher is None:  # what was asked for could not be installed
+            return
+        dispatcher.watch = None
+        if self._before is None:
+            Handle(dispatcher).remove()
+            return
+        settings, enabled = self._before
+        dispatcher.configure(settings)
+        dispatcher.enabled = enabled
 
     # Recording
 
@@ -538,6 +562,8 @@ class _Session:
                 self._progress.advance(bar, len(self._runs))
                 continue
             self._objectives[depth] = self._objective(recordings)
+        if len(self._objectives) == 1:
+            self._recorded(next(iter(self._objectives)), 0)
 
     def _recorded(self, depth: int, number: int) -> list[Recording]:
         recorder = _Recorder(self._memory)
@@ -549,11 +575,12 @@ class _Session:
             dispatcher.watch = None
         if dispatcher.stats().refresh_steps < 2:
             raise TuneError("run called the network less than twice: there is nothing to cache")
+        self._timesteps |= recorder.steps
         if number == len(self._expected):
             self._expected.append(found)
             return recorder.recordings()
         repeated = psnr_between(found, self._expected[number])
-        if repeated < _LEAST_REPEATABLE:
+        if not repeated >= _LEAST_REPEATABLE:
             raise TuneError(
                 f"run does not repeat: two uncached runs of sample {number} differ ({repeated:.1f} "
                 "dB). Seed everything it draws: generator=torch.Generator().manual_seed(...)"
@@ -568,10 +595,16 @@ class _Session:
                 "schedule is tuned for one number of steps"
             )
         (steps,) = lengths
-        ahead = self._dispatcher().run_ahead(steps, recordings[0].ratio)
+        if len(self._timesteps) != 1:
+            raise TuneError(
+                f"run makes runs over {sorted(self._timesteps)} timesteps: tune for one"
+            )
+        (timesteps,) = self._timesteps
+        ahead = self._dispatcher().run_ahead(timesteps, recordings[0].ratio)
         weights = np.ones(steps)
-        if ahead.weights is not None and len(ahead.weights) >= steps:
-            weights = np.array(ahead.weights[-steps:])
+        if ahead.weights is not None and len(ahead.weights) >= timesteps:
+            # A run may end before its timesteps do.
+            weights = np.array(ahead.weights[-timesteps:][:steps])
             self._power = ahead.power
         return Objective(tuple(recordings), weights)
 
@@ -601,9 +634,10 @@ class _Session:
         leaders: dict[tuple[int, str], list[tuple[int, ...]]] = {}
         for _, depth, name, chosen in sorted(promising):
             leaders.setdefault((depth, name), []).append(chosen)
-        queue = [first]
+        queue = []
         for rank in range(max(map(len, leaders.values()))):
             queue += [(d, n, sets[rank]) for (d, n), sets in leaders.items() if rank < len(sets)]
+        queue.insert(1, first)
         for depth, name, chosen in list(dict.fromkeys(queue))[: max(1, 2 * trials // 3)]:
             self._try(depth, name, chosen)
             self._progress.advance(bar)
@@ -618,8 +652,8 @@ class _Session:
     def search_for(self, psnr: float, forecasts: Sequence[str], trials: int) -> None:
         """Of each depth and forecast, the fewest refreshes that reach ``psnr``."""
         pairs = [(depth, name) for depth in self._objectives for name in forecasts]
-        bar = self._progress.add_task("trying", total=trials)
-        each = max(3, trials // len(pairs))
+        each = min(trials, math.ceil(math.log2(max(o.steps for o in self._objectives.values()))))
+        bar = self._progress.add_task("trying", total=each * len(pairs))
         for depth, name in pairs:
             objective = self._objectives[depth]
             low, high = 1, objective.steps
@@ -673,10 +707,13 @@ class _Session:
             best = max(self.trials, key=lambda trial: trial.psnr)
         else:
             enough = [trial for trial in self.trials if trial.psnr >= psnr]
-            best = max(enough or self.trials, key=lambda trial: (trial.speedup, trial.psnr))
+            if enough:
+                best = max(enough, key=lambda trial: (trial.speedup, trial.psnr))
+            else:  # interrupted before any was close enough
+                best = max(self.trials, key=lambda trial: trial.psnr)
         return Tuned(
             refresh_steps=best.refresh_steps,
-            steps=self._objectives[best.depth].steps,
+            steps=next(iter(self._timesteps)),
             depth=best.depth,
             forecast=best.forecast,
             network=_identity(self.network),

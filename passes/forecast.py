@@ -16,10 +16,11 @@ def with_forecast(graph_module: GraphModule, boundary: int, history: int) -> Gra
     """A shallow graph that computes its boundary from several earlier ones.
 
     Each boundary tensor b becomes ``c[0] * b_0 + c[1] * b_1 + ...``, b_0 the latest refresh's and
-    c an input, in float32 whatever the dtype of b. The rules:
+    c an input, in float32 at least whatever the dtype of b. The rules:
 
     1. Where the sum is not finite, b_0 is used: what a refresh computed is passed on, what
-       extrapolation made of it is not. So coefficients (1, 0, ...) give b_0 bit for bit.
+       extrapolation made of it is not. So coefficients (1, 0, ...) give b_0 (of a zero, not the
+       sign).
     2. What is no floating-point tensor (a size, a mask) is not extrapolated: the latest is used.
 
     Args:
@@ -65,18 +66,17 @@ def with_forecast(graph_module: GraphModule, boundary: int, history: int) -> Gra
 def _extrapolated(graph: Graph, ages: list[Node], coefficients: Node) -> Node:
     latest = ages[0]
     dtype = latest.meta["val"].dtype
+    wide = torch.promote_types(dtype, torch.float32)
     total: Node | None = None
     for age, node in enumerate(ages):
         factor = _call(graph, _aten.select.int, coefficients, 0, age)
-        value = (
-            node
-            if dtype == torch.float32
-            else _call(graph, _aten._to_copy.default, node, dtype=torch.float32)
-        )
+        value = node
+        if dtype != wide:
+            value = _call(graph, _aten._to_copy.default, node, dtype=wide)
         term = _call(graph, _aten.mul.Tensor, value, factor)
         total = term if total is None else _call(graph, _aten.add.Tensor, total, term)
     assert total is not None
-    if dtype != torch.float32:
+    if dtype != wide:
         total = _call(graph, _aten._to_copy.default, total, dtype=dtype)
     finite = _call(graph, _aten.isfinite.default, total)
     return _call(graph, _aten.where.self, finite, total, latest)

@@ -555,6 +555,47 @@ def test_a_tensor_attribute_is_found_by_its_name(tmp_path: Path) -> None:
         assert torch.equal(fresh(x, t)[0], reference(x, t)[0])
 
 
+def of_another_version(scale: float) -> Plain:
+    class Helped(Plain):
+        def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:  # type: ignore[override]
+            return (self.helper(super().forward(sample, timestep, condition)[0]),)  # type: ignore[index]
+
+        if scale == 1:
+
+            def helper(self, x: torch.Tensor) -> torch.Tensor:
+                return x
+
+        else:
+
+            def helper(self, x: torch.Tensor) -> torch.Tensor:
+                return x * 2
+
+    return Helped().eval()
+
+
+def test_code_of_other_methods_counts(tmp_path: Path) -> None:
+    network = dcompile.cache_compile(of_another_version(1), backend="eager", verbose=False)
+    with torch.no_grad():
+        network(picture(), timesteps()[0])
+    folder = dcompile.handle(network).save(tmp_path / "saved")
+    dcompile.load(of_another_version(1), folder, verbose=False)
+    with pytest.raises(ArtifactError, match="saved for another module: class of the network"):
+        dcompile.load(of_another_version(2), folder, verbose=False)
+
+
+@pytest.mark.parametrize("table", [{"_scale": 2.0}, {"a": {"b": {"c": {"d": {"e": 2.0}}}}}])
+def test_private_and_deeply_nested_attributes_count(table: Any, tmp_path: Path) -> None:
+    network, other = plain(), plain()
+    network.table = {"_scale": 1.0} if "_scale" in table else {"a": {"b": {"c": {"d": {"e": 1.0}}}}}
+    other.table = table
+    dcompile.cache_compile(network, backend="eager", verbose=False)
+    with torch.no_grad():
+        network(picture(), timesteps()[0])
+    folder = dcompile.handle(network).save(tmp_path / "saved")
+    with pytest.raises(ArtifactError, match="saved for another module: table of"):
+        dcompile.load(other, folder, verbose=False)
+
+
 def test_a_dynamic_program_is_saved_once(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"backend": "eager", "verbose": False}
     network = dcompile.cache_compile(plain(), dynamic={"height": (8, 32)}, **settings)

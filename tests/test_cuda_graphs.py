@@ -340,3 +340,13 @@ def test_a_backend_that_records_by_itself_is_left_alone() -> None:
     network = dcompile.cache_compile(plain(), backend=cudagraphs, verbose=False)
     sampled(network, picture(), timesteps())
     assert not dcompile.handle(network)._dispatcher._recorded
+
+
+def test_a_warmed_up_call_is_recorded_once_however_it_is_written() -> None:
+    network = compiled()
+    x, ts, condition = picture(), timesteps(), torch.ones(2, 4)
+    dcompile.handle(network).warmup({"condition": condition, "timestep": ts[0], "sample": x})
+    found = only_recording(network)
+    result = sampled(network, x, ts, condition)
+    assert only_recording(network) is found
+    assert torch.equal(result, sampled(compiled(cuda_graphs=False), x, timesteps(), condition))

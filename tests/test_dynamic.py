@@ -193,12 +193,24 @@ def test_one_call_written_in_many_ways_is_one_program() -> None:
     assert len(dcompile.handle(network).signatures) == 3
 
 
+def test_parameters_by_keyword_only() -> None:
+    class KeywordOnly(Plain):
+        def forward(self, *, sample: Any, timestep: Any) -> Any:  # type: ignore[override]
+            return super().forward(sample, timestep)
+
+    network = dcompile.cache_compile(KeywordOnly().eval(), backend="eager", verbose=False)
+    with torch.no_grad():
+        network(sample=picture(), timestep=timesteps()[0])
+    assert captures(network) == 1
+
+
 def test_how_an_argument_is_given_may_matter_to_a_decorator() -> None:
     class Decorated(Plain):
         @functools.wraps(Plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             result = Plain.forward(self, *args, **kwargs)
-            return (result[0] * 2,) if "condition" in kwargs else result  # type: ignore[index]
+            louder = 2 if "condition" in kwargs else 3 if "scale" in kwargs else 1
+            return (result[0] * louder,)  # type: ignore[index]
 
     torch.manual_seed(0)
     network, reference = Decorated().eval(), Decorated().eval()
@@ -206,9 +218,27 @@ def test_how_an_argument_is_given_may_matter_to_a_decorator() -> None:
     dcompile.cache_compile(network, backend="eager", verbose=False)
     x, t, c = picture(), timesteps()[0], torch.ones(2, 4)
     with torch.no_grad():
-        for args, kwargs in (((x, t, c), {}), ((x, t), {"condition": c})):
+        given: Any
+        for given in (((x, t, c), {}), ((x, t), {"condition": c}), ((x, t, c), {"scale": 1.0})):
+            args, kwargs = given
             assert torch.equal(network(*args, **kwargs)[0], reference(*args, **kwargs)[0])
-    assert captures(network) == 2
+    assert captures(network) == 3
+
+
+def test_one_tensor_for_two_arguments() -> None:
+    class Twice(Plain):
+        def forward(self, sample: Any, timestep: Any, other: Any) -> Any:  # type: ignore[override]
+            return (super().forward(sample, timestep)[0] + other,)  # type: ignore[index]
+
+    torch.manual_seed(0)
+    network, reference = Twice().eval(), Twice().eval()
+    network.load_state_dict(reference.state_dict())
+    dcompile.cache_compile(network, backend="eager", verbose=False)
+    x, t = picture(), timesteps()[0]
+    with torch.no_grad():
+        for other in (x, picture(1)):
+            assert torch.equal(network(x, t, other)[0], reference(x, t, other)[0])
+    assert captures(network) == 1
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,12 @@ def test_what_is_no_scheduler(thing: Any) -> None:
     assert is_stochastic(thing)
 
 
+def test_both_evaluations_of_a_step_count() -> None:
+    weights = step_weights(at(HeunDiscreteScheduler(), 8))
+    assert weights is not None
+    assert all(w > 0 for w in weights[:-1])
+
+
 def test_what_the_network_predicts_sets_the_power() -> None:
     noise, velocity = DDIMScheduler(), DDIMScheduler(prediction_type="v_prediction")
     assert usual_power(noise, stochastic=False) == 0.5

@@ -230,6 +230,52 @@ def test_a_run_that_does_not_repeat() -> None:
         dcompile.handle(network)
 
 
+def test_a_run_that_does_not_repeat_at_the_only_depth() -> None:
+    network = plain()
+
+    def run() -> torch.Tensor:
+        return sampled(network, torch.randn(2, 3, 8, 8), timesteps(STEPS))
+
+    with pytest.raises(TuneError, match="does not repeat"):
+        dcompile.tune(network, run, speedup=1.3, depths=(0,), verbose=False)
+
+
+def test_timesteps_that_are_plain_numbers() -> None:
+    network = plain()
+
+    def run() -> torch.Tensor:
+        return sampled(network, picture(), timesteps(STEPS).tolist())
+
+    with pytest.raises(TuneError, match="not elements of one tensor"):
+        dcompile.tune(network, run, speedup=1.3, verbose=False)
+
+
+def test_a_run_that_ends_before_its_timesteps() -> None:
+    network = plain()
+
+    def run() -> torch.Tensor:
+        return sampled(network, picture(), timesteps(STEPS)[:9])
+
+    found = dcompile.tune(network, run, speedup=1.3, trials=3, verbose=False)
+    assert found.steps == STEPS
+    assert max(found.refresh_steps) < 9
+    dcompile.cache_compile(network, schedule=found, backend="eager", verbose=False)
+    run()
+    assert dcompile.handle(network).stats.refresh_steps == len(found.refresh_steps)
+
+
+def test_what_cannot_be_installed_says_why() -> None:
+    with pytest.raises(dcompile.BackendError, match="typo"):
+        tuned(speedup=1.3, backend="typo")
+
+
+def test_a_disabled_module_stays_disabled() -> None:
+    network = dcompile.cache_compile(plain(), backend="eager", verbose=False)
+    dcompile.handle(network).disable()
+    tuned(network, speedup=1.3, samples=1, trials=1)
+    assert not dcompile.handle(network).enabled
+
+
 def test_features_that_are_not_finite() -> None:
     network = plain()
     with torch.no_grad():
@@ -253,6 +299,11 @@ def test_runs_of_several_lengths() -> None:
         dcompile.tune(network, run, speedup=1.3, samples=2, verbose=False)
 
 
+def test_pictures_that_are_not_finite() -> None:
+    with pytest.raises(TuneError, match="not finite"):
+        pictures_of(torch.tensor([1.0, float("nan")]))
+
+
 def test_nothing_to_compare() -> None:
     with pytest.raises(TuneError, match="run returned str"):
         pictures_of("a picture")
@@ -269,6 +320,7 @@ def test_nothing_to_compare() -> None:
         ({"speedup": 1.3, "depths": ()}, TuneError, "must not be empty"),
         ({"speedup": 1.3, "forecasts": ("cubic",)}, ScheduleError, "expected 'reuse'"),
         ({"speedup": 1.3, "trials": 0}, TuneError, "at least 1"),
+        ({"speedup": 1.3, "samples": 1.5}, TuneError, "samples: expected an int"),
     ],
 )
 def test_bad_arguments(settings: dict[str, Any], error: type[Exception], message: str) -> None:

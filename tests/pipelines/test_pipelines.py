@@ -1,5 +1,6 @@
 """Whole pipeline runs: exact at interval 1, equal to DeepCache at any other, and nothing leaks."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -411,3 +412,25 @@ def test_a_pipeline_can_be_tuned(pipes: tuple[Any, Any]) -> None:
     tuned = dcompile.tune(pipe, lambda: run(pipe, num_inference_steps=8), speedup=1.4, **settings)
     _, stats = picture_of(pipe, 8, schedule=tuned)
     assert stats.refresh_steps == len(tuned.refresh_steps)
+
+
+def test_a_run_of_another_sampler_is_not_planned_by_this_one(pipes: tuple[Any, Any]) -> None:
+    pipe = pipes[1]
+    other = stable_diffusion(scheduler=DDIM)
+    other.unet = pipe.unet
+    cached(pipe, schedule=Sigma(4), forecast="auto")
+    run(pipe, num_inference_steps=20)
+    with pytest.warns(UserWarning, match="timesteps are not those of the DDIMScheduler"):
+        run(other, num_inference_steps=12)
+    assert dcompile.handle(pipe).stats.refresh_steps == 8
+
+
+def test_the_sampler_outlives_its_pipeline() -> None:
+    pipe = cached(stable_diffusion(), schedule=Sigma(4), forecast="auto")
+    successor = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    successor.set_progress_bar_config(disable=True)
+    handle = dcompile.handle(pipe)
+    del pipe
+    gc.collect()
+    run(successor, num_inference_steps=12, strength=1.0)
+    assert handle.stats.refresh_steps == 4
