@@ -5,8 +5,7 @@ and a method ``coefficients(step, refreshed) -> floats``: what the boundaries of
 ``refreshed``, latest first, are multiplied with before they are added up. Where fewer than
 ``history`` steps were refreshed yet, ``refreshed`` is shorter, and so may be the answer.
 
-Features are extrapolated over the step index. In log-SNR or sigma instead it was worse in all that
-was measured (bench/results/fidelity.md).
+Features are extrapolated over the step index; over log-SNR it was worse in a prototype.
 """
 
 from __future__ import annotations
