@@ -82,9 +82,10 @@ def usual_power(scheduler: Any, *, stochastic: bool) -> float:
     """The exponent of ``step_weights`` that a schedule goes by if nothing is measured.
 
     A network that predicts noise errs about alike at all steps: 1/2 makes the sum of its errors
-    least, if they grow linearly with a cache's age. For samplers that add noise 1 was better. One
-    that predicts velocity or the sample itself errs most where its weights are least, and the two
-    about make up for each other: 0, which is uniform. Measured: bench/results/fidelity.md.
+    least, if they grow linearly with a cache's age. For samplers that add noise 1 was better, in a
+    prototype. One that predicts velocity errs most where its weights are least, and the two about
+    make up for each other: 0, which is uniform (bench/results/fidelity.md); what predicts the
+    sample itself is taken for the same, unmeasured.
     """
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     if predicts != "epsilon":

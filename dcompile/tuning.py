@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from dcompile.dispatch import Dispatcher, Refreshed
 from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.forecast import Forecast, factors, resolve_forecast
-from dcompile.schedule import Sigma, Steps, Uniform, placed
+from dcompile.schedule import Sigma, Steps, Uniform, placed, require_speedup
 
 FORMAT = 1
 FORECASTS = ("reuse", "linear", "taylor")
@@ -457,8 +457,6 @@ def tune(
         ScheduleError: neither or both of ``speedup`` and ``psnr``; a speed-up beyond reach.
         DepthError: none of ``depths`` exists.
     """
-    from dcompile.schedule import require_speedup
-
     if (speedup is None) == (psnr is None):
         raise ScheduleError(f"give speedup or psnr, got speedup={speedup!r} and psnr={psnr!r}")
     if speedup is not None:
