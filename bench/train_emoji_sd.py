@@ -575,7 +575,11 @@ def main(
         given = StableDiffusionPipeline.from_pretrained(start)
         vae, tokenizer = given.vae.to(device), given.tokenizer
         text_encoder, unet = given.text_encoder.to(device), given.unet
-    unet = unet.to(device, memory_format=torch.channels_last)
+    # On a CPU the attention's copies cost more than such convolutions gain.
+    unet = unet.to(
+        device,
+        memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format,
+    )
     bank = kept_bank(work / "latents.pt", data, vae, variants)
     text = Captions(data.names, tokenizer)
     # Token numbers mean nothing under another vocabulary.

@@ -21,11 +21,12 @@ from dcompile.errors import (
 )
 from dcompile.forecast import Forecast
 from dcompile.report import DepthReport, Explanation
-from dcompile.schedule import Power, Run, Schedule, Sigma, Steps, Uniform
+from dcompile.schedule import Adaptive, Power, Pyramid, Run, Schedule, Sigma, Steps, Uniform
 from dcompile.tuning import Trial, Tuned, tune
 from dcompile.version import __version__
 
 __all__ = [
+    "Adaptive",
     "ArtifactError",
     "BackendError",
     "CaptureError",
@@ -40,6 +41,7 @@ __all__ = [
     "NoSkipConnectionError",
     "NotCompiledError",
     "Power",
+    "Pyramid",
     "Run",
     "Schedule",
     "ScheduleError",

@@ -77,7 +77,7 @@ def cache_compile(
             makes most of an error (``Sigma``), and forecasts features, linearly for samplers that
             add no noise: closer to the uncached result than an interval at the same cost.
         schedule: decides which steps refresh; see ``dcompile.schedule``. A ``Tuned`` one brings
-            its depth and forecast.
+            its depth and forecast, a ``Pyramid`` its depths.
         forecast: what a reuse step feeds in for the features it does not compute: "reuse", the
             latest as they are, which is DeepCache's and the default; "linear", "quadratic" or
             "taylor", extrapolated from the latest refreshes; or an object of your own (see
@@ -121,14 +121,15 @@ def cache_compile(
         schedule.require_fit(_without_torch_compile(_denoiser_of(module)))
     if forecast is None:
         forecast = "reuse" if speedup is None else "auto"
+    depths = _chosen_depths(chosen, depth)
     settings = Settings(
         schedule=chosen,
-        depth=_checked_depth(depth),
+        depths=depths,
         backend=resolve(backend, options),
         dynamic=DynamicSizes.of(dynamic),
         verbose=verbose,
         cuda_graphs=_checked_cuda_graphs(cuda_graphs),
-        forecast=_chosen_forecast(forecast),
+        forecasts=_chosen_forecasts(chosen, [forecast] * len(depths)),
         sampler=_sampler_of(module, scheduler),
     )
     _require_sampler(settings)
@@ -269,7 +270,7 @@ class Handle:
                 "nothing is captured yet: call the network or its pipeline once, or give an "
                 "example call: handle(unet).explain(sample, timestep, ...)"
             )
-        return explain(network, dispatcher.settings.depth, type(self.module).__name__)
+        return explain(network, dispatcher.settings.depths[0], type(self.module).__name__)
 
     def export_onnx(self, folder: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> Path:
         """Write both graphs for ONNX runtimes and TensorRT: a folder that needs no Python.
@@ -296,14 +297,19 @@ class Handle:
         Raises:
             NotCompiledError: no example, and the network was not called since it last changed.
             ExportError: a package is missing, the folder cannot be written or holds other files,
-                the network is in training mode, its weights have no values, or an operator has no
-                ONNX form.
+                the network is in training mode, its weights have no values, an operator has no
+                ONNX form, or the schedule is a ``Pyramid``, which takes more than two graphs.
             CaptureError: the network cannot be captured.
             NoSkipConnectionError, DepthError: there is nothing to cut at this depth.
         """
         dispatcher = self._dispatcher
         if self.module.training:
             raise ExportError("the network is in training mode: call .eval() before the export")
+        if len(dispatcher.settings.depths) > 1:
+            raise ExportError(
+                "an export is one full and one shallow graph, and a Pyramid takes more: "
+                "cache_compile with another schedule first"
+            )
         if args or kwargs:
             with without_autocast(tree_leaves((args, kwargs))):
                 network = dispatcher.network_for(args, kwargs)
@@ -325,7 +331,7 @@ class Handle:
             network,
             self.module,
             dispatcher.original,
-            settings.depth,
+            settings.depths[0],
             settings.schedule,
             target,
             Display(type(self.module).__name__, settings.verbose),
@@ -391,34 +397,41 @@ def load(
         )
     else:
         chosen = artifact.schedule
+    cuts = artifact.cuts
     if isinstance(chosen, Tuned):
         chosen.require_fit(network)
-        forecast, _ = _as_tuned(chosen, forecast, artifact.depth)
-        if artifact.depth != chosen.depth:
-            raise ScheduleError(
-                f"{source} was saved at depth {artifact.depth}, the schedule was tuned for depth "
-                f"{chosen.depth}: compile for it"
-            )
-    if forecast is None and artifact.forecast is None:
+        forecast, _ = _as_tuned(chosen, forecast, chosen.depth)
+    depth = chosen.depth if isinstance(chosen, Tuned) else cuts.depths[0]
+    if _chosen_depths(chosen, depth) != cuts.depths:
+        raise ScheduleError(
+            f"{source} was saved at depth {_listed(cuts.depths)}, {chosen!r} cuts at depth "
+            f"{_listed(_chosen_depths(chosen, depth))}: compile for it"
+        )
+    forecasts = artifact.forecasts if forecast is None else (forecast,) * len(cuts.depths)
+    if None in forecasts:
         raise ScheduleError(
             f"{source} was saved with a forecast class of your own, which is not part of it: give "
             "load(..., forecast=...)"
         )
     settings = Settings(
         schedule=chosen,
-        depth=artifact.depth,
+        depths=cuts.depths,
         backend=backend,
         dynamic=DynamicSizes.of(artifact.dynamic),
         verbose=verbose,
         cuda_graphs=artifact.cuda_graphs,
-        forecast=_chosen_forecast(forecast if forecast is not None else artifact.forecast),
+        forecasts=_chosen_forecasts(chosen, forecasts),
         sampler=_sampler_of(module, scheduler),
     )
     _require_sampler(settings)
-    if settings.history != artifact.history:
+    if settings.cuts != cuts:
+        one, other = (
+            f"forecasts from {_listed(wanted.histories)} refreshes and "
+            f"{'no probe' if wanted.probe is None else f'probe {wanted.probe!r}'}"
+            for wanted in (cuts, settings.cuts)
+        )
         raise ScheduleError(
-            f"{source} was saved for a forecast from {artifact.history} refreshes, {forecast!r} "
-            f"takes {settings.history}: compile for it"
+            f"{source} was saved for {one}; what is asked for takes {other}: compile for it"
         )
     _install(_network_of(module), settings).adopt(artifact)
     return module if _is_pipeline(module) else cast(M, network)
@@ -525,6 +538,11 @@ def _chosen_schedule(
         raise ScheduleError(
             f"schedule: expected an object with refresh(step, steps) -> bool, got {schedule!r}"
         )
+    needed = {"probe": "observe", "depths": "partly"}
+    for has, needs in needed.items():
+        methods = (getattr(schedule, "plan", None), getattr(schedule, needs, None))
+        if hasattr(schedule, has) and not any(map(callable, methods)):
+            raise ScheduleError(f"schedule: {schedule!r} has {has}, and no method {needs}")
     try:
         inspect.signature(schedule.refresh).bind(0, None)
     except TypeError as error:
@@ -546,8 +564,29 @@ def _as_tuned(
     return tuned.forecast, tuned.depth
 
 
-def _chosen_forecast(forecast: Any) -> Forecast | Literal["auto"]:
-    return "auto" if forecast == "auto" else resolve_forecast(forecast)
+def _chosen_depths(schedule: Schedule, depth: int) -> tuple[int, ...]:
+    """Where to cut: what the schedule says, or at ``depth``."""
+    depths = getattr(schedule, "depths", None)
+    if depths is None:
+        return (_checked_depth(depth),)
+    if depth not in (0, depths[0]):
+        raise DepthError(
+            f"{schedule!r} brings its depths, got depth={depth!r} besides: leave it out"
+        )
+    return tuple(_checked_depth(value) for value in depths)
+
+
+def _chosen_forecasts(
+    schedule: Schedule, given: Sequence[str | Forecast | None]
+) -> tuple[Forecast | Literal["auto"], ...]:
+    """One for each cut: the schedule's own where it has one."""
+    own = getattr(schedule, "forecasts", None) or (None,) * len(given)
+    wanted = [one if one is not None else other for one, other in zip(own, given, strict=True)]
+    return tuple("auto" if item == "auto" else resolve_forecast(item) for item in wanted)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _sampler_of(module: Any, scheduler: Any) -> Callable[[], Any] | None:
@@ -573,7 +612,7 @@ def _sampler_of(module: Any, scheduler: Any) -> Callable[[], Any] | None:
 
 def _require_sampler(settings: Settings) -> None:
     planned = "speedup and Sigma" if isinstance(settings.schedule, Sigma) else None
-    wanted = planned or ('forecast="auto"' if settings.forecast == "auto" else None)
+    wanted = planned or ('forecast="auto"' if "auto" in settings.forecasts else None)
     if wanted is not None and settings.sampler is None:
         raise ScheduleError(
             f"{wanted} look at the sampler: pass the pipeline instead of its network, or "

@@ -34,11 +34,19 @@ from dcompile import schedule as schedules
 from dcompile.backends import Backend
 from dcompile.capture import SizeGuard, TensorPattern
 from dcompile.errors import ArtifactError
-from dcompile.program import CompiledGraph, Constant, Convention, Program
+from dcompile.program import (
+    Cached,
+    CompiledGraph,
+    Constant,
+    Convention,
+    Cuts,
+    Program,
+    graph_label,
+)
 from dcompile.schedule import Schedule
 from dcompile.version import __version__
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
 _SHOWN = 160  # characters of a value that an error message quotes
@@ -65,7 +73,7 @@ class SavedProgram:
         calls: the call signatures it was used for, as ``portable_signature`` writes them.
         in_spec: the structure of such a call.
         guard: if sizes may vary, the calls it serves besides.
-        program: full and shallow graph.
+        program: its graphs.
     """
 
     calls: tuple[str, ...]
@@ -87,9 +95,10 @@ class Artifact:
     Attributes:
         network: name of the module's class.
         backend: its name and options.
-        depth, dynamic, cuda_graphs: see ``cache_compile``.
-        schedule, forecast: None if it was a user's own class.
-        history: how many boundaries the programs extrapolate from.
+        cuts: where the programs are cut.
+        dynamic, cuda_graphs: see ``cache_compile``.
+        schedule: None if it was a user's own class.
+        forecasts: one for each cut; None in the place of a user's own class.
         structure: the module's, from ``structure.portable``.
         written: attributes that the network's own forward writes; see ``structure_of``.
         programs: each with the call signatures it serves.
@@ -97,12 +106,11 @@ class Artifact:
 
     network: str
     backend: tuple[str, dict[str, Any]]
-    depth: int
+    cuts: Cuts
     dynamic: Any
     cuda_graphs: Any
     schedule: Schedule | None
-    forecast: str | None
-    history: int
+    forecasts: tuple[str | None, ...]
     structure: dict[str, dict[str, Any]]
     written: tuple[str, ...]
     programs: tuple[SavedProgram, ...]
@@ -153,12 +161,11 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
         "network": artifact.network,
         "machine": machine(device),
         "backend": {"name": name, "options": options},
-        "depth": artifact.depth,
+        "cuts": artifact.cuts._asdict(),
         "dynamic": artifact.dynamic,
         "cuda_graphs": artifact.cuda_graphs,
         "schedule": schedules.to_json(artifact.schedule) if artifact.schedule else None,
-        "forecast": artifact.forecast,
-        "history": artifact.history,
+        "forecasts": list(artifact.forecasts),
         "written": list(artifact.written),
         "programs": programs,
         "files": {name: _digest(content) for name, content in sorted(files.items())},
@@ -190,13 +197,15 @@ def _program_entry(
     constants: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """The manifest's part about one program; its files are added to those given."""
-    halves = {}
-    for label, half in (("full", saved.program.full), ("shallow", saved.program.shallow)):
+    graphs = []
+    cuts = len(saved.program.cached)
+    for graph_number, half in enumerate(saved.program.graphs):
+        label = graph_label(graph_number, cuts)
         try:
             dumped = backend.dump(half.run)
         except Exception as error:
             raise ArtifactError(f"the {label} graph cannot be saved: {error}") from error
-        file = f"{number}-{label}"
+        file = f"{number}-{label.replace(' ', '-')}"
         files[file] = dumped.pop("graph")
         libraries |= dumped
         weights: list[Any] = []
@@ -209,20 +218,23 @@ def _program_entry(
                 weights.append({"constant": key})
             else:
                 weights.append(weight)
-        halves[label] = {
-            "file": file,
-            "libraries": sorted(dumped),
-            "weights": weights,
-            "inputs": list(half.convention.inputs),
-        }
+        graphs.append(
+            {
+                "file": file,
+                "libraries": sorted(dumped),
+                "weights": weights,
+                "inputs": list(half.convention.inputs),
+            }
+        )
     return {
         "calls": list(saved.calls),
         "in_spec": treespec_dumps(saved.in_spec),
         "out_spec": treespec_dumps(saved.program.out_spec),
         "guard": _guard_entry(saved.guard),
-        "history": saved.program.history,
-        "ratio": saved.program.ratio,
-        **halves,
+        "cached": [list(cut) for cut in saved.program.cached],
+        "ratios": list(saved.program.ratios),
+        "probed": saved.program.probed,
+        "graphs": graphs,
     }
 
 
@@ -367,10 +379,13 @@ def read(
                 guard=_guard_of(entry["guard"], device),
                 program=Program(
                     treespec_loads(entry["out_spec"]),
-                    _half(entry["full"], backend, files, libraries, constants),
-                    _half(entry["shallow"], backend, files, libraries, constants),
-                    entry["history"],
-                    entry["ratio"],
+                    tuple(
+                        _graph_of(graph, backend, files, libraries, constants)
+                        for graph in entry["graphs"]
+                    ),
+                    tuple(Cached(*cut) for cut in entry["cached"]),
+                    tuple(entry["ratios"]),
+                    entry["probed"],
                 ),
             )
             for entry in manifest["programs"]
@@ -378,12 +393,15 @@ def read(
         artifact = Artifact(
             network=manifest["network"],
             backend=(name, options),
-            depth=manifest["depth"],
+            cuts=Cuts(
+                tuple(manifest["cuts"]["depths"]),
+                tuple(manifest["cuts"]["histories"]),
+                manifest["cuts"]["probe"],
+            ),
             dynamic=manifest["dynamic"],
             cuda_graphs=manifest["cuda_graphs"],
             schedule=schedules.from_json(manifest["schedule"]) if manifest["schedule"] else None,
-            forecast=manifest["forecast"],
-            history=manifest["history"],
+            forecasts=tuple(manifest["forecasts"]),
             structure=structure,
             written=tuple(manifest["written"]),
             programs=programs,
@@ -490,7 +508,7 @@ def _checked_constant(
     return live
 
 
-def _half(
+def _graph_of(
     entry: dict[str, Any],
     backend: Saveable,
     files: Mapping[str, bytes],

@@ -1,4 +1,4 @@
-"""Turn a captured network into a program: cut it, compile both halves."""
+"""Turn a captured network into a program: cut it, compile the graphs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from dcompile.backends import Backend, Refittable
 from dcompile.backends.sizes import TOLD
 from dcompile.capture import CapturedNetwork
 from dcompile.display import Display
-from dcompile.errors import BackendError, DepthError, NoSkipConnectionError
+from dcompile.errors import BackendError, DepthError, NoSkipConnectionError, ScheduleError
 from dcompile.program import (
     BakedWeights,
+    Cached,
     CompiledGraph,
     Convention,
+    Cuts,
     Program,
+    cached_by,
     convention_of,
+    graph_label,
     weights_of,
 )
-from passes import SkipConnection, find_skip_connections, split_at, with_forecast
+from passes import (
+    SkipConnection,
+    find_skip_connections,
+    split_levels,
+    with_drift,
+    with_forecast,
+)
+from passes.base import is_floating
 
 
 def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
@@ -50,55 +61,90 @@ def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
     return skips[depth]
 
 
+def graphs_of(
+    network: CapturedNetwork, cuts: Cuts
+) -> tuple[tuple[GraphModule, ...], tuple[Cached, ...], tuple[SkipConnection, ...]]:
+    """Cut ``network``: its graphs, what each cut caches, and the cuts themselves.
+
+    Raises:
+        NoSkipConnectionError, DepthError: see ``choose_skip``.
+        ScheduleError: what is to be probed cannot be.
+    """
+    skips = tuple(choose_skip(network, depth) for depth in cuts.depths)
+    probed = []
+    if cuts.probe is not None:
+        probed = [node for node in skips[0].entering if is_floating(node.meta.get("val"))]
+        if not probed:
+            raise ScheduleError(
+                "Adaptive: nothing of the sample enters the deep region as floating-point numbers, "
+                "so there is no drift to follow"
+            )
+    graphs = list(split_levels(network.graph_module, skips, probed))
+    sizes = [len(skip.boundary) for skip in skips]
+    if cuts.probe is not None:
+        graphs[0] = with_drift(graphs[0], len(probed), cuts.probe)
+        sizes[0] += len(probed)
+    for number, (size, history) in enumerate(zip(sizes, cuts.histories, strict=True)):
+        if history > 1:
+            graphs[number] = with_forecast(graphs[number], size, history)
+    return tuple(graphs), cached_by(sizes, cuts.histories), skips
+
+
 def build(
     network: CapturedNetwork,
-    depth: int,
+    cuts: Cuts,
     backend: Backend,
     module: nn.Module,
     leaves: Sequence[Any],
     display: Display,
-    history: int = 1,
     full: CompiledGraph | None = None,
 ) -> Program:
-    """Cut ``network`` at ``depth`` and compile both graphs for a call like ``leaves``.
+    """Cut ``network`` and compile all graphs for a call like ``leaves``.
 
     Args:
-        history: how many boundaries the shallow graph extrapolates from; 1 is plain reuse.
-        full: the full graph, if a program of another history has it.
+        full: the full graph, if a program with other histories has it.
 
     Raises:
-        NoSkipConnectionError, DepthError: see ``choose_skip``.
+        NoSkipConnectionError, DepthError, ScheduleError: see ``graphs_of``.
         BackendError: the backend failed; the original error is its cause.
     """
     with display.stage("cutting"):
-        skip = choose_skip(network, depth)
-        full_graph, shallow_graph = split_at(network.graph_module, skip)
+        graphs, cached, skips = graphs_of(network, cuts)
     weights = weights_of(module)
-    if history > 1:
-        shallow_graph = with_forecast(shallow_graph, len(skip.boundary), history)
     if full is None:
-        full = _compile(full_graph, network, backend, weights, leaves, (), "full", display)
-    boundary: tuple[Any, ...] = ()
+        full = _compile(graphs[-1], network, backend, weights, leaves, (), "full", display)
+    made: tuple[Any, ...] = ()
     if backend.needs_examples:
-        # A backend may lay its outputs out as it likes; the shallow graph is compiled for that.
+        # A backend may lay its outputs out as it likes; the other graphs are compiled for that.
         with display.stage("running the full graph once"), torch.no_grad():
-            boundary = tuple(full.bind(weights)(leaves))[network.out_spec.num_leaves :]
-        if history > 1:
-            tensor = next(value for value in boundary if isinstance(value, torch.Tensor))
-            boundary = (
-                *boundary * history,
-                torch.zeros(history, dtype=torch.float32, device=tensor.device),
-            )
-    shallow = _compile(
-        shallow_graph, network, backend, weights, leaves, boundary, "shallow", display
+            made = tuple(full.bind(weights)(leaves))[network.out_spec.num_leaves :]
+    compiled: list[CompiledGraph] = []
+    for number, (graph_module, cut) in enumerate(zip(graphs, cached, strict=False)):
+        examples: tuple[Any, ...] = ()
+        if backend.needs_examples:
+            boundary, made = made[: cut.size], made[cut.size :]
+            examples = boundary * cut.history
+            if cut.history > 1:
+                tensor = next(value for value in boundary if isinstance(value, torch.Tensor))
+                zeros = torch.zeros(cut.history, dtype=torch.float32, device=tensor.device)
+                examples = (*examples, zeros)
+        label = graph_label(number, len(cached))
+        compiled.append(
+            _compile(graph_module, network, backend, weights, leaves, examples, label, display)
+        )
+    return Program(
+        network.out_spec,
+        (*compiled, full),
+        cached,
+        tuple(skip.ratio for skip in skips),
+        cuts.probe is not None,
     )
-    return Program(network.out_spec, full, shallow, history, skip.ratio)
 
 
 def renewed(
     program: Program,
     network: CapturedNetwork,
-    depth: int,
+    cuts: Cuts,
     module: nn.Module,
     leaves: Sequence[Any],
     display: Display,
@@ -107,27 +153,23 @@ def renewed(
     weights put in anew, without compiling. None if it takes a ``build``.
 
     Args:
-        network, depth: what ``program`` was built from.
+        network, cuts: what ``program`` was built from.
     """
-    halves = (program.full, program.shallow)
     weights = weights_of(module)
-    for half in halves:
+    for half in program.graphs:
         inputs = [leaves[i] for i in half.convention.inputs]
         if isinstance(half.run, Refittable) and not half.run.accepts(inputs):
             display.note("other sizes than the backend compiled for")
             return None
     if program.matches(weights):
         return program
-    if not all(isinstance(half.run, Refittable) for half in halves):
+    if not all(isinstance(half.run, Refittable) for half in program.graphs):
         display.note("weights changed that the backend had folded into its code")
         return None
-    skip = choose_skip(network, depth)
-    full_graph, shallow_graph = split_at(network.graph_module, skip)
-    if program.history > 1:
-        shallow_graph = with_forecast(shallow_graph, len(skip.boundary), program.history)
-    graphs = (full_graph, shallow_graph)
+    graphs, cached, _ = graphs_of(network, cuts)
     refitted: list[CompiledGraph] = []
-    for half, graph_module, label in zip(halves, graphs, ("full", "shallow"), strict=True):
+    for number, (half, graph_module) in enumerate(zip(program.graphs, graphs, strict=True)):
+        label = graph_label(number, len(cached))
         try:
             with display.stage(f"refitting the {label} graph"), torch.no_grad():
                 half.run.refit(with_weights(graph_module, network, weights))  # type: ignore[attr-defined]
@@ -139,7 +181,7 @@ def renewed(
         refitted.append(replace(half, baked=baked))
     # Another program, though the code is the same object: what was cached or recorded with the
     # old weights is not used again.
-    return replace(program, full=refitted[0], shallow=refitted[1])
+    return replace(program, graphs=tuple(refitted))
 
 
 def _compile(
@@ -148,7 +190,7 @@ def _compile(
     backend: Backend,
     weights: Mapping[str, torch.Tensor],
     leaves: Sequence[Any],
-    boundary: tuple[Any, ...],
+    cached: tuple[Any, ...],
     label: str,
     display: Display,
 ) -> CompiledGraph:
@@ -160,7 +202,7 @@ def _compile(
         baked = BakedWeights.of(convention, weights)
         convention = Convention((), convention.inputs)
     tensors = convention.weight_tensors(weights)
-    inputs = [*tensors, *(leaves[i] for i in convention.inputs), *boundary]
+    inputs = [*tensors, *(leaves[i] for i in convention.inputs), *cached]
     with display.stage(f"compiling the {label} graph ({backend.name})"), torch.no_grad():
         try:
             run = backend.compile(graph_module, inputs if backend.needs_examples else ())

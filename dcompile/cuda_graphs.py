@@ -1,22 +1,23 @@
-"""A compiled pair recorded as CUDA graphs: a step is a few copies in, one launch, one copy out.
+"""A compiled program recorded as CUDA graphs: a step is a few copies in, one launch, one copy out.
 
 Our own recording, not Inductor's CUDA graph trees: those free what an earlier run returned, which
 is just what a cache must keep. Who owns which buffer:
 
 - **Inputs** live in static buffers of the ``RecordedProgram``, one set for each call signature;
   every step copies the call's tensors into them.
-- **The boundary** is an output of the full graph at one address, and the shallow graph reads it
-  there: nothing is copied between the two. It holds the features of one generation's lane, its
-  owner. When another lane comes to use the buffer, the owner's features are first copied out to
-  tensors of their own, and copied back in when it goes on.
-- **Earlier boundaries**, which a forecast extrapolates from, lie in buffers beside it and belong
+- **Boundaries** are outputs of the full graph at one address, and the smaller graphs read them
+  there: nothing is copied between them. They hold the features of one generation's lane, their
+  owner. When another lane comes to use the buffers, the owner's features are first copied out to
+  tensors of their own, and copied back in when it goes on. What a graph between the smallest and
+  the full one (``Pyramid``) makes anew is copied there.
+- **Earlier boundaries**, which a forecast extrapolates from, lie in buffers beside them and belong
   to the same owner: a refresh first moves each one place on.
 - **Results** are copied out at every step: samplers keep earlier results.
 - **Weights** are read where they were when recording. Their storages are held, so that a weight
   that moved (``.to()``) is never read from freed memory; the next generation records anew.
 
-Full and shallow graph share one memory pool. That is safe because the full graph is recorded
-first, its outputs stay alive, and the two never run at the same time.
+All graphs share one memory pool. That is safe because the full graph is recorded first, its
+outputs stay alive, and no two run at the same time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from dcompile.program import Bound, BoundProgram, Program
+from dcompile.program import BoundProgram, Cached, Program, graph_label
 
 Tensors = tuple[Any, ...]
 Runs = Callable[[Sequence[Any]], Sequence[Any]]
@@ -107,6 +108,7 @@ class HeldBoundary:
 class _Graph(NamedTuple):
     recording: Any
     outputs: Tensors
+    coefficients: torch.Tensor | None
 
 
 class RecordedProgram:
@@ -129,12 +131,12 @@ class RecordedProgram:
         self._static: dict[int, Any] = {}
         self._buffers: list[torch.Tensor] = []
         self._copied: list[tuple[int, tuple[int, ...]]] = []
-        self._full: _Graph | None = None
-        self._shallow: _Graph | None = None
-        self._boundary: Tensors = ()  # the full graph's outputs, then the earlier ones' buffers
-        self._coefficients: torch.Tensor | None = None
+        self._levels = len(bound.program.cached)
+        self._graphs: dict[int, _Graph] = {}
+        # Laid out as what a lane caches: the full graph's outputs, and the earlier ones' buffers.
+        self._boundary: Tensors = ()
         self._owner: weakref.ref[HeldBoundary] | None = None
-        weights = (*bound.full.weights, *bound.shallow.weights)
+        weights = [weight for graph in bound.graphs for weight in graph.weights]
         self._storages = [weight.untyped_storage() for weight in weights]
         self._addresses = _addresses(bound)
 
@@ -142,56 +144,94 @@ class RecordedProgram:
         """Whether another binding of the program has its weights at the recorded addresses."""
         return bound.program is self.program and _addresses(bound) == self._addresses
 
-    def refresh(self, leaves: Sequence[Any], previous: Any = ()) -> tuple[Any, Any]:
-        """Run the full graph: what the module returns, and the boundary to cache.
+    def refresh(
+        self,
+        leaves: Sequence[Any],
+        previous: Any = (),
+        level: int | None = None,
+        coefficients: Any = None,
+    ) -> tuple[Any, Any]:
+        """Compute boundaries anew: what the module returns, and what to cache.
 
         Args:
             leaves: the call's leaves.
-            previous: the same lane's cached boundary, which the caller will drop; empty if there
-                is none.
+            previous: what the same lane has cached, which the caller will drop; empty if there is
+                nothing.
+            level: how many cuts, the outermost first; None for all.
+            coefficients: of the forecast of the next cut, if there is one.
         """
+        if level is None:
+            level = self._levels
+        if level < self._levels and not isinstance(previous, HeldBoundary):
+            return self._bound.refresh(leaves, previous, level, coefficients)
         with self._turn:
-            if self._full is None and not self._failed:
-                self._record("full", leaves)
-            if self._full is not None:
+            if not self._graphs and not self._failed:
+                self._record(self._levels, leaves)
+            if self._graphs:
                 self._follow_last_stream()
+                if level < self._levels:
+                    self._take(previous)
+                if level not in self._graphs:
+                    self._record(level, leaves)
+            if level in self._graphs:
                 if self._owner is not None and self._owner() is not previous:
                     self._copy_out()
-                if previous:
-                    self._move_on(getattr(previous, "tensors", previous))
-                results = self._run(self._full, leaves)
-                if not previous:
-                    for age in range(1, self._bound.history):
-                        self._fill(age, self._boundary)
+                if level == self._levels:
+                    results = self._refresh_all(leaves, getattr(previous, "tensors", previous))
+                else:
+                    results = self._refresh_outer(leaves, level, coefficients)
                 held = HeldBoundary(self._boundary)
                 self._owner = weakref.ref(held)
                 return self._bound.packed(results), held
-        return self._bound.refresh(leaves, getattr(previous, "tensors", previous))
+        kept = getattr(previous, "tensors", previous)
+        return self._bound.refresh(leaves, kept, level, coefficients)
 
-    def reuse(self, leaves: Sequence[Any], boundary: Any, coefficients: Any = None) -> Any:
-        """Run the shallow graph from a cached boundary: what the module returns."""
-        if not isinstance(boundary, HeldBoundary):  # cached after recording had failed
-            return self._bound.reuse(leaves, boundary, coefficients)
+    def reuse(
+        self, leaves: Sequence[Any], cached: Any, coefficients: Any = None
+    ) -> tuple[Any, Any]:
+        """Run the smallest graph from what is cached: what the module returns, and the drift."""
+        if not isinstance(cached, HeldBoundary):  # cached after recording had failed
+            return self._bound.reuse(leaves, cached, coefficients)
         with self._turn:
-            if self._full is not None:
+            if self._graphs:
                 self._follow_last_stream()
-                self._take(boundary)
-                if self._shallow is None:
-                    self._record("shallow", leaves)
-            if self._shallow is not None:
-                return self._bound.packed(self._run(self._shallow, leaves, coefficients))
-        return self._bound.reuse(leaves, boundary.tensors, coefficients)
+                self._take(cached)
+                if 0 not in self._graphs:
+                    self._record(0, leaves)
+            if 0 in self._graphs:
+                values = self._run(self._graphs[0], leaves, coefficients)
+                drift = values[-1] if self.program.probed else None
+                return self._bound.packed(values[: self._bound.results]), drift
+        return self._bound.reuse(leaves, cached.tensors, coefficients)
 
-    def _move_on(self, previous: Tensors) -> None:
-        """Each earlier boundary takes the place after its own, before the full graph runs."""
-        count = len(self._boundary) // self._bound.history
-        for age in reversed(range(1, self._bound.history)):
-            self._fill(age, previous[(age - 1) * count :])
+    def _refresh_all(self, leaves: Sequence[Any], previous: Tensors) -> Tensors:
+        """The full graph writes to the boundaries itself."""
+        if previous:
+            for cut in self.program.cached:
+                self._move_on(cut, previous)
+        results = self._run(self._graphs[self._levels], leaves)[: self._bound.results]
+        if not previous:
+            for cut in self.program.cached:
+                latest = self._boundary[cut.latest]
+                self._copy_in(self._boundary[cut.start + cut.size : cut.stop], latest * cut.history)
+        return results
 
-    def _fill(self, age: int, source: Tensors) -> None:
-        """Copy a boundary to the buffers of the one so many refreshes ago."""
-        count = len(self._boundary) // self._bound.history
-        self._copy_in(self._boundary[age * count : (age + 1) * count], source)
+    def _refresh_outer(self, leaves: Sequence[Any], level: int, coefficients: Any) -> Tensors:
+        """A graph in between returns the outer boundaries, and they are copied to their place."""
+        graph = self._graphs[level]
+        results = self._run(graph, leaves, coefficients)[: self._bound.results]
+        made = graph.outputs[self._bound.results :]
+        for cut in self.program.cached[:level]:
+            self._move_on(cut, self._boundary)
+            self._copy_in(self._boundary[cut.latest], made[: cut.size])
+            made = made[cut.size :]
+        return results
+
+    def _move_on(self, cut: Cached, previous: Tensors) -> None:
+        """Each earlier boundary takes the place after its own."""
+        for age in reversed(range(1, cut.history)):
+            place = cut.start + age * cut.size
+            self._copy_in(self._boundary[place : place + cut.size], previous[place - cut.size :])
 
     def _copy_in(self, buffers: Tensors, source: Tensors) -> None:
         for static, own in zip(buffers, source, strict=False):
@@ -213,10 +253,12 @@ class RecordedProgram:
     def _run(self, graph: _Graph, leaves: Sequence[Any], coefficients: Any = None) -> Tensors:
         assert self._recorder is not None
         buffers, values = self._buffers, [_narrowed(leaves[i], d) for i, d in self._copied]
-        if coefficients is not None and self._coefficients is not None:
-            buffers, values = [*buffers, self._coefficients], [*values, coefficients]
+        if graph.coefficients is not None:
+            buffers, values = [*buffers, graph.coefficients], [*values, coefficients]
         torch._foreach_copy_(buffers, values)
         self._recorder.replay(graph.recording)
+        if graph is self._graphs.get(0):
+            return tuple(map(_copy, graph.outputs))
         return tuple(map(_copy, graph.outputs[: self._bound.results]))
 
     def _take(self, held: HeldBoundary) -> None:
@@ -235,31 +277,30 @@ class RecordedProgram:
             owner.tensors = tuple(map(_copy, self._boundary))
         self._owner = None
 
-    def _record(self, which: str, leaves: Sequence[Any]) -> None:
+    def _record(self, level: int, leaves: Sequence[Any]) -> None:
+        cached = self.program.cached
         try:
             # Buffers that any call may write to, whether or not it is in inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                if which == "full":
-                    self._prepare(leaves)
-                    self._full = self._capture(self._bound.full, ())
-                    latest = self._full.outputs[self._bound.results :]
-                    earlier = latest * (self._bound.history - 1)
-                    self._boundary = (*latest, *map(_buffer_like, earlier))
-                else:
-                    reads = self._boundary
-                    if self._bound.history > 1:
-                        self._coefficients = torch.zeros(
-                            self._bound.history, dtype=torch.float32, device=self._device
-                        )
-                        reads = (*reads, self._coefficients)
-                    self._shallow = self._capture(self._bound.shallow, reads)
+                if level < self._levels:
+                    self._graphs[level] = self._capture(level, self._boundary[cached[level].all])
+                    return
+                self._prepare(leaves)
+                full = self._capture(level, ())
+                made = full.outputs[self._bound.results :]
+                boundary: list[Any] = []
+                for cut in cached:
+                    latest, made = made[: cut.size], made[cut.size :]
+                    boundary += [*latest, *map(_buffer_like, latest * (cut.history - 1))]
+                self._boundary = tuple(boundary)
+                self._graphs[level] = full
         except Exception as error:
-            self._give_up(which, error)
+            self._give_up(level, error)
 
     def _prepare(self, leaves: Sequence[Any]) -> None:
         """Make the static inputs, laid out as the call's own: compiled code relies on that."""
         self._recorder = RECORDERS[self._device.type](self._device)
-        for i in sorted({*self._bound.full.inputs, *self._bound.shallow.inputs}):
+        for i in sorted({i for graph in self._bound.graphs for i in graph.inputs}):
             leaf = leaves[i]
             if not isinstance(leaf, torch.Tensor):
                 self._static[i] = leaf
@@ -278,27 +319,32 @@ class RecordedProgram:
             self._buffers.append(buffer)
             self._copied.append((i, expanded))
 
-    def _capture(self, graph: Bound, boundary: Tensors) -> _Graph:
+    def _capture(self, level: int, cached: Tensors) -> _Graph:
         assert self._recorder is not None
+        graph = self._bound.graphs[level]
         inputs = [self._static[i] for i in graph.inputs]
-        return _Graph(
-            *self._recorder.capture(
-                lambda reads: graph.run(*reads), (*graph.weights, *inputs, *boundary)
-            )
+        coefficients = None
+        if level < self._levels and self.program.cached[level].history > 1:
+            history = self.program.cached[level].history
+            coefficients = torch.zeros(history, dtype=torch.float32, device=self._device)
+            cached = (*cached, coefficients)
+        recording, outputs = self._recorder.capture(
+            lambda reads: graph.run(*reads), (*graph.weights, *inputs, *cached)
         )
+        return _Graph(recording, outputs, coefficients)
 
-    def _give_up(self, which: str, error: Exception) -> None:
+    def _give_up(self, level: int, error: Exception) -> None:
         first = (str(error).strip() or "no message").splitlines()[0]
         self._failed = True
-        self._full = self._shallow = self._recorder = None
+        self._graphs, self._recorder = {}, None
         self._static, self._buffers, self._copied, self._storages = {}, [], [], []
-        if which == "shallow":  # the owner's features stay good: it holds the tensors
+        if level < self._levels:  # the owner's features stay good: it holds the tensors
             self._boundary, self._owner = (), None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(
-            f"dcompile: the {which} graph cannot be recorded as a CUDA graph "
-            f"({type(error).__name__}: {first}); it runs without. cuda_graphs=False says so "
+            f"dcompile: the {graph_label(level, self._levels)} graph cannot be recorded as a CUDA "
+            f"graph ({type(error).__name__}: {first}); it runs without. cuda_graphs=False says so "
             "beforehand",
             stacklevel=5,
         )
@@ -312,11 +358,20 @@ class Reordered:
         self._recorded = recorded
         self._order = order
 
-    def refresh(self, leaves: Sequence[Any], previous: Any = ()) -> tuple[Any, Any]:
-        return self._recorded.refresh([leaves[i] for i in self._order], previous)
+    def refresh(
+        self,
+        leaves: Sequence[Any],
+        previous: Any = (),
+        level: int | None = None,
+        coefficients: Any = None,
+    ) -> tuple[Any, Any]:
+        in_order = [leaves[i] for i in self._order]
+        return self._recorded.refresh(in_order, previous, level, coefficients)
 
-    def reuse(self, leaves: Sequence[Any], boundary: Any, coefficients: Any = None) -> Any:
-        return self._recorded.reuse([leaves[i] for i in self._order], boundary, coefficients)
+    def reuse(
+        self, leaves: Sequence[Any], cached: Any, coefficients: Any = None
+    ) -> tuple[Any, Any]:
+        return self._recorded.reuse([leaves[i] for i in self._order], cached, coefficients)
 
 
 def _buffer_like(value: Any) -> Any:
@@ -345,7 +400,8 @@ def _addresses(bound: BoundProgram) -> tuple[Any, ...]:
     """Where the weights are, and how they lie there."""
     return tuple(
         (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-        for weight in (*bound.full.weights, *bound.shallow.weights)
+        for graph in bound.graphs
+        for weight in graph.weights
     )
 
 

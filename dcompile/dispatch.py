@@ -1,14 +1,15 @@
-"""The per-step hot path: find the step, ask the schedule, run one of two compiled graphs."""
+"""The per-step hot path: find the step, ask the schedule, run one of the compiled graphs."""
 
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import types
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +39,16 @@ from dcompile.errors import (
     NotCompiledError,
 )
 from dcompile.forecast import Forecast, Lagrange, Reuse, factors, name_of
-from dcompile.program import BoundProgram, CompiledGraph, Constant, Program, weights_of
+from dcompile.program import (
+    BoundProgram,
+    Cached,
+    CompiledGraph,
+    Constant,
+    Cuts,
+    Program,
+    weights_of,
+)
+from dcompile.readback import Readback
 from dcompile.samplers import is_stochastic, step_weights, usual_power
 from dcompile.schedule import Run, Schedule
 from dcompile.steps import Generation, Lane, StepTracker
@@ -53,29 +63,42 @@ from dcompile.structure import (
 
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
 MAX_RECORDED = 16
+# Boundaries that a shallow graph takes while its forecast is not chosen yet.
+AUTO_HISTORY = 2
+
+_NUMBER = re.compile(r"[0-9.]+")
 
 Runner = BoundProgram | RecordedProgram | Reordered
-_Place = tuple[int, int, Backend, int]
-"""What a loaded program is good for: number of the structure, depth, backend, history."""
+_Place = tuple[int, Cuts, Backend]
+"""What a loaded program is good for: number of the structure, cuts, backend."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``cache_compile`` was asked for."""
+    """What ``cache_compile`` was asked for.
+
+    Attributes:
+        depths: of the cuts, ascending.
+        forecasts: one for each of them; "auto" is chosen at the start of each generation.
+        sampler: where to find the sampler then.
+    """
 
     schedule: Schedule
-    depth: int
+    depths: tuple[int, ...]
     backend: Backend
     dynamic: DynamicSizes | None
     verbose: bool
     cuda_graphs: bool | Literal["auto"] = "auto"
-    forecast: Forecast | Literal["auto"] = Reuse()  # noqa: RUF009
+    forecasts: tuple[Forecast | Literal["auto"], ...] = (Reuse(),)
     sampler: Callable[[], Any] | None = None
 
-    @property
-    def history(self) -> int:
-        """How many boundaries a shallow graph takes."""
-        return 2 if self.forecast == "auto" else self.forecast.history
+    @functools.cached_property
+    def cuts(self) -> Cuts:
+        """What programs are built for."""
+        histories = tuple(
+            AUTO_HISTORY if forecast == "auto" else forecast.history for forecast in self.forecasts
+        )
+        return Cuts(self.depths, histories, getattr(self.schedule, "probe", None))
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,7 @@ class Stats:
 
     Attributes:
         refresh_steps: calls that ran the full graph.
+        partial_steps: calls that ran a graph in between, of a ``Pyramid``.
         reuse_steps: calls that ran the shallow graph.
         uncached_calls: calls that went to the module itself (training, gradients).
         generations: sampling runs seen.
@@ -93,6 +117,7 @@ class Stats:
     """
 
     refresh_steps: int
+    partial_steps: int
     reuse_steps: int
     uncached_calls: int
     generations: int
@@ -116,7 +141,8 @@ class Refreshed(NamedTuple):
         steps: from the generation's first call to the end of its timesteps, if known.
         program: what ran.
         leaves: the call's leaves.
-        result, boundary: what it gave.
+        result: what it gave.
+        boundary: of the outermost cut.
     """
 
     step: int
@@ -183,7 +209,7 @@ class Dispatcher:
         self._structures: list[Structure] = []
         self._written: frozenset[str] = frozenset()
         self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
-        self._programs: dict[tuple[CapturedNetwork, int, Backend, int], Program] = {}
+        self._programs: dict[tuple[CapturedNetwork, Cuts, Backend], Program] = {}
         self._saved: list[tuple[_Place, SavedProgram]] = []
         self._recorded: dict[tuple[Program, Signature], RecordedProgram] = {}
         # Dynamic captures that a backend could not compile.
@@ -230,19 +256,16 @@ class Dispatcher:
             schedule = generation.schedule
             if schedule is None:
                 schedule = self._planned(generation, bound.program, timestep)
-            scheduled = schedule.refresh(step, generation.steps)
-            if scheduled:
-                generation.beat = step
             if lane.program is not bound.program or lane.signature != signature:
-                lane.boundary = ()
-            refresh = scheduled or not lane.boundary or lane.refreshed[0] < generation.beat
+                lane.cached = ()
+            level = self._level(generation, lane, step, schedule)
             # Autocast, if on, stays on: the graph was captured without its conversions.
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    result = self._run(bound, generation, lane, step, refresh, leaves, form)
+                    result = self._run(bound, generation, lane, step, level, leaves, form)
             else:
-                result = self._run(bound, generation, lane, step, refresh, leaves, form)
-            if refresh:
+                result = self._run(bound, generation, lane, step, level, leaves, form)
+            if level:
                 lane.program, lane.signature = bound.program, signature
             return result
         except BaseException:  # an interrupt too: nothing of this generation may be used again
@@ -260,52 +283,102 @@ class Dispatcher:
             leaves[form.timestep] = leaves[form.timestep].to(sample.device, non_blocking=True)
         return signature_of(form, leaves)
 
+    def _level(self, generation: Generation, lane: Lane, step: int, schedule: Schedule) -> int:
+        """How many cuts this call refreshes, the outermost first: 0 reuses, all is the full graph.
+
+        What the schedule asks for, and what the lane lacks.
+        """
+        beats = generation.beats
+        level = len(beats)
+        if not schedule.refresh(step, generation.steps):
+            level = generation.partly(step, generation.steps) if generation.partly else 0
+        for cut in range(level):
+            beats[cut] = step
+        if not lane.cached:
+            return len(beats)
+        for cut in range(len(beats) - 1, level - 1, -1):
+            if lane.refreshed[cut][0] < beats[cut]:
+                return cut + 1
+        return level
+
     def _run(
         self,
         bound: Runner,
         generation: Generation,
         lane: Lane,
         step: int,
-        refresh: bool,
+        level: int,
         leaves: list[Any],
         form: CallForm,
     ) -> Any:
-        history = bound.program.history
-        if not refresh:
+        cached = bound.program.cached
+        coefficients = None
+        if level < len(cached) and cached[level].history > 1:
+            history = cached[level].history
+            given = factors(generation.forecasts[level], step, lane.refreshed[level])
+            given += (0.0,) * (history - len(given))
+            coefficients = _on_device(given, leaves[form.sample].device)
+        if level == 0:
             self._count("reuse")
-            if history == 1:
-                return bound.reuse(leaves, lane.boundary)
-            coefficients = factors(generation.forecast, step, lane.refreshed)
-            coefficients += (0.0,) * (history - len(coefficients))
-            device = leaves[form.sample].device
-            return bound.reuse(leaves, lane.boundary, _on_device(coefficients, device))
-        self._count("refresh")
-        earlier = lane.refreshed[: history - 1] if lane.boundary else ()
-        result, lane.boundary = bound.refresh(leaves, lane.boundary)
-        lane.refreshed = (step, *earlier)
+            result, drift = bound.reuse(leaves, lane.cached, coefficients)
+            if drift is not None:
+                generation.schedule.observe(step, Readback(drift))
+            return result
+        self._count("refresh" if level == len(cached) else "partial")
+        earlier = lane.refreshed if lane.cached else ((),) * len(cached)
+        result, lane.cached = bound.refresh(leaves, lane.cached, level, coefficients)
+        lane.refreshed = tuple(
+            (step, *steps[: cut.history - 1]) if number < level else steps
+            for number, (cut, steps) in enumerate(zip(cached, earlier, strict=True))
+        )
+        if any(cut.history > 1 for cut in cached):
+            self._look_at(lane, cached, level)
         if self.watch is not None:
-            seen = Refreshed(step, generation.steps, lane, bound, leaves, result, lane.boundary)
-            self.watch(seen)
+            boundary = getattr(lane.cached, "tensors", lane.cached)[cached[0].latest]
+            self.watch(Refreshed(step, generation.steps, lane, bound, leaves, result, boundary))
         return result
+
+    def _look_at(self, lane: Lane, cached: Sequence[Cached], level: int) -> None:
+        """No forecast is made of features that are not finite: the next step refreshes as well.
+
+        On a CPU. From another device the news comes with the next refresh, and until then the
+        shallow graph itself passes on the latest features where a forecast is not finite.
+        """
+        made = getattr(lane.cached, "tensors", lane.cached)
+        finite = [
+            torch.isfinite(value).all()
+            for cut in cached[:level]
+            for value in made[cut.latest]
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+        if not finite:
+            return
+        news = Readback(functools.reduce(torch.logical_and, finite))
+        known, lane.finite = (lane.finite, news) if news.late else (news, None)
+        if known is not None and not float(known):
+            self._warn("features are not finite: nothing is extrapolated from them")
+            lane.cached = ()
 
     def _planned(self, generation: Generation, program: Program, timestep: Any) -> Schedule:
         """Choose this run's schedule and forecast, by its sampler if they ask for that."""
         settings = self.settings
-        schedule, forecast = settings.schedule, settings.forecast
+        schedule, forecasts = settings.schedule, settings.forecasts
         plan = getattr(schedule, "plan", None)
-        if plan is not None or forecast == "auto":
+        if plan is not None or "auto" in forecasts:
             run = self.run_ahead(generation.steps, program.ratio, timestep)
             schedule = plan(run) if plan is not None else schedule
-            if forecast == "auto":
-                forecast = Reuse() if run.stochastic else Lagrange(1)
-        generation.schedule, generation.forecast = schedule, forecast
+            chosen: Forecast = Reuse() if run.stochastic else Lagrange(1)
+            forecasts = tuple(chosen if item == "auto" else item for item in forecasts)
+        generation.schedule, generation.forecasts = schedule, forecasts
+        generation.partly = getattr(schedule, "partly", None)
+        generation.beats = [0] * len(program.cached)
         return schedule
 
     def run_ahead(self, steps: int | None, ratio: float, timestep: Any = None) -> Run:
         """What is known of a run that begins now, with this timestep if it is known."""
         sampler = self.settings.sampler() if self.settings.sampler is not None else None
         if sampler is None:
-            return Run(steps, ratio, stochastic=True)
+            return Run(steps, ratio, stochastic=True, power=0.0, warn=self._warn)
         if steps is not None and isinstance(timestep, torch.Tensor):
             own = getattr(sampler, "timesteps", None)
             if own is None or own.untyped_storage() is not timestep.untyped_storage():
@@ -313,18 +386,19 @@ class Dispatcher:
                     f"a run whose timesteps are not those of the {type(sampler).__name__} given to "
                     "cache_compile: its steps count alike, and nothing is extrapolated by 'auto'"
                 )
-                return Run(steps, ratio, (1.0,) * steps, stochastic=True, power=0.0)
-        weights = step_weights(sampler)
-        if weights is None:
+                weights = (1.0,) * steps
+                return Run(steps, ratio, weights, stochastic=True, power=0.0, warn=self._warn)
+        told = step_weights(sampler)
+        if told is None:
             self._warn(
                 f"{type(sampler).__name__} does not say how noisy its steps are: they count alike"
             )
-            weights = [1.0] * len(sampler.timesteps)
+            told = [1.0] * len(sampler.timesteps)
         known = self._stochastic
         if known is None or known[0]() is not sampler:
             known = self._stochastic = (weakref.ref(sampler), is_stochastic(sampler))
         power = usual_power(sampler, stochastic=known[1])
-        return Run(steps, ratio, tuple(weights), known[1], power)
+        return Run(steps, ratio, tuple(told), known[1], power, self._warn)
 
     def reset(self) -> None:
         """Drop all that is cached; the next call of each generation refreshes."""
@@ -336,10 +410,11 @@ class Dispatcher:
         self._recorded.clear()
 
     def stats(self) -> Stats:
-        cached = tree_leaves([getattr(b, "tensors", b) for b in self._tracker.cached()])
+        cached = tree_leaves([getattr(c, "tensors", c) for c in self._tracker.cached()])
         held = {id(t): t.nbytes for t in cached if isinstance(t, torch.Tensor)}
         return Stats(
             refresh_steps=self._counts["refresh"],
+            partial_steps=self._counts["partial"],
             reuse_steps=self._counts["reuse"],
             uncached_calls=self._counts["uncached"],
             generations=self._tracker.generations,
@@ -372,7 +447,7 @@ class Dispatcher:
         ]
 
     def warm_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compile for calls like this one, and run both graphs once.
+        """Compile for calls like this one, and run each graph once.
 
         No generation notices. Where there are CUDA graphs, they are recorded.
 
@@ -392,11 +467,16 @@ class Dispatcher:
         finally:
             self.enabled = enabled  # what is tried ahead of traffic does not end it
         with torch.no_grad():
-            _, boundary = runner.refresh(leaves)
-            history = runner.program.history
-            latest = (1.0,) + (0.0,) * (history - 1)
-            coefficients = _on_device(latest, leaves[form.sample].device)
-            runner.reuse(leaves, boundary, coefficients if history > 1 else None)
+            _, cached = runner.refresh(leaves)
+            for level, cut in enumerate(runner.program.cached):
+                latest = None
+                if cut.history > 1:
+                    as_is = (1.0,) + (0.0,) * (cut.history - 1)
+                    latest = _on_device(as_is, leaves[form.sample].device)
+                if level == 0:
+                    runner.reuse(leaves, cached, latest)
+                else:
+                    _, cached = runner.refresh(leaves, cached, level, latest)
 
     def signatures(self) -> list[str]:
         """The call signatures that have a program, loaded or compiled; see portable_signature."""
@@ -418,10 +498,10 @@ class Dispatcher:
         settings = self.settings
         structure = structure_of(self.module, self._written)
         number = next((i for i, s in enumerate(self._structures) if s == structure), -1)
-        place = (number, settings.depth, settings.backend, settings.history)
+        place = (number, settings.cuts, settings.backend)
         programs = {saved.program: saved for where, saved in self._saved if where == place}
         for (known, signature, _), network in self._networks.items():
-            key = (network, settings.depth, settings.backend, settings.history)
+            key = (network, settings.cuts, settings.backend)
             program = self._programs.get(key)
             call = portable_signature(signature)
             if known != number or program is None:
@@ -444,14 +524,11 @@ class Dispatcher:
         return Artifact(
             network=type(self.module).__name__,
             backend=(settings.backend.name, dict(getattr(settings.backend, "options", {}))),
-            depth=settings.depth,
+            cuts=settings.cuts,
             dynamic=dynamic.as_argument() if dynamic is not None else False,
             cuda_graphs=settings.cuda_graphs,
             schedule=settings.schedule,
-            forecast=settings.forecast
-            if settings.forecast == "auto"
-            else name_of(settings.forecast),
-            history=settings.history,
+            forecasts=tuple(map(name_of, settings.forecasts)),
             structure=portable(structure),
             written=tuple(sorted(self._written)),
             programs=tuple(programs.values()),
@@ -461,7 +538,7 @@ class Dispatcher:
         """A loaded program looks up weights by name; it would use saved values of all else."""
         loose = tensors_in_containers(self.module)
         for program in programs:
-            for weight in (*program.full.convention.weights, *program.shallow.convention.weights):
+            for weight in (w for graph in program.graphs for w in graph.convention.weights):
                 where = isinstance(weight, Constant) and loose.get(weight.value.data_ptr())
                 if where:
                     raise ArtifactError(
@@ -475,7 +552,7 @@ class Dispatcher:
         self._written |= frozenset(artifact.written)
         number = self._structure(self._display())
         settings = self.settings
-        place = (number, settings.depth, settings.backend, settings.history)
+        place = (number, settings.cuts, settings.backend)
         self._saved += [(place, program) for program in artifact.programs]
 
     def _reason_not_to_cache(self, leaves: list[Any], form: CallForm) -> str | None:
@@ -557,7 +634,7 @@ class Dispatcher:
         settings = self.settings
         if self._saved:
             known = self._structure(display)
-            place = (known, settings.depth, settings.backend, settings.history)
+            place = (known, settings.cuts, settings.backend)
             signature = portable_signature(signature_of(call.form, call.leaves)[0])
             for where, saved in self._saved:
                 if where == place and saved.serves(signature, call.form.spec, call.leaves):
@@ -628,14 +705,20 @@ class Dispatcher:
 
     def _compiled(self, network: CapturedNetwork, leaves: list[Any], display: Display) -> Program:
         settings = self.settings
-        depth, backend, history = settings.depth, settings.backend, settings.history
-        key = (network, depth, backend, history)
+        key = (network, settings.cuts, settings.backend)
         program = self._programs.get(key)
         if program is not None:
-            program = renewed(program, network, depth, self.module, leaves, display)
+            program = renewed(program, network, settings.cuts, self.module, leaves, display)
         if program is None:
-            full = self._full_graph_of(network)
-            program = build(network, depth, backend, self.module, leaves, display, history, full)
+            program = build(
+                network,
+                settings.cuts,
+                settings.backend,
+                self.module,
+                leaves,
+                display,
+                self._full_graph_of(network),
+            )
             self._tighten(network)
         self._programs[key] = program
         return program
@@ -649,17 +732,23 @@ class Dispatcher:
                 del self._networks[key]
 
     def _full_graph_of(self, network: CapturedNetwork) -> CompiledGraph | None:
-        """The compiled full graph, if there is one already for a forecast of another length."""
-        place = (network, self.settings.depth, self.settings.backend)
-        for known, program in self._programs.items():
-            if known[:3] == place and program.full.baked is None:
+        """The compiled full graph, if there is one already for forecasts of other lengths."""
+
+        def returned(cuts: Cuts) -> tuple[tuple[int, ...], bool]:
+            return cuts.depths, cuts.probe is not None
+
+        settings = self.settings
+        for (other, cuts, backend), program in self._programs.items():
+            alike = returned(cuts) == returned(settings.cuts) and program.full.baked is None
+            if other is network and backend == settings.backend and alike:
                 return program.full
         return None
 
     def _warn(self, message: str) -> None:
-        """Once for each message."""
-        if message not in self._warned:
-            self._warned.add(message)
+        """Once for each message, whatever numbers are in it."""
+        kind = _NUMBER.sub("", message)
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(f"dcompile: {message}", stacklevel=5)
 
     def _count(self, what: str) -> None:

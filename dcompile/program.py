@@ -1,4 +1,4 @@
-"""The compiled pair for one call signature, and how to call it."""
+"""The compiled graphs for one call signature, and how to call them."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ def convention_of(graph_module: GraphModule, network: CapturedNetwork) -> Conven
 
 
 class Bound(NamedTuple):
-    """A compiled graph with its weights: call ``run(*weights, *inputs, *boundary)``."""
+    """A compiled graph with its weights: call ``run(*weights, *inputs, *cached)``."""
 
     run: Callable[..., Any]
     weights: tuple[torch.Tensor, ...]
     inputs: tuple[int, ...]
 
     def __call__(
-        self, leaves: Sequence[Any], boundary: tuple[Any, ...] = (), coefficients: Any = None
+        self, leaves: Sequence[Any], cached: Sequence[Any] = (), coefficients: Any = None
     ) -> Any:
         inputs = [leaves[i] for i in self.inputs]
         if coefficients is None:
-            return self.run(*self.weights, *inputs, *boundary)
-        return self.run(*self.weights, *inputs, *boundary, coefficients)
+            return self.run(*self.weights, *inputs, *cached)
+        return self.run(*self.weights, *inputs, *cached, coefficients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,27 +117,85 @@ class CompiledGraph:
         return Bound(self.run, self.convention.weight_tensors(weights), inputs)
 
 
+class Cuts(NamedTuple):
+    """Where a program is cut, and what its reuse steps do besides.
+
+    Attributes:
+        depths: of the cuts, ascending. Nearly always one; more for a ``Pyramid``.
+        histories: for each cut, how many boundaries are extrapolated from; 1 is plain reuse.
+        probe: how the outermost cut's graph measures the drift of its cache (see
+            ``passes.with_drift``); None if it does not.
+    """
+
+    depths: tuple[int, ...]
+    histories: tuple[int, ...]
+    probe: str | None = None
+
+
+class Cached(NamedTuple):
+    """What is cached for one cut, as part of all that a lane caches.
+
+    For each of the latest ``history`` refreshes, the latest first: the boundary, and for the first
+    cut what a probe compares with.
+
+    Attributes:
+        start: where it begins among the cached values.
+        size: how many values one refresh makes.
+        history: how many refreshes are kept.
+    """
+
+    start: int
+    size: int
+    history: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size * self.history
+
+    @property
+    def latest(self) -> slice:
+        """The values of the latest refresh."""
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def all(self) -> slice:
+        return slice(self.start, self.stop)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Full and shallow graph for one call signature.
+    """The graphs for one call signature: the full one, and a smaller one for each cut.
 
     Attributes:
         out_spec: the structure of what the network returns.
-        history: how many boundaries the shallow graph takes, the latest first. If more than one,
-            the forecast's coefficients come after them.
-        ratio: r, FLOPs of the shallow graph over FLOPs of the full graph.
+        graphs: the outermost cut's first, the full graph last. Number k reads what is cached for
+            cut k, and returns, after the network's results, the boundaries of all outer cuts; the
+            full graph those of all. If a cut extrapolates from several boundaries, its graph takes
+            the forecast's coefficients after them. If it measures its cache's drift, it returns
+            that after all else.
+        cached: one for each cut.
+        ratios: of each cut, r: FLOPs of its graph over FLOPs of the full graph.
+        probed: whether the first graph returns a drift.
     """
 
     out_spec: TreeSpec
-    full: CompiledGraph
-    shallow: CompiledGraph
-    history: int = 1
-    ratio: float = 0.0
+    graphs: tuple[CompiledGraph, ...]
+    cached: tuple[Cached, ...]
+    ratios: tuple[float, ...] = (0.0,)
+    probed: bool = False
+
+    @property
+    def full(self) -> CompiledGraph:
+        return self.graphs[-1]
+
+    @property
+    def ratio(self) -> float:
+        """r of the outermost cut."""
+        return self.ratios[0]
 
     def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether the weights folded into the code, if any were, are still the module's."""
-        halves = (self.full, self.shallow)
-        return all(half.baked is None or half.baked.match(weights) for half in halves)
+        return all(graph.baked is None or graph.baked.match(weights) for graph in self.graphs)
 
     def bind(
         self, weights: Mapping[str, torch.Tensor], order: Sequence[int] | None = None
@@ -147,73 +205,108 @@ class Program:
         Args:
             order: where the program's leaves are among those it will be called with.
         """
-        return BoundProgram(self, self.full.bind(weights, order), self.shallow.bind(weights, order))
+        return BoundProgram(self, tuple(graph.bind(weights, order) for graph in self.graphs))
+
+
+def cached_by(sizes: Sequence[int], histories: Sequence[int]) -> tuple[Cached, ...]:
+    """One after the other, cuts whose refreshes make so many values each."""
+    found: list[Cached] = []
+    for size, history in zip(sizes, histories, strict=True):
+        found.append(Cached(found[-1].stop if found else 0, size, history))
+    return tuple(found)
+
+
+def graph_label(number: int, cuts: int) -> str:
+    """What to call graph ``number`` of a program with so many cuts."""
+    if number == cuts:
+        return "full"
+    return "shallow" if cuts == 1 else f"level {number}"
 
 
 class BoundProgram:
     """A program with the weights of one module, for one generation.
 
     Attributes:
-        results: how many of the full graph's outputs the module returns; the rest is boundary.
+        graphs: as in the program.
+        results: how many of a graph's outputs the module returns.
     """
 
-    __slots__ = ("_aliased", "_spec", "_tuple", "full", "history", "program", "results", "shallow")
+    __slots__ = ("_aliased", "_outermost", "_spec", "_tuple", "graphs", "program", "results")
 
-    def __init__(self, program: Program, full: Bound, shallow: Bound) -> None:
+    def __init__(self, program: Program, graphs: tuple[Bound, ...]) -> None:
         self.program = program
-        self.full = full
-        self.shallow = shallow
-        self.history = program.history
+        self.graphs = graphs
+        self._outermost = program.cached[0].all
         self._aliased = False
         self._spec = program.out_spec
         self.results = self._spec.num_leaves
         self._tuple = self._spec.type is tuple and self._spec.num_children == self.results
 
-    def refresh(self, leaves: Sequence[Any], previous: Any = ()) -> tuple[Any, tuple[Any, ...]]:
-        """Run the full graph: what the module returns, and the boundary to cache.
+    def refresh(
+        self,
+        leaves: Sequence[Any],
+        previous: Any = (),
+        level: int | None = None,
+        coefficients: Any = None,
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Compute boundaries anew: those of all cuts, by the full graph, or only of outer ones.
 
         Args:
             leaves: the call's leaves.
-            previous: the same lane's cached boundary, which a forecast goes on from; empty if
-                there is none.
+            previous: what the same lane has cached, which a forecast goes on from; empty if there
+                is nothing.
+            level: how many cuts, at least 1; fewer than all read what is cached for the next one.
+            coefficients: of that one's forecast.
 
         Returns:
-            The result, and the boundaries of the last ``history`` refreshes, the latest first. In
-            the place of those that there are not, the latest again.
+            The result, and what to cache. In the place of earlier boundaries that there are not,
+            the latest again.
         """
-        values = tuple(self.full(leaves))
-        results, boundary = values[: self.results], values[self.results :]
-        self._aliased = _share_storage(results, boundary)
-        if self._aliased:  # what the caller does to its result must not reach the cache
-            boundary = tuple(_own(value) for value in boundary)
-        return self.packed(results), boundary + with_earlier(boundary, previous, self.history)
+        cached = self.program.cached
+        if level is None or level == len(cached):
+            level = len(cached)
+            values = tuple(self.graphs[level](leaves))
+        else:
+            values = tuple(self.graphs[level](leaves, previous[cached[level].all], coefficients))
+        results, made = values[: self.results], values[self.results :]
+        if _share_storage(results, made):  # what the caller does to a result must not reach them
+            self._aliased = True
+            made = tuple(_own(value) for value in made)
+        kept: list[Any] = []
+        for cut in cached[:level]:
+            boundary, made = made[: cut.size], made[cut.size :]
+            kept += boundary
+            earlier = cut.size * (cut.history - 1)
+            if earlier:
+                kept += (
+                    previous[cut.start :][:earlier] if previous else boundary * (cut.history - 1)
+                )
+        for cut in cached[level:]:
+            kept += previous[cut.all]
+        return self.packed(results), tuple(kept)
 
     def reuse(
-        self, leaves: Sequence[Any], boundary: tuple[Any, ...], coefficients: Any = None
-    ) -> Any:
-        """Run the shallow graph from a cached boundary: what the module returns.
+        self, leaves: Sequence[Any], cached: tuple[Any, ...], coefficients: Any = None
+    ) -> tuple[Any, Any]:
+        """Run the smallest graph from what is cached.
 
         Args:
             leaves: the call's leaves.
-            boundary: what ``refresh`` returned.
+            cached: what ``refresh`` returned.
             coefficients: of the forecast, shape (history,); None without one.
+
+        Returns:
+            What the module returns, and the cache's drift; None if that is not measured.
         """
-        results = tuple(self.shallow(leaves, boundary, coefficients))
-        return self.packed(tuple(map(_own, results)) if self._aliased else results)
+        values = tuple(self.graphs[0](leaves, cached[self._outermost], coefficients))
+        drift = None
+        if self.program.probed:
+            values, drift = values[:-1], values[-1]
+        return self.packed(tuple(map(_own, values)) if self._aliased else values), drift
 
     def packed(self, values: tuple[Any, ...]) -> Any:
         """The graph's results in the form in which the module returns them."""
         return values if self._tuple else tree_unflatten(list(values), self._spec)
-
-
-def with_earlier(
-    boundary: tuple[Any, ...], previous: tuple[Any, ...], history: int
-) -> tuple[Any, ...]:
-    """What comes after ``boundary`` in a cache of ``history`` boundaries, ``previous`` its last."""
-    if history == 1:
-        return ()
-    kept = len(boundary) * (history - 1)
-    return previous[:kept] if previous else boundary * (history - 1)
 
 
 def _share_storage(results: Sequence[Any], boundary: Sequence[Any]) -> bool:

@@ -6,15 +6,22 @@ where that is not known (timesteps passed as plain numbers). Step 0 always refre
 any step whose cache is missing or older than the last refresh step: a schedule can only ask for
 more refreshing, never for less.
 
-A schedule may also have ``plan(run) -> Schedule``: it is asked once, at the start of a generation,
-and what it returns is used for that generation. ``Sigma`` looks at the sampler this way.
+A schedule may have more:
+
+- ``plan(run) -> Schedule``: asked once, at the start of a generation, and what it returns is used
+  for that generation. ``Sigma`` looks at the sampler this way.
+- ``probe``, "l1" or "l2", and ``observe(step, drift)``: after each reuse step it is told how far
+  what enters the deep region has moved since the refresh. ``Adaptive`` decides by that.
+- ``depths``, ascending, and ``partly(step, steps) -> int``: cuts at several depths; at a step that
+  does not refresh all of them, how many of the outer ones it refreshes. ``Pyramid`` does so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, Protocol, cast, runtime_checkable
@@ -42,6 +49,7 @@ class Run:
             ``samplers.step_weights``); None without a sampler that says so.
         stochastic: whether the sampler adds noise at its steps.
         power: what suits it as exponent of the weights (see ``samplers.usual_power``).
+        warn: takes a message for the user, and shows it once.
     """
 
     steps: int | None
@@ -49,6 +57,7 @@ class Run:
     weights: tuple[float, ...] | None = None
     stochastic: bool = False
     power: float = 0.5
+    warn: Callable[[str], None] = warnings.warn
 
 
 @dataclass(frozen=True)
@@ -255,6 +264,224 @@ class _Within:
         return step >= self.steps or self.schedule.refresh(step, steps)
 
 
+@dataclass(frozen=True)
+class Adaptive:
+    """Refresh when features have changed.
+
+    At each reuse step the network's shallow graph measures how far what enters the deep region is
+    from what a forecast makes of its past, relative to its size: with plain reuse, how far it has
+    moved since the refresh. These drifts are weighted by what the sampler makes of an error at
+    their step, w_i^power over its mean, and added up; the step after the sum has reached
+    ``threshold`` refreshes. On a GPU the sum is one step behind, so that nothing waits for it.
+
+    Args:
+        threshold: of the sum. ``dcompile profile`` shows what to expect of a network; a run in
+            which it is never reached, or always at once, warns with the sums there were.
+        min_interval: steps from a refresh to the next, at least.
+        max_interval: at most; None for no limit.
+        probe: the norm of the drift: "l1", the sum of magnitudes, or "l2".
+        power: exponent of the weights; 0 counts all steps alike, as without a sampler. By default
+            what suits the sampler, see ``samplers.usual_power``.
+
+    Raises:
+        ScheduleError: an argument is out of range.
+    """
+
+    threshold: float
+    min_interval: int = 1
+    max_interval: int | None = None
+    probe: str = "l1"
+    power: float | None = None
+
+    def __post_init__(self) -> None:
+        threshold: Any = self.threshold
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not 0 < threshold < math.inf:
+            raise ScheduleError(f"threshold: expected a positive number, got {threshold!r}")
+        _require_int("min_interval", self.min_interval)
+        if self.max_interval is not None:
+            _require_int("max_interval", self.max_interval, least=self.min_interval)
+        if self.probe not in ("l1", "l2"):
+            raise ScheduleError(f'probe: expected "l1" or "l2", got {self.probe!r}')
+        if self.power is not None and not 0 <= self.power <= 4:
+            raise ScheduleError(f"Adaptive: expected a power from 0 to 4, got {self.power!r}")
+
+    def refresh(self, step: int, steps: int | None) -> bool:
+        raise ScheduleError("Adaptive decides within a run: use plan(run), as cache_compile does")
+
+    def plan(self, run: Run) -> Schedule:
+        """A schedule for one run, which observes it."""
+        weights: tuple[float, ...] = ()
+        power = run.power if self.power is None else self.power
+        if run.weights is not None and power > 0:
+            weights = run.weights if run.steps is None else run.weights[-run.steps :]
+            weights = tuple(weight**power for weight in weights)
+            mean = sum(weights) / len(weights)
+            weights = tuple(weight / mean for weight in weights) if mean > 0 else ()
+        return _Following(self, weights, run.warn)
+
+
+class Reading(Protocol):
+    """A number that may still be under way from a device."""
+
+    late: bool  # whether taking it at once would wait for the device
+
+    def __float__(self) -> float: ...
+
+
+@dataclass(eq=False)
+class _Following:
+    """``Adaptive`` in one run. Decides each step once, however many calls the step has."""
+
+    wanted: Adaptive
+    weights: tuple[float, ...]
+    warn: Callable[[str], None]
+    _decided: int = -1
+    _decision: bool = True
+    _refreshed: int = 0  # the latest refresh step
+    _sum: float = 0.0
+    _pending: list[tuple[int, Any]] = field(default_factory=list)
+    _drifts: dict[int, float] = field(default_factory=dict)  # by step, since the refresh
+    _sums: list[float] = field(default_factory=list)  # what refreshes were decided at, and not
+    _early: int = 0  # refreshes at the first opportunity
+    _free: int = 0  # refreshes for the sum's sake
+    _late: bool = False
+
+    @property
+    def probe(self) -> str:
+        return self.wanted.probe
+
+    def refresh(self, step: int, steps: int | None) -> bool:
+        if step != self._decided:
+            if step < self._decided or step == 0:
+                self._decision = True  # another run over the same timesteps
+            else:
+                self._decision = self._due(step)
+            self._decided = step
+            if self._decision:
+                self._refreshed, self._sum = step, 0.0
+                self._pending.clear()
+                self._drifts.clear()
+            if steps is not None and step == steps - 1:
+                self._judge(steps)
+        return self._decision
+
+    def observe(self, step: int, drift: Reading) -> None:
+        """What the reuse step ``step`` measured; of several calls the largest counts."""
+        self._pending.append((step, drift))
+
+    def _due(self, step: int) -> bool:
+        age = step - self._refreshed
+        self._take()
+        self._sums.append(self._sum)
+        if age < self.wanted.min_interval:
+            return False
+        if self.wanted.max_interval is not None and age >= self.wanted.max_interval:
+            return True
+        if not self._sum >= self.wanted.threshold:  # what is not finite is due at once
+            return not math.isfinite(self._sum)
+        self._free += 1
+        # After a refresh one reuse step at least is needed to measure anything.
+        self._early += age <= max(2 + self._late, self.wanted.min_interval)
+        return True
+
+    def _take(self) -> None:
+        """Add up what has arrived."""
+        latest = self._pending[-1][0] if self._pending else 0
+        waiting = []
+        for step, reading in self._pending:
+            self._late = reading.late
+            if reading.late and step == latest:
+                waiting.append((step, reading))
+                continue
+            drift = float(reading)
+            if not math.isfinite(drift):
+                self.warn("features are not finite: each such step is refreshed")
+            before = self._drifts.get(step, 0.0)
+            if not drift <= before:
+                weight = self.weights[step] if step < len(self.weights) else 1.0
+                self._sum += weight * (drift - before)
+                self._drifts[step] = drift
+        self._pending = waiting
+
+    def _judge(self, steps: int) -> None:
+        """At a run's end: did the threshold decide anything?"""
+        sums = [value for value in self._sums if math.isfinite(value)]
+        if steps < 4 or not sums:
+            return
+        seen = f"the weighted sums were {min(sums):.3g} to {max(sums):.3g}"
+        wanted = self.wanted
+        if self._free == 0:
+            self.warn(
+                f"Adaptive(threshold={wanted.threshold:g}) was never reached in a run of {steps} "
+                f"steps: {seen}"
+            )
+        elif self._early == self._free and self._free >= (steps - 1) // max(2, wanted.min_interval):
+            self.warn(
+                f"Adaptive(threshold={wanted.threshold:g}) was reached at every opportunity in a "
+                f"run of {steps} steps: {seen}"
+            )
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """A frequency for every layer: cuts at several depths, each refreshed at its own beat.
+
+    ``Pyramid([(0, 2), (2, 6)])`` runs the whole network at every sixth step, all but what lies
+    beyond depth 2 at every second, and else only what lies outside of depth 0.
+
+    Args:
+        levels: (depth, interval) or (depth, interval, forecast), the outermost first. A deeper cut
+            has the longer interval, or the same. Without a forecast of its own a level has the one
+            that ``cache_compile`` is given.
+
+    Raises:
+        ScheduleError: levels are missing, malformed or out of order.
+    """
+
+    levels: tuple[tuple[int, int] | tuple[int, int, str], ...]
+
+    def __init__(self, levels: Sequence[Sequence[Any]]) -> None:
+        try:
+            chosen: tuple[Any, ...] = tuple(tuple(level) for level in levels)
+        except TypeError as error:
+            raise ScheduleError(
+                f"Pyramid: expected (depth, interval) pairs, got {levels!r}"
+            ) from error
+        if not chosen or any(len(level) not in (2, 3) for level in chosen):
+            raise ScheduleError(
+                "Pyramid: expected (depth, interval) or (depth, interval, forecast), got "
+                f"{levels!r}"
+            )
+        for level in chosen:
+            _require_int("Pyramid depth", level[0], least=0)
+            _require_int("Pyramid interval", level[1])
+        for outer, inner in pairwise(chosen):
+            if inner[0] <= outer[0] or inner[1] < outer[1]:
+                raise ScheduleError(
+                    f"Pyramid: {inner} after {outer}: depths have to ascend, and a deeper cut is "
+                    "refreshed as rarely as the one before it or more rarely"
+                )
+        object.__setattr__(self, "levels", chosen)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(level[0] for level in self.levels)
+
+    @property
+    def forecasts(self) -> tuple[str | None, ...]:
+        """Of each level; None for what ``cache_compile`` is given."""
+        return tuple(level[2] if len(level) == 3 else None for level in self.levels)
+
+    def refresh(self, step: int, steps: int | None) -> bool:
+        return step % self.levels[-1][1] == 0
+
+    def partly(self, step: int, steps: int | None) -> int:
+        """How many of the outer cuts are refreshed at a step that does not refresh all."""
+        due = [number for number, level in enumerate(self.levels, 1) if step % level[1] == 0]
+        return max(due, default=0)
+
+
 def require_speedup(value: object) -> float:
     """Check a speed-up.
 
@@ -289,10 +516,12 @@ def _require_int(name: str, value: object, least: int = 1) -> None:
 
 
 def to_json(schedule: Schedule) -> dict[str, Any] | None:
-    """The schedule's class and fields; None if it is not one of this module's."""
-    if type(schedule) not in _KINDS.values():
+    """The schedule's class and fields; None if it is none of ``KINDS``."""
+    kind = type(schedule)
+    own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    if not own or kind.__name__ not in KINDS:
         return None
-    return {"kind": type(schedule).__name__, **asdict(schedule)}  # type: ignore[call-overload]
+    return {"kind": kind.__name__, **asdict(schedule)}  # type: ignore[call-overload]
 
 
 def from_json(entry: Mapping[str, Any]) -> Schedule:
@@ -303,12 +532,15 @@ def from_json(entry: Mapping[str, Any]) -> Schedule:
     """
     fields = dict(entry)
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
-        raise ScheduleError(f"unknown schedule {kind!r}; known are {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise ScheduleError(f"unknown schedule {kind!r}; known are {', '.join(KINDS)}")
     try:
-        return cast(Schedule, _KINDS[kind](**fields))
+        return KINDS[kind](**fields)
     except TypeError as error:
         raise ScheduleError(f"{kind}: {error}") from error
 
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Uniform, Steps, Power, Sigma)}
+KINDS: dict[str, Callable[..., Schedule]] = {
+    kind.__name__: kind for kind in (Uniform, Steps, Power, Sigma, Adaptive, Pyramid)
+}
+"""What saved programs may name: each made of its own fields, as JSON has them."""

@@ -40,17 +40,20 @@ class Lane:
 
     Attributes:
         anchors: the conditioning's storages, weakly, with offsets.
-        program, signature: what made the cached boundary; None before the first refresh.
-        boundary: the cached tensors, or what holds them (``cuda_graphs.HeldBoundary``). The lane
-            owns them: they are freed with the lane.
-        refreshed: the steps that made them, the latest first; as many as a forecast looks back.
+        program, signature: what made the cached values; None before the first refresh.
+        cached: they, as ``program.Cached`` orders them, or what holds them
+            (``cuda_graphs.HeldBoundary``). The lane owns them: they are freed with the lane.
+        refreshed: for each cut the steps that made them, the latest first; as many as its forecast
+            looks back.
+        finite: whether they are, if that is still under way from a device.
     """
 
     anchors: tuple[tuple[weakref.ref[Any], int], ...]
     program: Program | None = None
     signature: Any = None
-    boundary: Any = ()
-    refreshed: tuple[int, ...] = (-1,)
+    cached: Any = ()
+    refreshed: tuple[tuple[int, ...], ...] = ()
+    finite: Any = None
 
     def contradicts(self, conditioning: Sequence[torch.Tensor]) -> bool:
         """Whether a call with this conditioning is certainly not this lane's."""
@@ -86,20 +89,22 @@ class Generation:
     Attributes:
         steps: number of steps from the first call to the end of the timesteps, if known.
         step: the step of the latest call, counted from this generation's first call.
-        beat: the latest step that the schedule wanted refreshed.
+        beats: for each cut, the latest step at which the schedule wanted it refreshed.
         programs: what runs this generation, by call signature; filled by the dispatcher.
         signature, bound: of the latest call.
-        schedule, forecast: chosen for this run when it began.
+        schedule, forecasts: chosen for this run when it began.
+        partly: the schedule's method of that name, if it has one.
     """
 
     steps: int | None
     step: int = -1
-    beat: int = 0
+    beats: list[int] = field(default_factory=lambda: [0])
     programs: dict[Any, Any] = field(default_factory=dict)
     signature: Any = None
     bound: Any = None
     schedule: Any = None
-    forecast: Any = None
+    forecasts: Any = ()
+    partly: Any = None
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)
     # Two generations may walk over one timesteps tensor (a loop that is begun again, or a server
@@ -175,7 +180,7 @@ class Generation:
         self.look_again()
         self._served = set()
         self._doubtful = True
-        self.beat = min(self.beat, step)
+        self.beats = [min(beat, step) for beat in self.beats]
 
 
 @dataclass(eq=False)
@@ -252,11 +257,11 @@ class StepTracker:
             self._by_value.clear()
 
     def cached(self) -> list[Any]:
-        """The boundaries held at present."""
+        """What is held at present."""
         with self._lock:
             known = [generation for _, generation, _ in self._by_storage.values()]
             known += [track.generation for track in self._by_value]
-            return [lane.boundary for generation in known for lane in generation.lanes]
+            return [lane.cached for generation in known for lane in generation.lanes]
 
     def _step_by_storage(self, timestep: torch.Tensor, storage: Any) -> tuple[Generation, int]:
         key = id(storage)

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from dcompile import schedule as schedules
 from dcompile.dispatch import Dispatcher, Refreshed
 from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.forecast import Forecast, factors, resolve_forecast
@@ -117,20 +118,32 @@ class Tuned:
             entry = json.loads(source.read_text())
             if entry.pop("format") != FORMAT:
                 raise ValueError("unknown format")
-            trials = tuple(
-                Trial(**{**trial, "refresh_steps": tuple(trial["refresh_steps"])})
-                for trial in entry.pop("trials")
-            )
-            steps = tuple(entry.pop("refresh_steps"))
-            name, count = entry.pop("network")
-            Steps(steps)
-            resolve_forecast(entry["forecast"])
-            for key, least in (("steps", steps[-1] + 1), ("depth", 0)):
-                if type(entry[key]) is not int or entry[key] < least:
-                    raise ValueError(f"{key} is {entry[key]!r}")
-            return Tuned(refresh_steps=steps, network=(name, count), trials=trials, **entry)
+            return Tuned.of_fields(**entry)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ScheduleError(f"{source} holds no tuned schedule: {error}") from error
+
+    @staticmethod
+    def of_fields(**fields: Any) -> Tuned:
+        """From fields as JSON has them.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError, ScheduleError: they are none.
+        """
+        trials = tuple(
+            Trial(**{**trial, "refresh_steps": tuple(trial["refresh_steps"])})
+            for trial in fields.pop("trials")
+        )
+        steps = tuple(fields.pop("refresh_steps"))
+        name, count = fields.pop("network")
+        Steps(steps)
+        resolve_forecast(fields["forecast"])
+        for key, least in (("steps", steps[-1] + 1), ("depth", 0)):
+            if type(fields[key]) is not int or fields[key] < least:
+                raise ValueError(f"{key} is {fields[key]!r}")
+        return Tuned(refresh_steps=steps, network=(name, count), trials=trials, **fields)
+
+
+schedules.KINDS["Tuned"] = Tuned.of_fields  # so that saved programs may name one
 
 
 # What a recorded run says -------------------------------------------------------------------------
@@ -230,7 +243,7 @@ class _Recorder:
             raise TuneError(f"features of step {seen.step} are not finite: nothing can be tuned")
         reaction = 0.0
         if previous is not None:
-            stale = seen.program.reuse(seen.leaves, previous)
+            stale, _ = seen.program.reuse(seen.leaves, previous)
             moved = _distance(tree_leaves(stale), tree_leaves(seen.result))
             changed = _distance(previous, boundary)
             reaction = math.sqrt(moved / changed) if changed > 0 else 0.0

@@ -11,10 +11,12 @@ from passes.base import GraphPass, PassError, PostconditionError, PreconditionEr
 from passes.canonicalize import Canonicalize
 from passes.cost import Cost, node_cost, total_cost
 from passes.forecast import with_forecast
+from passes.probe import PROBES, with_drift
 from passes.skips import SkipConnection, find_skip_connections
-from passes.split import SplitGraphs, split_at
+from passes.split import SplitGraphs, split_at, split_levels
 
 __all__ = [
+    "PROBES",
     "Canonicalize",
     "Cost",
     "GraphPass",
@@ -26,6 +28,8 @@ __all__ = [
     "find_skip_connections",
     "node_cost",
     "split_at",
+    "split_levels",
     "total_cost",
+    "with_drift",
     "with_forecast",
 ]

@@ -1,11 +1,11 @@
-"""The pass contract, ``requires -> call -> ensures``, and what passes ask of a node."""
+"""The pass contract, ``requires -> call -> ensures``, and what passes ask of and add to graphs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 
@@ -112,3 +112,23 @@ def require_functional(graph_module: GraphModule) -> None:
                 "writes to its argument; functionalize it first "
                 "(ExportedProgram.run_decompositions({}))"
             )
+
+
+def call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """Append a call, with metadata from its operands'."""
+    node = graph.call_function(target, args, kwargs)
+    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
+    node.meta["val"] = target(*values, **kwargs)
+    return node
+
+
+def placeholder(graph: Graph, name: str, value: Any) -> Node:
+    """Append a placeholder with metadata."""
+    node = graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a node's metadata is that of a floating-point tensor."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from passes.base import PreconditionError
+from passes.base import PreconditionError, call, is_floating, placeholder
 
 _aten = torch.ops.aten
 
@@ -48,12 +48,12 @@ def with_forecast(graph_module: GraphModule, boundary: int, history: int) -> Gra
     for node in placeholders:
         copies[node] = graph.node_copy(node)
     earlier = [
-        [_placeholder(graph, f"{node.target}_{age}", node.meta["val"]) for node in cached]
+        [placeholder(graph, f"{node.target}_{age}", node.meta["val"]) for node in cached]
         for age in range(1, history)
     ]
-    coefficients = _placeholder(graph, "coefficients", _coefficients_like(cached, history))
+    coefficients = placeholder(graph, "coefficients", _coefficients_like(cached, history))
     for position, node in enumerate(cached):
-        if _is_floating(node.meta["val"]):
+        if is_floating(node.meta["val"]):
             ages = [copies[node], *(others[position] for others in earlier)]
             copies[node] = _extrapolated(graph, ages, coefficients)
     for node in graph_module.graph.nodes:
@@ -69,39 +69,22 @@ def _extrapolated(graph: Graph, ages: list[Node], coefficients: Node) -> Node:
     wide = torch.promote_types(dtype, torch.float32)
     total: Node | None = None
     for age, node in enumerate(ages):
-        factor = _call(graph, _aten.select.int, coefficients, 0, age)
+        factor = call(graph, _aten.select.int, coefficients, 0, age)
         value = node
         if dtype != wide:
-            value = _call(graph, _aten._to_copy.default, node, dtype=wide)
-        term = _call(graph, _aten.mul.Tensor, value, factor)
-        total = term if total is None else _call(graph, _aten.add.Tensor, total, term)
+            value = call(graph, _aten._to_copy.default, node, dtype=wide)
+        term = call(graph, _aten.mul.Tensor, value, factor)
+        total = term if total is None else call(graph, _aten.add.Tensor, total, term)
     assert total is not None
     if dtype != wide:
-        total = _call(graph, _aten._to_copy.default, total, dtype=dtype)
-    finite = _call(graph, _aten.isfinite.default, total)
-    return _call(graph, _aten.where.self, finite, total, latest)
-
-
-def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
-    node = graph.call_function(target, args, kwargs)
-    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-    node.meta["val"] = target(*values, **kwargs)
-    return node
-
-
-def _placeholder(graph: Graph, name: str, value: Any) -> Node:
-    node = graph.placeholder(name)
-    node.meta["val"] = value
-    return node
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+        total = call(graph, _aten._to_copy.default, total, dtype=dtype)
+    finite = call(graph, _aten.isfinite.default, total)
+    return call(graph, _aten.where.self, finite, total, latest)
 
 
 def _coefficients_like(cached: list[Node], history: int) -> Any:
     """Where the boundary is, and as fake as it is."""
-    like = next((n.meta["val"] for n in cached if _is_floating(n.meta["val"])), None)
+    like = next((n.meta["val"] for n in cached if is_floating(n.meta["val"])), None)
     if like is None:
         raise PreconditionError("the boundary holds no floating-point tensor to extrapolate")
     return like.new_empty((history,), dtype=torch.float32)

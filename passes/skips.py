@@ -36,6 +36,8 @@ class SkipConnection:
         module_path: the submodule that reads the concatenation, e.g. ``up_blocks.3.resnets.2``.
         full: cost of the whole graph.
         shallow: cost of the graph without what the boundary replaces.
+        entering: what a graph without the deep region still computes of what goes into it, and
+            depends on the sample.
     """
 
     depth: int
@@ -46,6 +48,7 @@ class SkipConnection:
     module_path: str
     full: Cost = field(repr=False)
     shallow: Cost = field(repr=False)
+    entering: tuple[Node, ...] = field(default=(), repr=False)
 
     @property
     def ratio(self) -> float:
@@ -94,6 +97,7 @@ def find_skip_connections(
             deep=cut.deep,
             skips=cut.skips,
             boundary=cut.boundary,
+            entering=analysis.entering(cut.left_out),
             module_path=_reader_path(cut.cat),
             full=full,
             shallow=total_cost(node for node in graph.nodes if node not in cut.left_out),
@@ -217,6 +221,16 @@ class _Dependencies:
         if not any(node_cost(node).flops for node in left_out):
             return None
         return _Cut(cat, deep, skips, boundary, left_out)
+
+    def entering(self, left_out: set[Node]) -> tuple[Node, ...]:
+        """What depends on the sample, is computed without ``left_out``, and is read there."""
+        return tuple(
+            node
+            for node in self.nodes
+            if node not in left_out
+            and self.depends_on_sample(node)
+            and any(user in left_out for user in node.users)
+        )
 
     def _left_out(self, boundary: set[Node]) -> set[Node]:
         needed: set[Node] = set()

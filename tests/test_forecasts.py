@@ -220,5 +220,5 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     fresh = dcompile.load(plain(), folder, verbose=False)
     assert torch.equal(sampled(fresh, x, timesteps(9)), expected)
     assert dcompile.handle(fresh).stats.captures == 0
-    with pytest.raises(ScheduleError, match="saved for a forecast from 2 refreshes, 'quadratic'"):
+    with pytest.raises(ScheduleError, match="saved for forecasts from 2 refreshes and no probe"):
         dcompile.load(plain(), folder, forecast="quadratic", verbose=False)

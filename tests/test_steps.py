@@ -19,8 +19,8 @@ def call(
 ) -> str:
     """Enter a step; return whose cache the call gets ('' if none) and cache ``label``."""
     _, lane, step = tracker.enter(timestep, conditioning)
-    found = "".join(lane.boundary)
-    lane.boundary, lane.refreshed = (label,), step
+    found = "".join(lane.cached)
+    lane.cached, lane.refreshed = (label,), ((step,),)
     return found
 
 
