@@ -112,7 +112,9 @@ class Stage:
         work.mkdir(parents=True, exist_ok=True)
         device = next(self.models.parameters()).device
         averaged = copy.deepcopy(self.models).requires_grad_(False).eval()
-        optimizer = torch.optim.AdamW(self.models.parameters(), lr=self.peak, weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(
+            self.models.parameters(), lr=self.peak, weight_decay=1e-4, fused=True
+        )
         checkpoint = work / f"{self.name}.pt"
         done = 0
         if checkpoint.is_file():

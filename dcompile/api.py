@@ -74,15 +74,15 @@ def cache_compile(
         interval: refresh every ``interval``-th step, as DeepCache does; 3 if neither this nor
             ``speedup`` nor ``schedule`` is given.
         speedup: how much less compute (FLOPs) a run is to take. Refreshes then where the sampler
-            makes most of an error (``Sigma``), and forecasts features, linearly for samplers that
-            add no noise: closer to the uncached result than an interval at the same cost.
+            makes most of an error (``Sigma``), and forecasts features for samplers that add no
+            noise: closer to the uncached result than an interval at the same cost.
         schedule: decides which steps refresh; see ``dcompile.schedule``. A ``Tuned`` one brings
             its depth and forecast, a ``Pyramid`` its depths.
         forecast: what a reuse step feeds in for the features it does not compute: "reuse", the
             latest as they are, which is DeepCache's and the default; "linear", "quadratic" or
             "taylor", extrapolated from the latest refreshes; or an object of your own (see
-            ``dcompile.forecast``). "auto", the default with ``speedup``: "linear" if the sampler
-            adds no noise, else "reuse".
+            ``dcompile.forecast``). "auto", the default with ``speedup``: "reuse" if the sampler
+            adds noise, else "linear", or "taylor" for networks that predict velocity.
         scheduler: the sampler, a diffusers scheduler, if ``module`` is no pipeline that has one.
             Read at the start of each generation by ``speedup``, ``Sigma`` and "auto".
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to

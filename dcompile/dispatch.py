@@ -38,7 +38,7 @@ from dcompile.errors import (
     DcompileError,
     NotCompiledError,
 )
-from dcompile.forecast import Forecast, Lagrange, Reuse, factors, name_of
+from dcompile.forecast import Forecast, Reuse, factors, name_of
 from dcompile.program import (
     BoundProgram,
     Cached,
@@ -49,7 +49,7 @@ from dcompile.program import (
     weights_of,
 )
 from dcompile.readback import Readback
-from dcompile.samplers import is_stochastic, step_weights, usual_power
+from dcompile.samplers import is_stochastic, step_weights, usual_forecast, usual_power
 from dcompile.schedule import Run, Schedule
 from dcompile.steps import Generation, Lane, StepTracker
 from dcompile.structure import (
@@ -64,7 +64,7 @@ from dcompile.structure import (
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
 MAX_RECORDED = 16
 # Boundaries that a shallow graph takes while its forecast is not chosen yet.
-AUTO_HISTORY = 2
+AUTO_HISTORY = 3
 
 _NUMBER = re.compile(r"[0-9.]+")
 
@@ -367,8 +367,7 @@ class Dispatcher:
         if plan is not None or "auto" in forecasts:
             run = self.run_ahead(generation.steps, program.ratio, timestep)
             schedule = plan(run) if plan is not None else schedule
-            chosen: Forecast = Reuse() if run.stochastic else Lagrange(1)
-            forecasts = tuple(chosen if item == "auto" else item for item in forecasts)
+            forecasts = tuple(run.forecast if item == "auto" else item for item in forecasts)
         generation.schedule, generation.forecasts = schedule, forecasts
         generation.partly = getattr(schedule, "partly", None)
         generation.beats = [0] * len(program.cached)
@@ -378,7 +377,7 @@ class Dispatcher:
         """What is known of a run that begins now, with this timestep if it is known."""
         sampler = self.settings.sampler() if self.settings.sampler is not None else None
         if sampler is None:
-            return Run(steps, ratio, stochastic=True, power=0.0, warn=self._warn)
+            return Run(steps, ratio, power=0.0, warn=self._warn)
         if steps is not None and isinstance(timestep, torch.Tensor):
             own = getattr(sampler, "timesteps", None)
             if own is None or own.untyped_storage() is not timestep.untyped_storage():
@@ -386,8 +385,7 @@ class Dispatcher:
                     f"a run whose timesteps are not those of the {type(sampler).__name__} given to "
                     "cache_compile: its steps count alike, and nothing is extrapolated by 'auto'"
                 )
-                weights = (1.0,) * steps
-                return Run(steps, ratio, weights, stochastic=True, power=0.0, warn=self._warn)
+                return Run(steps, ratio, (1.0,) * steps, power=0.0, warn=self._warn)
         told = step_weights(sampler)
         if told is None:
             self._warn(
@@ -398,7 +396,8 @@ class Dispatcher:
         if known is None or known[0]() is not sampler:
             known = self._stochastic = (weakref.ref(sampler), is_stochastic(sampler))
         power = usual_power(sampler, stochastic=known[1])
-        return Run(steps, ratio, tuple(told), known[1], power, self._warn)
+        forecast = usual_forecast(sampler, stochastic=known[1])
+        return Run(steps, ratio, tuple(told), power, forecast, self._warn)
 
     def reset(self) -> None:
         """Drop all that is cached; the next call of each generation refreshes."""

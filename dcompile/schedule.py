@@ -27,6 +27,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Protocol, cast, runtime_checkable
 
 from dcompile.errors import ScheduleError
+from dcompile.forecast import Forecast, Reuse
 
 
 @runtime_checkable
@@ -47,16 +48,16 @@ class Run:
         ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
         weights: by how much an error at each step is multiplied on its way into the result (see
             ``samplers.step_weights``); None without a sampler that says so.
-        stochastic: whether the sampler adds noise at its steps.
-        power: what suits it as exponent of the weights (see ``samplers.usual_power``).
+        power: what suits the sampler as exponent of the weights (see ``samplers.usual_power``).
+        forecast: what suits it (see ``samplers.usual_forecast``).
         warn: takes a message for the user, and shows it once.
     """
 
     steps: int | None
     ratio: float = 0.0
     weights: tuple[float, ...] | None = None
-    stochastic: bool = False
     power: float = 0.5
+    forecast: Forecast = Reuse()  # noqa: RUF009
     warn: Callable[[str], None] = warnings.warn
 
 
@@ -180,7 +181,9 @@ class Sigma:
 
     An error at step i enters the result with weight w_i, for DDIM the change of
     sigma_bar = sqrt((1 - alpha_bar) / alpha_bar) (see ``samplers``). Refreshes are placed so that
-    the sum of w_i^power between them is equal. Knows nothing of the network, and measures nothing.
+    the sum of w_i^power between them is equal. With power 0 they are as even as can be, and the
+    shorter intervals come last: features change most there. Knows nothing of the network, and
+    measures nothing.
 
     Args:
         count: refresh steps in a run; or
@@ -228,7 +231,9 @@ class Sigma:
         if len(weights) < steps:
             weights = (1.0,) * steps
         power = run.power if self.power is None else self.power
-        chosen = Steps(placed([w**power for w in weights], self.refreshes(steps, run.ratio)))
+        count = self.refreshes(steps, run.ratio)
+        even = power == 0 or len(set(weights)) == 1
+        chosen = Steps(spread(steps, count) if even else placed([w**power for w in weights], count))
         return chosen if run.steps is not None else _Within(chosen, steps)
 
     def refreshes(self, steps: int, ratio: float) -> int:
@@ -280,8 +285,7 @@ class Adaptive:
         min_interval: steps from a refresh to the next, at least.
         max_interval: at most; None for no limit.
         probe: the norm of the drift: "l1", the sum of magnitudes, or "l2".
-        power: exponent of the weights; 0 counts all steps alike, as without a sampler. By default
-            what suits the sampler, see ``samplers.usual_power``.
+        power: exponent of the weights; 0 counts all steps alike, as they do without a sampler.
 
     Raises:
         ScheduleError: an argument is out of range.
@@ -291,7 +295,7 @@ class Adaptive:
     min_interval: int = 1
     max_interval: int | None = None
     probe: str = "l1"
-    power: float | None = None
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         threshold: Any = self.threshold
@@ -303,7 +307,7 @@ class Adaptive:
             _require_int("max_interval", self.max_interval, least=self.min_interval)
         if self.probe not in ("l1", "l2"):
             raise ScheduleError(f'probe: expected "l1" or "l2", got {self.probe!r}')
-        if self.power is not None and not 0 <= self.power <= 4:
+        if not 0 <= self.power <= 4:
             raise ScheduleError(f"Adaptive: expected a power from 0 to 4, got {self.power!r}")
 
     def refresh(self, step: int, steps: int | None) -> bool:
@@ -312,10 +316,9 @@ class Adaptive:
     def plan(self, run: Run) -> Schedule:
         """A schedule for one run, which observes it."""
         weights: tuple[float, ...] = ()
-        power = run.power if self.power is None else self.power
-        if run.weights is not None and power > 0:
+        if run.weights is not None and self.power > 0:
             weights = run.weights if run.steps is None else run.weights[-run.steps :]
-            weights = tuple(weight**power for weight in weights)
+            weights = tuple(weight**self.power for weight in weights)
             mean = sum(weights) / len(weights)
             weights = tuple(weight / mean for weight in weights) if mean > 0 else ()
         return _Following(self, weights, run.warn)
@@ -491,6 +494,12 @@ def require_speedup(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
         raise ScheduleError(f"speedup: expected a number of at least 1, got {value!r}")
     return float(value)
+
+
+def spread(steps: int, count: int) -> tuple[int, ...]:
+    """``count`` steps from 0, as evenly as can be, the shorter intervals last."""
+    length, longer = divmod(steps, count)
+    return tuple(number * length + min(number, longer) for number in range(count))
 
 
 def placed(loads: Sequence[float], count: int) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from dcompile import schedule as schedules
 from dcompile.dispatch import Dispatcher, Refreshed
 from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.forecast import Forecast, factors, resolve_forecast
-from dcompile.schedule import Sigma, Steps, Uniform, placed, require_speedup
+from dcompile.schedule import Sigma, Steps, Uniform, placed, require_speedup, spread
 
 FORMAT = 1
 FORECASTS = ("reuse", "linear", "taylor")
@@ -360,7 +360,7 @@ def candidates(
     """
     steps = objective.steps
     starts = {
-        placed([1.0] * steps, count),
+        spread(steps, count),
         placed([w**power for w in objective.weights], count),
         objective.best_by_dynamic_programming(count),
     }
@@ -632,7 +632,7 @@ class _Session:
             except ScheduleError as error:
                 unreachable.append(error)
                 continue
-            plain.append((depth, forecasts[-1], placed([1.0] * objective.steps, count)))
+            plain.append((depth, forecasts[-1], spread(objective.steps, count)))
             promising += [
                 (error, depth, name, chosen)
                 for error, name, chosen in candidates(objective, forecasts, count, self._power)

@@ -11,12 +11,11 @@ from passes.base import GraphPass, PassError, PostconditionError, PreconditionEr
 from passes.canonicalize import Canonicalize
 from passes.cost import Cost, node_cost, total_cost
 from passes.forecast import with_forecast
-from passes.probe import PROBES, with_drift
+from passes.probe import with_drift
 from passes.skips import SkipConnection, find_skip_connections
 from passes.split import SplitGraphs, split_at, split_levels
 
 __all__ = [
-    "PROBES",
     "Canonicalize",
     "Cost",
     "GraphPass",

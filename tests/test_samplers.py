@@ -21,7 +21,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dcompile.samplers import is_stochastic, step_weights, usual_power
+from dcompile.forecast import Lagrange, Reuse, Taylor
+from dcompile.samplers import is_stochastic, step_weights, usual_forecast, usual_power
 
 
 def at(scheduler: Any, steps: int = 20) -> Any:
@@ -165,3 +166,10 @@ def test_what_the_network_predicts_sets_the_power() -> None:
     assert usual_power(noise, stochastic=False) == 0.5
     assert usual_power(noise, stochastic=True) == 1.0
     assert usual_power(velocity, stochastic=False) == 0.0
+
+
+def test_what_the_network_predicts_sets_the_forecast() -> None:
+    noise, velocity = DDIMScheduler(), DDIMScheduler(prediction_type="v_prediction")
+    assert usual_forecast(noise, stochastic=False) == Lagrange(1)
+    assert usual_forecast(velocity, stochastic=False) == Taylor(2)
+    assert usual_forecast(velocity, stochastic=True) == Reuse()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dcompile import Power, Run, Schedule, ScheduleError, Sigma, Steps, Uniform
-from dcompile.schedule import from_json, to_json
+from dcompile.schedule import from_json, spread, to_json
 
 
 def chosen(schedule: Schedule, steps: int) -> list[int]:
@@ -103,6 +103,14 @@ def planned(schedule: Sigma, steps: int, weights: list[float], **known: Any) -> 
 
 def test_sigma_with_equal_weights_is_about_uniform() -> None:
     assert planned(Sigma(4), 12, [1.0] * 12) == [0, 3, 6, 9]
+
+
+def test_even_steps_end_with_the_shorter_intervals() -> None:
+    assert spread(10, 3) == (0, 4, 7)
+    assert spread(9, 3) == (0, 3, 6)
+    assert spread(5, 5) == (0, 1, 2, 3, 4)
+    assert planned(Sigma(3, power=0), 10, [3.0] * 5 + [1.0] * 5) == [0, 4, 7]
+    assert planned(Sigma(3, power=1), 10, [1.0] * 10) == [0, 4, 7]
 
 
 def test_sigma_refreshes_where_weights_are_large() -> None:
