@@ -20,9 +20,10 @@ from dcompile.errors import (
     TuneError,
 )
 from dcompile.forecast import Forecast
+from dcompile.profiling import DepthProfile, Profile, profile
 from dcompile.report import DepthReport, Explanation
 from dcompile.schedule import Adaptive, Power, Pyramid, Run, Schedule, Sigma, Steps, Uniform
-from dcompile.tuning import Trial, Tuned, tune
+from dcompile.tuning import Trial, Tuned, calibrate, tune
 from dcompile.version import __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "CaptureError",
     "DcompileError",
     "DepthError",
+    "DepthProfile",
     "DepthReport",
     "Explanation",
     "ExportError",
@@ -41,6 +43,7 @@ __all__ = [
     "NoSkipConnectionError",
     "NotCompiledError",
     "Power",
+    "Profile",
     "Pyramid",
     "Run",
     "Schedule",
@@ -55,7 +58,9 @@ __all__ = [
     "Uniform",
     "__version__",
     "cache_compile",
+    "calibrate",
     "handle",
     "load",
+    "profile",
     "tune",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``dcompile demo`` and ``dcompile explain``."""
+"""The command line: ``dcompile demo``, ``explain``, ``profile`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from dcompile.errors import DcompileError, DepthError, NoSkipConnectionError
 from dcompile.version import __version__
 
 if TYPE_CHECKING:
-    from dcompile.demo import DemoResult, Run
+    from dcompile.demo import DemoResult, Run, Sampler
+    from dcompile.profiling import Profile
+    from dcompile.tuning import Tuned
 
 app = typer.Typer(
     help="Diffusion networks with skip connections, 2 to 5 times faster, without training.",
@@ -34,6 +36,22 @@ _MODEL_HELP = (
     f"{', '.join(sorted({models.DEFAULT, 'ddpm'}))} (bundled), a diffusers pipeline's folder, or "
     "its id on the Hugging Face hub."
 )
+
+
+# Options of several commands.
+_Prompts = Annotated[
+    list[str] | None,
+    typer.Option(help="What to draw; repeat for several. Takes a text-to-image model."),
+]
+_Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+_Size = Annotated[
+    int | None, typer.Option(min=1, help="Pixels per side. Default: the model's own.")
+]
+_Guidance = Annotated[
+    float | None, typer.Option(help="Guidance scale. Default: what suits the model.")
+]
+_Seed = Annotated[int, typer.Option(help="Of the first picture; the next has the next.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,11 +73,8 @@ def main(
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = models.DEFAULT,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="What to draw; repeat for several. Takes a text-to-image model."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    prompt: _Prompts = None,
+    steps: _Steps = 50,
     interval: Annotated[
         list[int] | None,
         typer.Option(help="Refresh every Nth step; repeat for several runs. Default: 3 and 5."),
@@ -70,17 +85,13 @@ def demo(
         int | None,
         typer.Option(min=1, help="Pictures, in one batch. Default: 8, or one for each prompt."),
     ] = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels per side. Default: the model's own.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. Default: what suits the model.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next has the next.")] = 0,
+    size: _Size = None,
+    guidance: _Guidance = None,
+    seed: _Seed = 0,
     repeat: Annotated[
         int, typer.Option(min=1, help="Time the best of so many runs: for a busy machine.")
     ] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: _Device = "auto",
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("dcompile-demo.png"),
 ) -> None:
     """Sample uncached and cached with the same seeds; compare time and pictures."""
@@ -154,6 +165,193 @@ def explain(
         if svg is not None:
             svg.write_text(draw_svg(explanation), encoding="utf-8")
             _note(f"wrote {svg}")
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP, show_default=False)],
+    prompt: _Prompts = None,
+    steps: _Steps = 50,
+    depth: Annotated[
+        list[int] | None, typer.Option(help="A cut to look at; repeat for several. Default: all.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures, in one batch.")] = 4,
+    size: _Size = None,
+    guidance: _Guidance = None,
+    seed: _Seed = 0,
+    device: _Device = "auto",
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("dcompile-profile.png"),
+    data: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers, too.", show_default=False)
+    ] = None,
+) -> None:
+    """Show how alike deep features are from step to step, at each depth."""
+    with _errors_in_one_line(), _quiet_libraries():
+        from dcompile.plots import require_matplotlib
+        from dcompile.profiling import profile as measure
+
+        require_matplotlib()
+        for file in (out, data):
+            if file is not None:
+                _check_writable(file)
+        sampler = _sampler(model, prompt, steps, count, size, guidance, seed, device)
+        found = measure(sampler.pipeline, sampler.pictures, depths=tuple(depth) if depth else None)
+        _console().print(_profile_table(found))
+        found.plot(out)
+        _note(f"wrote {out}")
+        if data is not None:
+            found.save(data)
+            _note(f"wrote {data}")
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP, show_default=False)],
+    speedup: Annotated[
+        float | None, typer.Option(help="How much less compute (FLOPs); 2.5 if nothing is said.")
+    ] = None,
+    psnr: Annotated[
+        float | None, typer.Option(help="Or: as fast as can be at this PSNR against uncached, dB.")
+    ] = None,
+    prompt: _Prompts = None,
+    steps: _Steps = 50,
+    depth: Annotated[
+        list[int] | None, typer.Option(help="A cut to try; repeat for several. Default: 0, 1, 2.")
+    ] = None,
+    forecast: Annotated[
+        list[str] | None,
+        typer.Option(help="To try; repeat for several. Default: reuse, linear, taylor."),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Schedules to try in real runs.")] = 12,
+    interval: Annotated[
+        list[int] | None,
+        typer.Option(help="DeepCache's, to compare with; repeat. Default: 2, 3, 5 and 10."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures, in one batch.")] = 4,
+    size: _Size = None,
+    guidance: _Guidance = None,
+    seed: _Seed = 0,
+    device: _Device = "auto",
+    out: Annotated[Path, typer.Option(help="The schedule to write.")] = Path("tuned.json"),
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="The picture to write. Default: beside the schedule.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Find the refresh steps, depth and forecast that suit a model; compare with DeepCache's."""
+    with _errors_in_one_line(), _quiet_libraries():
+        from dcompile.plots import require_matplotlib
+        from dcompile.tuning import FORECASTS
+        from dcompile.tuning import tune as find
+
+        require_matplotlib()
+        picture = out.with_suffix(".png") if plot is None else plot
+        for file in (out, picture):
+            _check_writable(file)
+        sampler = _sampler(model, prompt, steps, count, size, guidance, seed, device)
+        tuned = find(
+            sampler.pipeline,
+            sampler.pictures,
+            speedup=2.5 if speedup is None and psnr is None else speedup,
+            psnr=psnr,
+            depths=tuple(depth) if depth else (0, 1, 2),
+            forecasts=tuple(forecast) if forecast else FORECASTS,
+            trials=trials,
+            intervals=tuple(interval) if interval else (2, 3, 5, 10),
+        )
+        tuned.save(out)
+        tuned.plot(picture)
+        _console().print(_tuned_table(tuned))
+        _note(f"wrote {out} and {picture}")
+        _note(f'use it: cache_compile(pipe, schedule=Tuned.load("{out}"))')
+
+
+def _sampler(
+    model: str,
+    prompt: list[str] | None,
+    steps: int,
+    count: int,
+    size: int | None,
+    guidance: float | None,
+    seed: int,
+    device: str,
+) -> Sampler:
+    from dcompile.demo import DemoSettings, Sampler
+    from dcompile.models.loading import load_pipeline, resolve_device
+
+    settings = DemoSettings(
+        model=model,
+        prompts=tuple(prompt or ()),
+        steps=steps,
+        count=max(count, len(prompt or ())),
+        size=size,
+        guidance=guidance,
+        seed=seed,
+    )
+    return Sampler(load_pipeline(model, resolve_device(device)), settings)
+
+
+def _profile_table(found: Profile) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"{found.network}: change of deep features in {found.steps} steps",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        caption="change: since the step before, relative L2.  3 apart: least cosine similarity.",
+    )
+    for heading in ("depth", "r", "mean change", "largest", "at step", "3 apart"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for depth in found.depths:
+        largest = int(depth.change.argmax())
+        apart = depth.similarity.diagonal(min(3, found.steps - 1)).min()
+        table.add_row(
+            str(depth.depth),
+            f"{depth.ratio:.3f}",
+            f"{depth.change[1:].mean():.1%}",
+            f"{depth.change[largest]:.1%}",
+            str(largest),
+            f"{apart:.3f}",
+        )
+    return table
+
+
+def _tuned_table(tuned: Tuned) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    from dcompile.plots import front
+
+    table = Table(
+        title=f"{tuned.network[0]}, {tuned.steps} steps: the best of {len(tuned.trials)} tried",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        caption="speed-up: in FLOPs.  PSNR (dB): against the uncached pictures.",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("speed-up", "PSNR", "refreshes", "depth", "forecast"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    chosen = (tuned.depth, tuned.forecast, tuned.refresh_steps)
+    deepcache = [t for t in tuned.trials if t.interval(tuned.steps) is not None]
+    kept = {
+        (t.depth, t.forecast, t.refresh_steps): t for t in (*front(list(tuned.trials)), *deepcache)
+    }
+    for key, trial in sorted(kept.items(), key=lambda item: (item[1].speedup, item[1].psnr)):
+        interval = trial.interval(tuned.steps)
+        name = "chosen" if key == chosen else "" if interval is None else f"DeepCache, N={interval}"
+        table.add_row(
+            name,
+            f"{trial.speedup:.2f}×",
+            "∞" if math.isinf(trial.psnr) else f"{trial.psnr:.1f}",
+            str(len(trial.refresh_steps)),
+            str(trial.depth),
+            trial.forecast,
+            style="bold" if key == chosen else None,
+        )
+    return table
 
 
 def _demo_table(result: DemoResult) -> Any:

@@ -148,7 +148,7 @@ def run_demo(
     _require_torchmetrics()
     device = resolve_device(settings.device)
     progress("loading", 0, 1)
-    sampler = _Sampler(load_pipeline(settings.model, device), settings)
+    sampler = Sampler(load_pipeline(settings.model, device), settings)
     first, *_ = settings.intervals or (1,)
     sampler.compile(first)
     sampler.run(WARM_UP_STEPS, "compiling", progress)
@@ -230,7 +230,7 @@ def _require_torchmetrics() -> None:
         ) from error
 
 
-class _Sampler:
+class Sampler:
     """A pipeline with all settled but the number of steps.
 
     Attributes:
@@ -296,6 +296,10 @@ class _Sampler:
         settings = self.settings
         runs = [self.run(settings.steps, stage, progress) for _ in range(settings.repeat)]
         return runs[-1][0], min(seconds for _, seconds in runs)
+
+    def pictures(self) -> torch.Tensor:
+        """Of one call, always the same, without a sign of life."""
+        return self.run(self.settings.steps, "", lambda stage, done, of: None)[0]
 
     def run(self, steps: int, stage: str, progress: Progress) -> tuple[torch.Tensor, float]:
         """Pictures and seconds of one call of the pipeline, always with the same seeds."""

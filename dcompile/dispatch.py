@@ -114,6 +114,7 @@ class Stats:
         captures: networks captured.
         compile_seconds: spent capturing and compiling.
         cache_bytes: bytes of cached tensors held now.
+        flops_speedup: how much less compute (FLOPs) all these calls took than refreshing at each.
     """
 
     refresh_steps: int
@@ -124,6 +125,7 @@ class Stats:
     captures: int
     compile_seconds: float
     cache_bytes: int
+    flops_speedup: float
 
 
 @functools.lru_cache(maxsize=1024)
@@ -174,6 +176,7 @@ class Dispatcher:
         "_building",
         "_captures",
         "_compile_seconds",
+        "_cost",
         "_counting",
         "_counts",
         "_forms",
@@ -225,6 +228,7 @@ class Dispatcher:
         self._tracker = StepTracker()
         self._recorded.clear()
         self._counts: Counter[str] = Counter()
+        self._cost = 0.0  # of all calls counted, in refresh steps
         self._captures = 0
         self._compile_seconds = 0.0
         self._stochastic: tuple[weakref.ref[Any], bool] | None = None  # of the sampler tried last
@@ -319,12 +323,15 @@ class Dispatcher:
             given += (0.0,) * (history - len(given))
             coefficients = _on_device(given, leaves[form.sample].device)
         if level == 0:
-            self._count("reuse")
+            self._count("reuse", bound.program.ratio)
             result, drift = bound.reuse(leaves, lane.cached, coefficients)
             if drift is not None:
                 generation.schedule.observe(step, Readback(drift))
             return result
-        self._count("refresh" if level == len(cached) else "partial")
+        if level == len(cached):
+            self._count("refresh", 1.0)
+        else:
+            self._count("partial", bound.program.ratios[level])
         earlier = lane.refreshed if lane.cached else ((),) * len(cached)
         result, lane.cached = bound.refresh(leaves, lane.cached, level, coefficients)
         lane.refreshed = tuple(
@@ -411,6 +418,8 @@ class Dispatcher:
     def stats(self) -> Stats:
         cached = tree_leaves([getattr(c, "tensors", c) for c in self._tracker.cached()])
         held = {id(t): t.nbytes for t in cached if isinstance(t, torch.Tensor)}
+        with self._counting:
+            calls, cost = self._counts.total(), self._cost
         return Stats(
             refresh_steps=self._counts["refresh"],
             partial_steps=self._counts["partial"],
@@ -420,6 +429,7 @@ class Dispatcher:
             captures=self._captures,
             compile_seconds=self._compile_seconds,
             cache_bytes=sum(held.values()),
+            flops_speedup=calls / cost if cost else 1.0,
         )
 
     def network_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedNetwork:
@@ -750,9 +760,10 @@ class Dispatcher:
             self._warned.add(kind)
             warnings.warn(f"dcompile: {message}", stacklevel=5)
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str, cost: float = 1.0) -> None:
         with self._counting:
             self._counts[what] += 1
+            self._cost += cost
 
     def _display(self) -> Display:
         return Display(type(self.module).__name__, self.settings.verbose)

@@ -16,10 +16,11 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,9 +31,14 @@ from dcompile import schedule as schedules
 from dcompile.dispatch import Dispatcher, Refreshed
 from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.forecast import Forecast, factors, resolve_forecast
-from dcompile.schedule import Sigma, Steps, Uniform, placed, require_speedup, spread
+from dcompile.schedule import Adaptive, Sigma, Steps, Uniform, placed, require_speedup, spread
+
+if TYPE_CHECKING:
+    from dcompile.api import Handle
 
 FORMAT = 1
+# Beyond any sum of weighted drifts: nothing but max_interval refreshes.
+_LARGEST_THRESHOLD = 1e30
 FORECASTS = ("reuse", "linear", "taylor")
 # Two uncached runs that differ by more than this (PSNR, dB) are no measure for a third.
 _LEAST_REPEATABLE = 50.0
@@ -54,6 +60,13 @@ class Trial:
     forecast: str
     speedup: float
     psnr: float
+
+    def interval(self, steps: int) -> int | None:
+        """N, if in runs of ``steps`` this is DeepCache: every N-th step refreshes, plain reuse."""
+        if self.forecast != "reuse":
+            return None
+        interval = (*self.refresh_steps[1:], steps)[0]
+        return interval if self.refresh_steps == tuple(range(0, steps, interval)) else None
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,19 @@ class Tuned:
         target = Path(file).expanduser().resolve()
         target.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
         return target
+
+    def plot(self, file: str | os.PathLike[str]) -> Path:
+        """Draw all that was tried, PSNR over speed-up, as a PNG. Returns the file's full path.
+
+        With the Pareto front, this schedule marked, and DeepCache's own (refresh every N-th step,
+        reuse as it is), of which ``tune(intervals=...)`` tries some.
+
+        Raises:
+            DcompileError: matplotlib is not installed.
+        """
+        from dcompile.plots import plot_tuned
+
+        return plot_tuned(self, file)
 
     @staticmethod
     def load(file: str | os.PathLike[str]) -> Tuned:
@@ -436,6 +462,7 @@ def tune(
     depths: Sequence[int] = (0, 1, 2),
     forecasts: Sequence[str] = FORECASTS,
     trials: int = 12,
+    intervals: Sequence[int] = (),
     backend: str = "eager",
     scheduler: Any = None,
     memory: int = 2 * 1024**3,
@@ -459,6 +486,8 @@ def tune(
         forecasts: which to try.
         trials: how many schedules to try in real runs; with ``psnr``, at most, for each depth and
             forecast.
+        intervals: DeepCache's, tried besides at every depth, to compare with: ``Tuned.plot`` marks
+            them.
         backend: what to try them with. Which is faster does not matter here.
         scheduler: the sampler, if ``module`` is no pipeline that has one.
         memory: bytes of recorded features to keep in memory; more go to a temporary file.
@@ -483,7 +512,9 @@ def tune(
             raise TuneError(f"{what}: expected an int of at least 1, got {number!r}")
     for name in forecasts:
         resolve_forecast(name)
-    session = _Session(module, samples_of(run, samples), backend, scheduler, memory, verbose)
+    for interval in intervals:
+        Uniform(interval)
+    session = Session(module, samples_of(run, samples), backend, scheduler, memory, verbose)
     with session:
         session.measure(depths)
         try:
@@ -492,14 +523,100 @@ def tune(
             else:
                 assert psnr is not None
                 session.search_for(psnr, forecasts, trials)
+            session.compare(intervals)
         except KeyboardInterrupt:
             if not session.trials:
                 raise
-    return session.result(psnr)
+    return session.result(speedup, psnr)
 
 
-class _Session:
-    """One call of ``tune``."""
+def calibrate(
+    module: Any,
+    run: Callable[..., Any],
+    *,
+    speedup: float,
+    samples: int = 4,
+    depth: int = 0,
+    forecast: str | Forecast = "reuse",
+    min_interval: int = 1,
+    max_interval: int | None = None,
+    probe: str = "l1",
+    power: float = 1.0,
+    trials: int = 12,
+    backend: str = "eager",
+    scheduler: Any = None,
+) -> Adaptive:
+    """The ``Adaptive`` schedule whose runs take that much less compute, on average.
+
+    What a threshold costs depends on the network, sampler and number of steps. This finds it by
+    halving: one cached run for each sample and trial, and none that is uncached. What else it
+    takes, ``dcompile.tune`` and ``Adaptive`` describe.
+
+    Args:
+        module: the network, or a pipeline. It is left as it was.
+        run: generates something with it; called with a sample's number if it takes an argument.
+        speedup: how much less compute (FLOPs), at least.
+        samples: how many there are, if ``run`` takes a number.
+        depth, forecast: what it will be used with: drifts are measured against the forecast, so
+            the threshold is right for no other.
+        min_interval, max_interval, probe, power: of the schedule.
+        trials: thresholds to try, at most.
+        backend: what to try them with. Which is faster does not matter here.
+        scheduler: the sampler, if ``module`` is no pipeline that has one.
+
+    Returns:
+        The one with the smallest threshold tried that reaches ``speedup``.
+
+    Raises:
+        ScheduleError: no threshold takes that much less: ``max_interval``, the depth or the number
+            of steps forbid it; the message says how much they allow.
+        TuneError: ``run`` never calls the network.
+    """
+    require_speedup(speedup)
+    if not callable(run):
+        raise TuneError(f"run: expected a function, got {run!r}")
+    for what, number in (("trials", trials), ("samples", samples)):
+        if type(number) is not int or number < 1:
+            raise TuneError(f"{what}: expected an int of at least 1, got {number!r}")
+    session = Session(module, samples_of(run, samples), backend, scheduler, 0, verbose=False)
+
+    def reached(threshold: float) -> float:
+        adaptive = Adaptive(threshold, min_interval, max_interval, probe, power)
+        return session.spent(schedule=adaptive, depth=depth, forecast=forecast)
+
+    with session, warnings.catch_warnings():
+        # That a threshold is never reached, or always, is what halving starts from.
+        warnings.filterwarnings("ignore", message=r"dcompile: Adaptive\(")
+        most = reached(_LARGEST_THRESHOLD)
+        if most < speedup:
+            raise ScheduleError(
+                f"no threshold takes {speedup:g} times less compute: at most {most:.2f} times at "
+                f"depth {depth} with max_interval={max_interval} in runs of this many steps"
+            )
+        low, high = 0.0, _LARGEST_THRESHOLD
+        middle = 0.05  # of the order that drifts are of
+        for _ in range(trials):
+            if reached(middle) >= speedup:
+                high = middle
+            else:
+                low = middle
+            middle = (
+                math.sqrt(low * high)
+                if low and high < _LARGEST_THRESHOLD
+                else (low * 8 if low else high / 8)
+            )
+    return Adaptive(high, min_interval, max_interval, probe, power)
+
+
+class Session:
+    """One call of ``tune``, ``calibrate`` or ``profile``.
+
+    Attributes:
+        network: what is measured.
+        objectives: what was recorded, by depth.
+        weighted: whether the sampler told what it makes of errors.
+        trials: what was tried.
+    """
 
     def __init__(
         self,
@@ -516,12 +633,13 @@ class _Session:
         self._memory = memory
         self._verbose = verbose
         self._expected: list[torch.Tensor] = []
-        self._objectives: dict[int, Objective] = {}
+        self.objectives: dict[int, Objective] = {}
+        self.weighted = False
         self._power = 0.5
         self._timesteps: set[int] = set()
         self.trials: list[Trial] = []
 
-    def __enter__(self) -> _Session:
+    def __enter__(self) -> Session:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         from dcompile.api import _dispatcher_of, _network_of
@@ -558,23 +676,31 @@ class _Session:
 
     # Recording
 
-    def measure(self, depths: Sequence[int]) -> None:
-        """Record uncached runs at all depths, and check that they repeat."""
-        bar = self._progress.add_task("recording", total=len(depths) * len(self._runs))
-        for depth in dict.fromkeys(depths):
+    def measure(self, depths: Sequence[int] | None, *, strict: bool = False) -> None:
+        """Record uncached runs at these depths or at all, and check that they repeat.
+
+        Raises:
+            DepthError: the network has none of them; or, if ``strict``, lacks one.
+        """
+        bar = self._progress.add_task("recording", total=None)
+        waiting = [0] if depths is None else list(dict.fromkeys(depths))
+        for place, depth in enumerate(waiting):
+            self._progress.update(bar, total=len(waiting) * len(self._runs))
             recordings: list[Recording] = []
             try:
                 for number in range(len(self._runs)):
                     recordings += self._recorded(depth, number)
                     self._progress.advance(bar)
             except DepthError:
-                if depth == depths[-1] and not self._objectives:
+                if strict or (place + 1 == len(waiting) and not self.objectives):
                     raise
                 self._progress.advance(bar, len(self._runs))
                 continue
-            self._objectives[depth] = self._objective(recordings)
-        if len(self._objectives) == 1:
-            self._recorded(next(iter(self._objectives)), 0)
+            self.objectives[depth] = self._objective(recordings)
+            if depths is None and not place:  # now it is known how many there are
+                waiting += range(1, len(self._handle().explain().depths))
+        if len(self.objectives) == 1:
+            self._recorded(next(iter(self.objectives)), 0)
 
     def _recorded(self, depth: int, number: int) -> list[Recording]:
         recorder = _Recorder(self._memory)
@@ -616,6 +742,7 @@ class _Session:
         if ahead.weights is not None and len(ahead.weights) >= timesteps:
             # A run may end before its timesteps do.
             weights = np.array(ahead.weights[-timesteps:][:steps])
+            self.weighted = True
             self._power = ahead.power
         return Objective(tuple(recordings), weights)
 
@@ -626,7 +753,7 @@ class _Session:
         promising: list[tuple[float, int, str, tuple[int, ...]]] = []
         unreachable: list[ScheduleError] = []
         plain: list[tuple[int, str, tuple[int, ...]]] = []
-        for depth, objective in self._objectives.items():
+        for depth, objective in self.objectives.items():
             try:
                 count = Sigma(speedup=speedup).refreshes(objective.steps, objective.ratio)
             except ScheduleError as error:
@@ -662,11 +789,11 @@ class _Session:
 
     def search_for(self, psnr: float, forecasts: Sequence[str], trials: int) -> None:
         """Of each depth and forecast, the fewest refreshes that reach ``psnr``."""
-        pairs = [(depth, name) for depth in self._objectives for name in forecasts]
-        each = min(trials, math.ceil(math.log2(max(o.steps for o in self._objectives.values()))))
+        pairs = [(depth, name) for depth in self.objectives for name in forecasts]
+        each = min(trials, math.ceil(math.log2(max(o.steps for o in self.objectives.values()))))
         bar = self._progress.add_task("trying", total=each * len(pairs))
         for depth, name in pairs:
-            objective = self._objectives[depth]
+            objective = self.objectives[depth]
             low, high = 1, objective.steps
             for _ in range(each):
                 if low >= high:
@@ -678,14 +805,28 @@ class _Session:
                     high = count
                 else:
                     low = count + 1
-        depth, objective = next(iter(self._objectives.items()))
+        depth, objective = next(iter(self.objectives.items()))
         everything = tuple(range(objective.steps))
         if not any(trial.psnr >= psnr for trial in self.trials):
             self.trials.append(Trial(everything, depth, "reuse", 1.0, math.inf))
 
+    def compare(self, intervals: Sequence[int]) -> None:
+        """Try what DeepCache does."""
+        tried = {(t.depth, t.forecast, t.refresh_steps) for t in self.trials}
+        queue = [
+            (depth, "reuse", tuple(range(0, objective.steps, interval)))
+            for depth, objective in self.objectives.items()
+            for interval in dict.fromkeys(intervals)
+        ]
+        queue = [one for one in queue if one not in tried]
+        bar = self._progress.add_task("comparing", total=len(queue))
+        for depth, forecast, chosen in queue:
+            self._try(depth, forecast, chosen)
+            self._progress.advance(bar)
+
     def _untried_neighbour(self, best: Trial) -> tuple[int, ...] | None:
         """The most promising schedule that differs from the best in one refresh by one step."""
-        objective = self._objectives[best.depth]
+        objective = self.objectives[best.depth]
         forecast = resolve_forecast(best.forecast)
         tried = {(t.depth, t.forecast, t.refresh_steps) for t in self.trials}
         found = []
@@ -699,23 +840,37 @@ class _Session:
                     found.append((objective(forecast, near), near))
         return min(found)[1] if found else None
 
+    def spent(self, **settings: Any) -> float:
+        """How much less compute these settings take, over all samples."""
+        dispatcher = self._compiled(**settings)
+        for run in self._runs:
+            run()
+        stats = dispatcher.stats()
+        if not stats.refresh_steps:
+            raise TuneError("run never called the network: there is nothing to cache")
+        return stats.flops_speedup
+
     def _try(self, depth: int, forecast: str, chosen: tuple[int, ...]) -> Trial:
         self._compiled(schedule=Steps(chosen), depth=depth, forecast=forecast)
         values = [
             psnr_between(pictures_of(one()), expected)
             for one, expected in zip(self._runs, self._expected, strict=True)
         ]
-        objective = self._objectives[depth]
+        objective = self.objectives[depth]
         steps, ratio = objective.steps, objective.ratio
         spent = len(chosen) + (steps - len(chosen)) * ratio
         mean = sum(values) / len(values)
         self.trials.append(Trial(chosen, depth, forecast, steps / spent, mean))
         return self.trials[-1]
 
-    def result(self, psnr: float | None) -> Tuned:
+    def result(self, speedup: float | None, psnr: float | None) -> Tuned:
         """The best that was tried."""
         if psnr is None:
-            best = max(self.trials, key=lambda trial: trial.psnr)
+            assert speedup is not None
+            # A run of few steps may refresh once at most, and miss what was asked for by a little.
+            most = max(trial.speedup for trial in self.trials)
+            fast = [t for t in self.trials if t.speedup >= min(speedup, most) - 1e-9]
+            best = max(fast, key=lambda trial: trial.psnr)
         else:
             enough = [trial for trial in self.trials if trial.psnr >= psnr]
             if enough:
@@ -739,10 +894,13 @@ class _Session:
         cache_compile(self._module, cuda_graphs=False, **{**self._settings, **settings})
         return self._dispatcher()
 
-    def _dispatcher(self) -> Dispatcher:
+    def _handle(self) -> Handle:
         from dcompile.api import handle
 
-        return handle(self.network)._dispatcher
+        return handle(self.network)
+
+    def _dispatcher(self) -> Dispatcher:
+        return self._handle()._dispatcher
 
 
 def _identity(network: nn.Module) -> tuple[str, int]:
