@@ -43,7 +43,7 @@ _Prompts = Annotated[
     list[str] | None,
     typer.Option(help="What to draw; repeat for several. Takes a text-to-image model."),
 ]
-_Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+_Steps = Annotated[int, typer.Option(min=2, help="Denoising steps.")]
 _Size = Annotated[
     int | None, typer.Option(min=1, help="Pixels per side. Default: the model's own.")
 ]
@@ -74,7 +74,7 @@ def main(
 def demo(
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = models.DEFAULT,
     prompt: _Prompts = None,
-    steps: _Steps = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     interval: Annotated[
         list[int] | None,
         typer.Option(help="Refresh every Nth step; repeat for several runs. Default: 3 and 5."),
@@ -248,6 +248,8 @@ def tune(
 
         require_matplotlib()
         picture = out.with_suffix(".png") if plot is None else plot
+        if picture == out:
+            raise DcompileError(f"{out} is the schedule's file: choose another for the picture")
         for file in (out, picture):
             _check_writable(file)
         sampler = _sampler(model, prompt, steps, count, size, guidance, seed, device)

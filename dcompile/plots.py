@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dcompile.tuning import Trial, Tuned
 
 DPI = 110
-COLUMNS = 4  # of heatmaps
+COLUMNS = 5  # of heatmaps
 BLUE, GREY, ORANGE = "#1d4ed8", "#64748b", "#ea580c"
 
 
@@ -115,7 +115,7 @@ def plot_profile(profile: Profile, file: str | os.PathLike[str]) -> Path:
         other.plot(range(profile.steps), 100 * share, color=GREY, linestyle=":", linewidth=1.5)
         other.set_ylabel("sampler's weight of an error, % (dotted)", color=GREY)
         other.set_ylim(bottom=0)
-    axis.legend(fontsize=8, ncols=2)
+    axis.legend(fontsize=8, ncols=5, loc="upper center")
     return _save(figure, file)
 
 

@@ -486,8 +486,8 @@ def tune(
         forecasts: which to try.
         trials: how many schedules to try in real runs; with ``psnr``, at most, for each depth and
             forecast.
-        intervals: DeepCache's, tried besides at every depth, to compare with: ``Tuned.plot`` marks
-            them.
+        intervals: DeepCache's, tried besides at every depth to compare with, as are the most
+            promising schedules with as many refreshes; see ``Tuned.plot``.
         backend: what to try them with. Which is faster does not matter here.
         scheduler: the sampler, if ``module`` is no pipeline that has one.
         memory: bytes of recorded features to keep in memory; more go to a temporary file.
@@ -523,7 +523,7 @@ def tune(
             else:
                 assert psnr is not None
                 session.search_for(psnr, forecasts, trials)
-            session.compare(intervals)
+            session.compare(intervals, forecasts)
         except KeyboardInterrupt:
             if not session.trials:
                 raise
@@ -810,15 +810,19 @@ class Session:
         if not any(trial.psnr >= psnr for trial in self.trials):
             self.trials.append(Trial(everything, depth, "reuse", 1.0, math.inf))
 
-    def compare(self, intervals: Sequence[int]) -> None:
-        """Try what DeepCache does."""
+    def compare(self, intervals: Sequence[int], forecasts: Sequence[str]) -> None:
+        """Try what DeepCache does, and the most promising with as many refreshes."""
         tried = {(t.depth, t.forecast, t.refresh_steps) for t in self.trials}
-        queue = [
+        first, objective = next(iter(self.objectives.items()))
+        counts = [len(range(0, objective.steps, interval)) for interval in dict.fromkeys(intervals)]
+        best = [candidates(objective, forecasts, count, self._power)[0] for count in counts]
+        queue = [(first, forecast, chosen) for _, forecast, chosen in best]
+        queue += [
             (depth, "reuse", tuple(range(0, objective.steps, interval)))
             for depth, objective in self.objectives.items()
             for interval in dict.fromkeys(intervals)
         ]
-        queue = [one for one in queue if one not in tried]
+        queue = [one for one in dict.fromkeys(queue) if one not in tried]
         bar = self._progress.add_task("comparing", total=len(queue))
         for depth, forecast, chosen in queue:
             self._try(depth, forecast, chosen)

@@ -405,3 +405,85 @@ def test_grid_layout(
     assert labelled.size[0] == layout.size[0]
     assert labelled.size[1] == layout.size[1] + 3 * (labelled.block - layout.block)
     assert labelled.pitch > layout.pitch
+
+
+# profile and tune
+
+
+def test_profile(ddpm: Path, tmp_path: Path) -> None:
+    drawn, data = tmp_path / "p.png", tmp_path / "p.json"
+    result = run("profile", ddpm, "--steps", 6, "--count", 2, "--out", drawn, "--json", data)
+    assert result.exit_code == 0, result.output
+    assert "change of deep features in 6 steps" in result.output
+    assert f"wrote {drawn}" in result.output
+    with Image.open(drawn) as image:
+        assert image.format == "PNG"
+    content = json.loads(data.read_text())
+    assert [depth["depth"] for depth in content["depths"]] == [0, 1, 2, 3]
+    assert len(content["weights"]) == content["steps"] == 6
+
+
+def test_profile_of_one_depth_of_a_text_to_image_model(
+    stable_diffusion: Path, tmp_path: Path
+) -> None:
+    arguments = ("--prompt", "a cat", "--size", 16, "--depth", 1, "--out", tmp_path / "p.png")
+    result = run("profile", stable_diffusion, "--steps", 4, "--count", 1, *arguments)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^ +1 +0\.\d+ ", result.output, re.MULTILINE)
+
+
+def test_tune(ddpm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine.json"
+    result = run("tune", ddpm, "--steps", 8, "--speedup", 1.3, "--trials", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "chosen" in result.output
+    assert "DeepCache, N=3" in result.output
+    tuned = dcompile.Tuned.load(out)
+    assert tuned.steps == 8
+    assert tuned.speedup >= 1.3 - 1e-9
+    with Image.open(tmp_path / "mine.png") as image:
+        assert image.format == "PNG"
+
+
+def test_tune_for_fidelity(ddpm: Path, tmp_path: Path) -> None:
+    arguments = ("--steps", 6, "--trials", 3, "--depth", 0, "--forecast", "reuse", "--interval", 2)
+    out = tmp_path / "mine.json"
+    result = run("tune", ddpm, "--psnr", 30, *arguments, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert dcompile.Tuned.load(out).psnr >= 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--speedup", 2, "--psnr", 30], "give speedup or psnr"),
+        (["--speedup", 0.5], "speedup"),
+        (["--speedup", 50], "beyond this network"),
+        (["--forecast", "cubic"], "forecast: expected"),
+        (["--depth", 9], "depth 9 is out of range"),
+        (["--interval", 0], "interval: expected an int of at least 1"),
+        (["--steps", 1], "--steps"),
+        (["--prompt", "a cat"], "takes no prompt"),
+        (["--device", "nonsense"], "unknown device"),
+    ],
+)
+def test_tune_refuses(ddpm: Path, tmp_path: Path, arguments: list[object], message: str) -> None:
+    given = ["--steps", 4, "--count", 1, "--trials", 1, *arguments]
+    assert message in refused("tune", ddpm, "--out", tmp_path / "x.json", *given)
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_plots_say_what_to_install_first(
+    ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command in ("profile", "tune"):
+        assert 'pip install "dcompile[plots]"' in refused(
+            command, ddpm, "--out", tmp_path / "x.json"
+        )
+
+
+def test_tune_looks_at_the_output_paths_first(ddpm: Path, tmp_path: Path) -> None:
+    assert "there is no folder" in refused("tune", ddpm, "--out", tmp_path / "no" / "x.json")
+    assert "there is no folder" in refused("tune", ddpm, "--plot", tmp_path / "no" / "x.png")
+    assert "is the schedule's file" in refused("tune", ddpm, "--out", tmp_path / "x.png")
