@@ -39,11 +39,12 @@ from torchmetrics.functional.image import (
 )
 
 import dcompile
-from dcompile import Sigma, models
+from dcompile import Pyramid, Sigma, models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
 DEPTHS = (0, 1, 2)
+OURS_AT = (2, 3, 5, 10)
 TUNED_AT = (2, 3, 5)
 console = Console(stderr=True)
 
@@ -147,101 +148,132 @@ class Method:
 
     Attributes:
         name: of its row.
-        depth, refreshes: what it spends, for the FLOPs; of a tuned one known once it ran.
-        active: switches it on around a run.
+        active: switches it on around a run; gives, at the end, what a run took.
     """
 
     name: str
-    depth: int
-    refreshes: int
     active: Callable[[Subject], Any]
 
 
+@dataclass
+class Spent:
+    """What one run took, on average.
+
+    Attributes:
+        refreshes: full evaluations of the network.
+        flops_speedup: FLOPs of an uncached run over those of this one.
+        depth: that was cut at, the outermost of several.
+    """
+
+    refreshes: float = 0.0
+    flops_speedup: float = 1.0
+    depth: int = 0
+
+
 def deepcache(subject: Subject, interval: int, depth: int) -> Method:
+    count = -(-subject.steps // interval)
+
     @contextmanager
-    def active(subject: Subject) -> Iterator[None]:
+    def active(subject: Subject) -> Iterator[Spent]:
+        ratio = ratios(subject)[depth]
         helper = DeepCacheSDHelper(pipe=subject.pipe)
         helper.set_params(cache_interval=interval, cache_branch_id=depth)
         helper.enable()
         try:
-            yield
+            yield Spent(count, steps_over(subject.steps, count, ratio), depth)
         finally:
             helper.disable()
 
-    return Method(
-        f"DeepCache, N={interval}, depth {depth}", depth, -(-subject.steps // interval), active
-    )
+    return Method(f"DeepCache, N={interval}, depth {depth}", active)
 
 
-def ours(name: str, refreshes: int, **settings: Any) -> Method:
+def ours(name: str, **settings: Any) -> Method:
+    """With settings of ``cache_compile``; ``schedule`` may be a function that finds one first."""
+    chosen = dict(settings)
+
     @contextmanager
-    def active(subject: Subject) -> Iterator[None]:
-        dcompile.cache_compile(subject.pipe, **{"backend": "eager", "verbose": False, **settings})
+    def active(subject: Subject) -> Iterator[Spent]:
+        if callable(chosen.get("schedule")):
+            chosen["schedule"] = chosen["schedule"](subject)
+        dcompile.cache_compile(subject.pipe, **{"backend": "eager", "verbose": False, **chosen})
+        schedule = chosen.get("schedule")
+        spent = Spent(depth=chosen.get("depth", getattr(schedule, "depth", 0)))
         try:
-            yield
+            yield spent
         finally:
             stats = dcompile.handle(subject.pipe).stats
-            assert stats.refresh_steps % refreshes == 0, (name, stats)
+            calls = stats.refresh_steps + stats.partial_steps + stats.reuse_steps
+            spent.refreshes = stats.refresh_steps * subject.steps / calls
+            spent.flops_speedup = stats.flops_speedup
             dcompile.handle(subject.pipe).disable()
 
-    depth = settings.get("depth", getattr(settings.get("schedule"), "depth", 0))
-    return Method(name, depth, refreshes, active)
+    return Method(name, active)
 
 
 def methods(subject: Subject, intervals: list[int]) -> Iterator[Method]:
-    steps = subject.steps
     for interval in intervals:
-        count = -(-steps // interval)
         for depth in DEPTHS:
             yield deepcache(subject, interval, depth)
-        for forecast in ("linear", "quadratic", "taylor"):
-            yield ours(
-                f"uniform, {forecast}, N={interval}", count, interval=interval, forecast=forecast
-            )
-        yield ours(f"speedup=, as N={interval}", count, schedule=Sigma(count), forecast="auto")
-        for power in (0.25, 0.5, 1.0):
-            for forecast in ("reuse", "linear"):
-                yield ours(
-                    f"Sigma, power {power:g}, {forecast}, as N={interval}",
-                    count,
-                    schedule=Sigma(count, power=power),
-                    forecast=forecast,
-                )
-        for depth in DEPTHS[1:]:
-            yield ours(
-                f"uniform, taylor, N={interval}, depth {depth}",
-                count,
-                interval=interval,
-                forecast="taylor",
-                depth=depth,
-            )
-        if interval in TUNED_AT:
-            yield _tuned(subject, interval, count)
+        if interval in OURS_AT:
+            yield from ours_at(subject, interval)
 
 
-def _tuned(subject: Subject, interval: int, count: int) -> Method:
-    """Tuned on eight pictures that are not scored; at depth 0's FLOPs of this interval."""
-    ratio = ratios(subject)[0]
-    speedup = steps_over(subject.steps, count, ratio)
-    kept: dict[str, Any] = {}
+def ours_at(subject: Subject, interval: int) -> Iterator[Method]:
+    """What takes the FLOPs of this interval at depth 0, and Pyramids around them."""
+    count = -(-subject.steps // interval)
+    for forecast in ("linear", "quadratic", "taylor"):
+        yield ours(f"uniform, {forecast}, N={interval}", interval=interval, forecast=forecast)
+    yield ours(f"speedup=, as N={interval}", schedule=Sigma(count), forecast="auto")
+    for power in (0.25, 0.5, 1.0):
+        for forecast in ("reuse", "linear"):
+            name = f"Sigma, power {power:g}, {forecast}, as N={interval}"
+            yield ours(name, schedule=Sigma(count, power=power), forecast=forecast)
+    for power in (0.0, 1.0) if interval == 3 else (1.0,):
+        for forecast in ("linear", "taylor"):
+            name = f"Adaptive, power {power:g}, {forecast}, as N={interval}"
+            yield ours(name, schedule=calibrated(interval, power, forecast), forecast=forecast)
+    for depth in DEPTHS[1:]:
+        name = f"uniform, taylor, N={interval}, depth {depth}"
+        yield ours(name, interval=interval, forecast="taylor", depth=depth)
+    for inner, factor in ((1, 2), (1, 3), (2, 3)):
+        levels = [(0, interval), (inner, factor * interval)]
+        if factor * interval <= subject.steps:
+            name = f"Pyramid, taylor, every {interval} at 0, {factor * interval} at {inner}"
+            yield ours(name, schedule=Pyramid(levels), forecast="taylor")
+    if interval in TUNED_AT:
+        yield ours(f"tuned, at the FLOPs of N={interval}", schedule=tuned(interval))
 
-    @contextmanager
-    def active(subject: Subject) -> Iterator[None]:
-        if "schedule" not in kept:
-            kept["schedule"] = dcompile.tune(
-                subject.pipe,
-                lambda: subject.draw(list(range(-8, 0))).pictures,
-                speedup=speedup,
-                trials=16,
-                verbose=False,
-            )
-        schedule = kept["schedule"]
-        method.depth, method.refreshes = schedule.depth, len(schedule.refresh_steps)
-        with ours(method.name, len(schedule.refresh_steps), schedule=schedule).active(subject):
-            yield
 
-    method = Method(f"tuned, at the FLOPs of N={interval}", 0, count, active)
-    return method
+TUNING = list(range(-8, 0))  # pictures that are not scored
+
+
+def calibrated(
+    interval: int, power: float, forecast: str
+) -> Callable[[Subject], dcompile.Schedule]:
+    return lambda subject: dcompile.calibrate(
+        subject.pipe,
+        lambda: subject.draw(TUNING[:4]),
+        speedup=speedup_of(subject, interval),
+        power=power,
+        forecast=forecast,
+        max_interval=3 * interval,
+        trials=8,
+    )
+
+
+def tuned(interval: int) -> Callable[[Subject], dcompile.Schedule]:
+    return lambda subject: dcompile.tune(
+        subject.pipe,
+        lambda: subject.draw(TUNING).pictures,
+        speedup=speedup_of(subject, interval),
+        trials=16,
+        verbose=False,
+    )
+
+
+def speedup_of(subject: Subject, interval: int) -> float:
+    """In FLOPs, of an interval at depth 0."""
+    return steps_over(subject.steps, -(-subject.steps // interval), ratios(subject)[0])
 
 
 def steps_over(steps: int, refreshes: int, ratio: float) -> float:
@@ -297,7 +329,7 @@ def measure(
     missing = [m for m in methods(subject, intervals) if m.name not in rows]
     if not missing:
         return
-    ratio = ratios(subject)
+    ratios(subject)
     started = time.perf_counter()
     expected = subject.scored()
     uncached = time.perf_counter() - started
@@ -305,15 +337,15 @@ def measure(
         if time.monotonic() > deadline:
             console.print("out of time; the same command goes on")
             return
-        with method.active(subject):
+        with method.active(subject) as spent:
             started = time.perf_counter()
             found = subject.scored()
             seconds = time.perf_counter() - started
         rows[method.name] = {
-            "depth": method.depth,
-            "refreshes": method.refreshes,
+            "depth": spent.depth,
+            "refreshes": round(spent.refreshes, 3),
             "steps": subject.steps,
-            "flops_speedup": steps_over(subject.steps, method.refreshes, ratio[method.depth]),
+            "flops_speedup": spent.flops_speedup,
             "wall_speedup": uncached / seconds,
             **scores(found, expected),
         }
@@ -347,9 +379,10 @@ def page(results: dict[str, Any]) -> str:
         for name, row in rows.items():
             psnr, ssim, latents = (interval_of(row[key]) for key in ("psnr", "ssim", "latent_l2"))
             lines.append(
-                f"| {name} | {row['refreshes']} of {row['steps']} | {row['flops_speedup']:.2f}x | "
-                f"{row['wall_speedup']:.2f}x | {psnr[0]:.2f} ± {psnr[1]:.2f} | {ssim[0]:.4f} ± "
-                f"{ssim[1]:.4f} | {latents[0]:.4f} ± {latents[1]:.4f} |"
+                f"| {name} | {row['refreshes']:.3g} of {row['steps']} | "
+                f"{row['flops_speedup']:.2f}x | {row['wall_speedup']:.2f}x | "
+                f"{psnr[0]:.2f} ± {psnr[1]:.2f} | {ssim[0]:.4f} ± {ssim[1]:.4f} | "
+                f"{latents[0]:.4f} ± {latents[1]:.4f} |"
             )
         lines += ["", *bars(rows)]
     return "\n".join(lines) + "\n"
@@ -369,6 +402,8 @@ def bars(rows: dict[str, Any]) -> Iterator[str]:
             f"uniform, linear, N={interval}",
             f"uniform, taylor, N={interval}",
             f"speedup=, as N={interval}",
+            f"Adaptive, power 1, linear, as N={interval}",
+            f"Adaptive, power 1, taylor, as N={interval}",
             f"tuned, at the FLOPs of N={interval}",
         ):
             value = psnr(name)
@@ -385,6 +420,30 @@ def bars(rows: dict[str, Any]) -> Iterator[str]:
         if enough:
             best = max(enough, key=lambda name: enough[name])
             yield f"| fewer FLOPs at the PSNR of DeepCache N=2 ({best}) | {enough[best]:.2f}x |"
+    yield from ["", "| against | at | PSNR gained |", "| --- | --- | --- |"]
+    for interval in (2, 3, 5, 10):
+        for forecast in ("linear", "taylor"):
+            base = psnr(f"uniform, {forecast}, N={interval}")
+            for power in (0, 1):
+                adaptive = f"Adaptive, power {power}, {forecast}, as N={interval}"
+                value = psnr(adaptive)
+                if base is not None and value is not None:
+                    taken = rows[adaptive]["flops_speedup"]
+                    given = rows[f"uniform, {forecast}, N={interval}"]["flops_speedup"]
+                    yield (
+                        f"| Adaptive, power {power}, {taken:.2f}x, against uniform, both "
+                        f"{forecast} | N={interval}, {given:.2f}x | {value - base:+.1f} dB |"
+                    )
+    single = {
+        name: row for name, row in rows.items() if name.startswith(("uniform, taylor", "speedup="))
+    }
+    for name, row in rows.items():
+        if name.startswith("Pyramid"):
+            rivals = [n for n, r in single.items() if r["flops_speedup"] >= row["flops_speedup"]]
+            if rivals:
+                best = max(rivals, key=lambda n: interval_of(single[n]["psnr"])[0])
+                gained = interval_of(row["psnr"])[0] - interval_of(single[best]["psnr"])[0]
+                yield f"| {name}, against one cut as fast | {best} | {gained:+.1f} dB |"
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
