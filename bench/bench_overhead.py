@@ -22,6 +22,10 @@ from dcompile.backends import resolve
 from dcompile.build import build
 from dcompile.call import CallForms
 from dcompile.display import Display
+from dcompile.forecast import factors, resolve_forecast
+from dcompile.program import Cuts, weights_of
+
+REUSE = Cuts((0,), (1,))
 
 
 @pytest.mark.benchmark(group="overhead")
@@ -91,7 +95,7 @@ def test_capture_and_passes(benchmark: Any, subject: shapes.Subject) -> None:
         try:
             dispatcher = dcompile.handle(network)._dispatcher
             captured = dispatcher.network_for((), {"timestep": t, **call})
-            build(captured, 0, resolve("eager", None), network, leaves, Display("", False))
+            build(captured, REUSE, resolve("eager", None), network, leaves, Display("", False))
         finally:
             dcompile.handle(network).remove()
 
@@ -121,7 +125,7 @@ def test_compiling_both_graphs(benchmark: Any, tmp_path: Any) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # nothing compiled before
     try:
         benchmark.pedantic(
-            lambda: build(captured, 0, resolve("inductor", None), network, leaves, display),
+            lambda: build(captured, REUSE, resolve("inductor", None), network, leaves, display),
             rounds=1,
         )
     finally:
@@ -130,6 +134,62 @@ def test_compiling_both_graphs(benchmark: Any, tmp_path: Any) -> None:
         full_seconds=display.seconds["compiling the full graph (inductor)"],
         shallow_seconds=display.seconds["compiling the shallow graph (inductor)"],
     )
+
+
+@pytest.mark.benchmark(group="overhead")
+def test_forecasts_on_a_reuse_step(benchmark: Any) -> None:
+    """Shallow graphs with a forecast, and with the drift measured, against plain reuse, in turns.
+
+    By Inductor, which fuses the arithmetic with what comes after it.
+    """
+    network, call = shapes.sd15(small=True)
+    leaves = standard_leaves(network, {"timestep": torch.tensor(100), **call})
+    dcompile.cache_compile(network, backend="eager", verbose=False)
+    captured = dcompile.handle(network)._dispatcher.network_for(
+        (), {"timestep": torch.tensor(100), **call}
+    )
+    dcompile.handle(network).remove()
+    kinds = {
+        "reuse": ("reuse", None),
+        "linear": ("linear", None),
+        "taylor": ("taylor", None),
+        "linear_and_drift": ("linear", "l1"),
+    }
+    steps: dict[str, Callable[[], Any]] = {}
+    full = None
+    for kind, (name, probe) in kinds.items():
+        forecast = resolve_forecast(name)
+        cuts = Cuts((0,), (forecast.history,), probe)
+        # A full graph that returns what a probe compares with is another one.
+        kept = full if probe is None else None
+        program = build(
+            captured, cuts, resolve("inductor", None), network, leaves, Display("", False), kept
+        )
+        full = program.full
+        bound = program.bind(weights_of(network))
+        _, cached = bound.refresh(leaves)
+        _, cached = bound.refresh(leaves, cached)
+        given = None
+        if forecast.history > 1:
+            numbers = factors(forecast, 4, (3, 0))
+            given = torch.tensor([*numbers, *(0.0,) * (forecast.history - len(numbers))])
+
+        def step(bound: Any = bound, cached: Any = cached, given: Any = given) -> None:
+            bound.reuse(leaves, cached, given)
+
+        steps[kind] = step
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    with torch.no_grad():
+        for _ in range(60):
+            for kind, run in steps.items():
+                started = time.perf_counter()
+                run()
+                seconds[kind].append(time.perf_counter() - started)
+        benchmark.pedantic(steps["linear"], rounds=3)
+    plain = statistics.median(seconds["reuse"])
+    benchmark.extra_info["reuse_seconds"] = plain
+    for kind in list(kinds)[1:]:
+        benchmark.extra_info[f"{kind}_over_reuse"] = statistics.median(seconds[kind]) / plain
 
 
 MEMORY = """

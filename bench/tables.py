@@ -50,6 +50,7 @@ def bars_table(found: dict[str, dict[str, Any]]) -> list[str]:
     over_eager = ours["step_seconds"] / compiled["step_seconds"]
     over_package = package["step_seconds"] / compiled["step_seconds"]
     dispatch = found["test_dispatch_of_a_reuse_step"]
+    forecast = found["test_forecasts_on_a_reuse_step"]
     capture = found["test_capture_and_passes"]
     compiling = found["test_compiling_both_graphs"]
     memory = found["test_resident_memory"]
@@ -101,6 +102,15 @@ def bars_table(found: dict[str, dict[str, Any]]) -> list[str]:
             compile_ratio <= 1.25,
         ),
         ("extra resident memory, of the weights", "<= 5 %", f"{share:.1%}", share <= 0.05),
+        *(
+            (
+                f"a reuse step with a {name} forecast over plain reuse, inductor, small SD",
+                "<= 1.03x",
+                f"{forecast[f'{name}_over_reuse']:.3f}x",
+                forecast[f"{name}_over_reuse"] <= 1.03,
+            )
+            for name in ("linear", "taylor")
+        ),
     ]
     return ["| what | bar | measured | |", "| --- | --- | --- | --- |"] + [
         f"| {what} | {bar} | {measured} | {verdict(reached)} |"

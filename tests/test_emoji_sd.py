@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "dcompile/models/emoji-sd"
 MOST_BYTES = 24 * 1024**2
-SIZE, TOKENS = 64, 24
+SIZE, TOKENS = 64, 32
 CLOSE = 20.0  # dB
 NO_KNOWN_WORD = "qwxz ☃ 你好 123 !!"
 

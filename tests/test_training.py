@@ -377,3 +377,19 @@ def test_standardized_latents_decode_to_the_same() -> None:
     assert torch.allclose(after.std / before.std, (1 / before.mean.std((0, 2, 3))).view(4, 1, 1))
     assert torch.allclose(found, expected, atol=1e-4)
     assert math.isfinite(float(found.sum()))
+
+
+def test_tokens_are_read_as_patches() -> None:
+    """Token k of the last sixteen tells patch k, row by row, all of its channels."""
+    script = importlib.import_module("train_emoji_sd")
+    reading = script.Reading(width=16, side=8)
+    with torch.no_grad():
+        reading.head.weight.copy_(torch.eye(16))
+        reading.head.bias.zero_()
+        tokens = torch.randn(2, script.TOKENS, 16)
+        latents = reading(tokens)
+    assert latents.shape == (2, 4, 8, 8)
+    for number in range(16):
+        row, column = divmod(number, 4)
+        patch = latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert torch.equal(patch.flatten(1), tokens[:, script.TOKENS - 16 + number])
