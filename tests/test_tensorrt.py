@@ -502,6 +502,18 @@ def test_dynamic_operators_have_converters_too(trt: Recorded, source: Source) ->
         check_one_engine(program, source)
 
 
+def test_forecasts_and_drifts_have_converters(trt: Recorded, source: Source) -> None:
+    settings: dict[str, Any] = {"schedule": dcompile.Adaptive(0.05), "forecast": "taylor"}
+    network = dcompile.cache_compile(plain(), backend="tensorrt", verbose=False, **settings)
+    sampled(network, picture(size=(16, 8)), timesteps())
+    stats = dcompile.handle(network).stats
+    assert stats.refresh_steps
+    assert stats.reuse_steps
+    assert len(trt.programs) == 2
+    for program in trt.programs:
+        check_one_engine(program, source)
+
+
 def exported(module: nn.Module) -> ExportedProgram:
     program = torch.export.export(module, (torch.ones(2),), strict=False)
     program.example_inputs = None  # as the backend does
