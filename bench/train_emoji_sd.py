@@ -310,6 +310,7 @@ def decoder_stage(
 ) -> Stage:
     """The decoder alone, at the end: the latents that the diffusion network knows stay."""
     parts = torch.nn.ModuleDict({"decoder": vae.decoder, "into": vae.post_quant_conv})
+    parts.requires_grad_(True)
 
     def latents_of(pictures: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), autocast(device):
