@@ -59,7 +59,7 @@ trained, so that its features behave as a real network's do. Stock
   plain colours, half of them shifted by up to 3 px, shrunk by up to 15 % and mirrored where their
   name allows; captions are their Unicode names, some synonyms and plain paraphrases. One caption
   in ten was held out.
-- **Training**: `bench/train_emoji_sd.py`: autoencoder {ae_steps} steps of {ae_batch} pictures, then
+- **Training**: `bench/train_emoji_sd.py`: autoencoder {autoencoder}; then
   the text encoder {text_steps} steps, to foretell latents from captions, then the diffusion network
   {steps} steps of {batch} latents with 10 % of the captions dropped, then the decoder alone,
   {decoder_steps} steps; AdamW.{before}
@@ -314,7 +314,7 @@ def decoder_stage(
 
     def latents_of(pictures: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), autocast(device):
-            return vae.encode(pictures).latent_dist.mean
+            return vae.encode(pictures).latent_dist.mean.float()
 
     def loss() -> torch.Tensor:
         which = torch.randint(0, len(data.names), (batch,))
@@ -676,8 +676,9 @@ def main(
         else "\n  It went on from weights that were trained before in the same way.",
         tokens=TOKENS,
         glyphs=len(data.names),
-        ae_steps=ae_steps,
-        ae_batch=ae_batch,
+        autoencoder=f"{ae_steps} steps of {ae_batch} pictures"
+        if autoencoder is None and start is None
+        else "from an earlier training",
         decoder_steps=decoder_steps,
         text_steps=text_steps,
         steps=steps,

@@ -28,10 +28,6 @@ from dcompile import models
 from dcompile.cli import app
 from dcompile.demo import DemoSettings, GridLayout, run_demo
 
-pytestmark = pytest.mark.skipif(
-    "emoji-sd" not in models.names(), reason="emoji-sd is still being trained"
-)
-
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "dcompile/models/emoji-sd"
 MOST_BYTES = 24 * 1024**2

@@ -9,13 +9,10 @@ from dcompile.errors import ModelError
 
 _FOLDER = Path(__file__).parent
 
-# emoji-sd is still being trained (bench/train_emoji_sd.py): it counts once its folder is there.
-_IS_TRAINED = (_FOLDER / "emoji-sd/model_index.json").is_file()
-
-ALIASES = {"ddpm": "ddpm-emoji"} | ({"sd": "emoji-sd"} if _IS_TRAINED else {})
+ALIASES = {"ddpm": "ddpm-emoji", "sd": "emoji-sd"}
 """Short names for bundled models."""
 
-DEFAULT = "emoji-sd" if _IS_TRAINED else "ddpm"
+DEFAULT = "emoji-sd"
 """The demo's model."""
 
 

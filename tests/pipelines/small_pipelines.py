@@ -185,4 +185,5 @@ PIPELINES = {
     "inpaint": lambda: stable_diffusion(StableDiffusionInpaintPipeline),
     "ddpm": lambda: unconditional(DDPMPipeline),
     "ddim": lambda: unconditional(DDIMPipeline),
-} | ({"emoji-sd": emoji_sd} if "emoji-sd" in models.names() else {})
+    "emoji-sd": emoji_sd,
+}
