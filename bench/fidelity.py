@@ -238,8 +238,8 @@ def ours_at(subject: Subject, interval: int) -> Iterator[Method]:
     for inner, factor in ((1, 2), (1, 3), (2, 3)):
         levels = [(0, interval), (inner, factor * interval)]
         if factor * interval <= subject.steps:
-            name = f"Pyramid, taylor, every {interval} at 0, {factor * interval} at {inner}"
-            yield ours(name, schedule=Pyramid(levels), forecast="taylor")
+            name = f"Pyramid, linear, every {interval} at 0, {factor * interval} at {inner}"
+            yield ours(name, schedule=Pyramid(levels), forecast="linear")
     if interval in TUNED_AT:
         yield ours(f"tuned, at the FLOPs of N={interval}", schedule=tuned(interval))
 
@@ -434,9 +434,7 @@ def bars(rows: dict[str, Any]) -> Iterator[str]:
                         f"| Adaptive, power {power}, {taken:.2f}x, against uniform, both "
                         f"{forecast} | N={interval}, {given:.2f}x | {value - base:+.1f} dB |"
                     )
-    single = {
-        name: row for name, row in rows.items() if name.startswith(("uniform, taylor", "speedup="))
-    }
+    single = {name: row for name, row in rows.items() if name.startswith(("uniform", "speedup="))}
     for name, row in rows.items():
         if name.startswith("Pyramid"):
             rivals = [n for n, r in single.items() if r["flops_speedup"] >= row["flops_speedup"]]

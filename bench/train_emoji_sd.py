@@ -369,18 +369,10 @@ class Batches:
     Attributes:
         bank: what to draw from.
         text: how to call it.
-        plain: the share of latents that are the glyph as drawn, on white.
     """
 
-    def __init__(
-        self,
-        bank: LatentBank,
-        text: Captions,
-        batch: int,
-        device: torch.device,
-        plain: float = 0.5,
-    ) -> None:
-        self.bank, self.text, self.plain = bank, text, plain
+    def __init__(self, bank: LatentBank, text: Captions, batch: int, device: torch.device) -> None:
+        self.bank, self.text = bank, text
         self._batch, self._device = batch, device
         self._latents = bank.latents.to(device)
 
@@ -388,7 +380,7 @@ class Batches:
         """Token ids, shape (batch, TOKENS), a share of them of no caption; and latents."""
         count, variants = self.bank.ground.shape
         which = torch.randint(0, count, (self._batch,))
-        plain = torch.rand(self._batch) < self.plain
+        plain = torch.rand(self._batch) < 0.5
         variant = torch.where(plain, 0, torch.randint(0, variants, (self._batch,)))
         random.seed(int(torch.randint(0, 2**31, ())))
         grounds = self.bank.ground[which, variant].tolist()
@@ -573,9 +565,6 @@ def main(
     text_steps: Annotated[int, typer.Option(help="Steps of the text encoder alone.")] = 2500,
     vocabulary: Annotated[int, typer.Option(help="Tokens.")] = 2048,
     variants: Annotated[int, typer.Option(help="Encoded variants of each glyph.")] = 12,
-    plain: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of latents that are no variant.")
-    ] = 0.5,
     ae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2500,
     ae_batch: Annotated[int, typer.Option(help="Pictures per step of the autoencoder.")] = 16,
     decoder_steps: Annotated[int, typer.Option(help="Further steps of its decoder.")] = 1500,
@@ -649,16 +638,16 @@ def main(
         "vocabulary": hashlib.sha256(spelling).hexdigest(),
     }
     if start is None:
-        still = LatentBank(data, vae, max(2, variants // 2), augment=False)
+        plain = LatentBank(data, vae, max(2, variants // 2), augment=False)
         reading = Reading(config.hidden_size, bank.latents.shape[-1]).to(device)
-        drawn = Batches(still, text, 128, device)
+        drawn = Batches(plain, text, 128, device)
         read = run(text_stage(drawn, vae, text_encoder, reading, text_steps, of_text))
         text_encoder.load_state_dict(read["text_encoder"].state_dict())
     text_encoder.requires_grad_(False).eval()
     settings = {"channels": list(unet.config.block_out_channels), **of_text}
     trained = run(
         diffusion_stage(
-            Batches(bank, text, batch, device, plain),
+            Batches(bank, text, batch, device),
             vae,
             text_encoder,
             unet,

@@ -518,7 +518,9 @@ def _graph_of(
     content = {"graph": files[entry["file"]]}
     content |= {name: libraries[name] for name in entry["libraries"]}
     weights = tuple(
-        Constant(item["constant"], constants[item["constant"]]) if isinstance(item, dict) else item
+        Constant(item["constant"].rpartition("#")[0], constants[item["constant"]])
+        if isinstance(item, dict)
+        else item
         for item in entry["weights"]
     )
     return CompiledGraph(backend.restore(content), Convention(weights, tuple(entry["inputs"])))

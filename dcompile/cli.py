@@ -190,10 +190,12 @@ def profile(
         from dcompile.plots import require_matplotlib
         from dcompile.profiling import profile as measure
 
-        require_matplotlib()
+        require_matplotlib(out)
         for file in (out, data):
             if file is not None:
                 _check_writable(file)
+        if data == out:
+            raise DcompileError(f"{out} is the picture's file: choose another for the numbers")
         sampler = _sampler(model, prompt, steps, count, size, guidance, seed, device)
         found = measure(sampler.pipeline, sampler.pictures, depths=tuple(depth) if depth else None)
         _console().print(_profile_table(found))
@@ -246,12 +248,12 @@ def tune(
         from dcompile.tuning import FORECASTS
         from dcompile.tuning import tune as find
 
-        require_matplotlib()
+        require_matplotlib(plot)
+        _check_writable(out)
         picture = out.with_suffix(".png") if plot is None else plot
+        _check_writable(picture)
         if picture == out:
             raise DcompileError(f"{out} is the schedule's file: choose another for the picture")
-        for file in (out, picture):
-            _check_writable(file)
         sampler = _sampler(model, prompt, steps, count, size, guidance, seed, device)
         tuned = find(
             sampler.pipeline,
@@ -337,13 +339,11 @@ def _tuned_table(tuned: Tuned) -> Any:
     for heading in ("speed-up", "PSNR", "refreshes", "depth", "forecast"):
         table.add_column(heading, justify="right", no_wrap=True)
     chosen = (tuned.depth, tuned.forecast, tuned.refresh_steps)
-    deepcache = [t for t in tuned.trials if t.interval(tuned.steps) is not None]
-    kept = {
-        (t.depth, t.forecast, t.refresh_steps): t for t in (*front(list(tuned.trials)), *deepcache)
-    }
+    deepcache = [trial for trial in tuned.trials if trial.interval is not None]
+    kept = {trial.key: trial for trial in (*front(list(tuned.trials)), *deepcache)}
     for key, trial in sorted(kept.items(), key=lambda item: (item[1].speedup, item[1].psnr)):
-        interval = trial.interval(tuned.steps)
-        name = "chosen" if key == chosen else "" if interval is None else f"DeepCache, N={interval}"
+        deep = "" if trial.interval is None else f"DeepCache, N={trial.interval}"
+        name = "chosen" if key == chosen else deep
         table.add_row(
             name,
             f"{trial.speedup:.2f}×",

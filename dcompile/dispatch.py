@@ -161,6 +161,14 @@ def _in_this_thread() -> bool:
     return not capturing_threads or threading.get_ident() in capturing_threads
 
 
+def _place_of(timestep: Any, timesteps: Any) -> int:
+    """Where among a sampler's timesteps a run told by their values begins."""
+    if timestep is None:
+        return 0
+    value = float(timestep if not isinstance(timestep, torch.Tensor) else timestep.flatten()[0])
+    return next((place for place, own in enumerate(timesteps) if float(own) == value), 0)
+
+
 class Dispatcher:
     """Stands in for a module's ``forward``.
 
@@ -227,6 +235,7 @@ class Dispatcher:
         self.enabled = True
         self._tracker = StepTracker()
         self._recorded.clear()
+        self._warned.clear()
         self._counts: Counter[str] = Counter()
         self._cost = 0.0  # of all calls counted, in refresh steps
         self._captures = 0
@@ -387,7 +396,10 @@ class Dispatcher:
             return Run(steps, ratio, power=0.0, warn=self._warn)
         if steps is not None and isinstance(timestep, torch.Tensor):
             own = getattr(sampler, "timesteps", None)
-            if own is None or own.untyped_storage() is not timestep.untyped_storage():
+            shared = isinstance(own, torch.Tensor) and (
+                own.untyped_storage() is timestep.untyped_storage()
+            )
+            if not shared:
                 self._warn(
                     f"a run whose timesteps are not those of the {type(sampler).__name__} given to "
                     "cache_compile: its steps count alike, and nothing is extrapolated by 'auto'"
@@ -398,7 +410,13 @@ class Dispatcher:
             self._warn(
                 f"{type(sampler).__name__} does not say how noisy its steps are: they count alike"
             )
-            told = [1.0] * len(sampler.timesteps)
+            known_timesteps = getattr(sampler, "timesteps", None)
+            count = steps if known_timesteps is None else len(known_timesteps)
+            if count is None:
+                return Run(steps, ratio, power=0.0, warn=self._warn)
+            told = [1.0] * count
+        elif steps is None:
+            told = told[_place_of(timestep, sampler.timesteps) :]
         known = self._stochastic
         if known is None or known[0]() is not sampler:
             known = self._stochastic = (weakref.ref(sampler), is_stochastic(sampler))
@@ -451,7 +469,7 @@ class Dispatcher:
         structure = structure_of(self.module, self._written)
         return [
             network
-            for (known, _, dynamic), network in self._networks.items()
+            for (known, _, dynamic), network in list(self._networks.items())
             if dynamic == self.settings.dynamic and self._structures[known] == structure
         ]
 

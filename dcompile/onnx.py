@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import re
 import shutil
 import uuid
@@ -470,6 +471,8 @@ def _described_schedule(schedule: Schedule) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON knows no infinity
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

@@ -18,16 +18,25 @@ COLUMNS = 5  # of heatmaps
 BLUE, GREY, ORANGE = "#1d4ed8", "#64748b", "#ea580c"
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(file: str | os.PathLike[str] | None = None) -> None:
     """Complain before the work rather than after it.
 
     Raises:
-        DcompileError: it is not installed.
+        DcompileError: it is not installed, or does not write files of that kind.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise DcompileError('plots need matplotlib: pip install "dcompile[plots]"') from error
+    if file is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds, kind = FigureCanvasBase.get_supported_filetypes(), Path(file).suffix[1:].lower()
+    if kind not in kinds:
+        raise DcompileError(
+            f"cannot write {file}: expected a picture's name, such as {Path(file).stem}.png"
+        )
 
 
 def plot_tuned(tuned: Tuned, file: str | os.PathLike[str]) -> Path:
@@ -39,8 +48,8 @@ def plot_tuned(tuned: Tuned, file: str | os.PathLike[str]) -> Path:
     def place(trials: list[Trial]) -> tuple[list[float], list[float]]:
         return [t.speedup for t in trials], [t.psnr for t in trials]
 
-    deepcache = [t for t in shown if t.interval(tuned.steps) is not None]
-    others = [t for t in shown if t.interval(tuned.steps) is None]
+    deepcache = [t for t in shown if t.interval is not None]
+    others = [t for t in shown if t.interval is None]
     depths = sorted({t.depth for t in shown})
     for depth, marker in zip(depths, "os^DvP*X" * len(depths), strict=False):
         axis.scatter(
@@ -55,7 +64,7 @@ def plot_tuned(tuned: Tuned, file: str | os.PathLike[str]) -> Path:
             )  # fmt: skip
     for trial in deepcache:
         axis.annotate(
-            f"N={trial.interval(tuned.steps)}", (trial.speedup, trial.psnr), color=GREY,
+            f"N={trial.interval}", (trial.speedup, trial.psnr), color=GREY,
             fontsize=8, xytext=(5, -9), textcoords="offset points",
         )  # fmt: skip
     axis.step(*place(front(shown)), where="pre", color=BLUE, linewidth=1.2, label="Pareto front")

@@ -8,8 +8,10 @@ of that equation. Everything is read from the scheduler object: no list of class
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -128,14 +130,23 @@ def _tried(scheduler: Any, seed: int) -> torch.Tensor:
             setattr(trial, name, value.cpu())
     trial.set_timesteps(6)
     arguments: dict[str, Any] = {}
+    seeded: Any = contextlib.nullcontext()
     if "generator" in inspect.signature(trial.step).parameters:
         arguments["generator"] = torch.Generator().manual_seed(seed)
+    else:  # it can only draw from what all threads draw from
+        seeded = _globally_seeded(seed)
     sample = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(seed)  # not those of other devices
+    with seeded, torch.no_grad():
         for timestep in trial.timesteps[:3]:
             if hasattr(trial, "scale_model_input"):
                 trial.scale_model_input(sample, timestep)
             output = trial.step(0.1 * sample, timestep, sample, return_dict=False, **arguments)
             sample = output[0]
     return sample
+
+
+@contextlib.contextmanager
+def _globally_seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not those of other devices
+        yield

@@ -379,10 +379,9 @@ class _Following:
         self._sums.append(self._sum)
         if age < self.wanted.min_interval:
             return False
-        if self.wanted.max_interval is not None and age >= self.wanted.max_interval:
-            return True
-        if not self._sum >= self.wanted.threshold:  # what is not finite is due at once
-            return not math.isfinite(self._sum)
+        if not self._sum >= self.wanted.threshold:
+            late = self.wanted.max_interval is not None and age >= self.wanted.max_interval
+            return late or not math.isfinite(self._sum)  # what is not finite is due at once
         self._free += 1
         # After a refresh one reuse step at least is needed to measure anything.
         self._early += age <= max(2 + self._late, self.wanted.min_interval)
@@ -419,7 +418,7 @@ class _Following:
                 f"Adaptive(threshold={wanted.threshold:g}) was never reached in a run of {steps} "
                 f"steps: {seen}"
             )
-        elif self._early == self._free and self._free >= (steps - 1) // max(2, wanted.min_interval):
+        elif self._early == self._free >= (steps - 1) // max(2 + self._late, wanted.min_interval):
             self.warn(
                 f"Adaptive(threshold={wanted.threshold:g}) was reached at every opportunity in a "
                 f"run of {steps} steps: {seen}"
@@ -459,6 +458,8 @@ class Pyramid:
         for level in chosen:
             _require_int("Pyramid depth", level[0], least=0)
             _require_int("Pyramid interval", level[1])
+            if len(level) == 3 and not isinstance(level[2], str):
+                raise ScheduleError(f"Pyramid: expected a forecast's name, got {level[2]!r}")
         for outer, inner in pairwise(chosen):
             if inner[0] <= outer[0] or inner[1] < outer[1]:
                 raise ScheduleError(

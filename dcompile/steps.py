@@ -237,6 +237,8 @@ class StepTracker:
                 storage = timestep.untyped_storage()
                 if storage.nbytes() > timestep.element_size() * _own_elements(timestep):
                     generation, step = self._step_by_storage(timestep, storage)
+                    if step == 0 < generation.step:  # another run over the same timesteps
+                        self.generations += 1
                     return generation, generation.enter(step, conditioning), step
             generation, step = self._step_by_value(_value(timestep))
             return generation, generation.enter(step, conditioning), step
@@ -252,14 +254,14 @@ class StepTracker:
     def reset(self) -> None:
         """Drop all that is cached; runs go on, and refresh at their next step."""
         with self._lock:
-            for _, generation, _ in self._by_storage.values():
+            for _, generation, _ in list(self._by_storage.values()):
                 generation.drop()
             self._by_value.clear()
 
     def cached(self) -> list[Any]:
         """What is held at present."""
         with self._lock:
-            known = [generation for _, generation, _ in self._by_storage.values()]
+            known = [generation for _, generation, _ in list(self._by_storage.values())]
             known += [track.generation for track in self._by_value]
             return [lane.cached for generation in known for lane in generation.lanes]
 

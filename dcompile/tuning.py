@@ -31,6 +31,7 @@ from dcompile import schedule as schedules
 from dcompile.dispatch import Dispatcher, Refreshed
 from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.forecast import Forecast, factors, resolve_forecast
+from dcompile.samplers import step_weights
 from dcompile.schedule import Adaptive, Sigma, Steps, Uniform, placed, require_speedup, spread
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ _LARGEST_THRESHOLD = 1e30
 FORECASTS = ("reuse", "linear", "taylor")
 # Two uncached runs that differ by more than this (PSNR, dB) are no measure for a third.
 _LEAST_REPEATABLE = 50.0
+_UNCACHED = (
+    "run called the network in training mode or for gradients, where it is never cached: call "
+    "eval(), and sample under torch.no_grad()"
+)
+_IDENTICAL = 100.0  # dB, of a picture that is equal among others that are not
 _LOCAL_SWEEPS = 12
 
 
@@ -52,7 +58,9 @@ class Trial:
     Attributes:
         refresh_steps, depth, forecast: what was tried.
         speedup: of a run, in FLOPs.
-        psnr: mean over the samples against the uncached result, in dB.
+        psnr: mean over the samples against the uncached result, in dB; infinite if all are equal
+            to it, else one that is counts as 100.
+        interval: N, if this is DeepCache: every N-th step refreshes, plain reuse.
     """
 
     refresh_steps: tuple[int, ...]
@@ -60,13 +68,12 @@ class Trial:
     forecast: str
     speedup: float
     psnr: float
+    interval: int | None = None
 
-    def interval(self, steps: int) -> int | None:
-        """N, if in runs of ``steps`` this is DeepCache: every N-th step refreshes, plain reuse."""
-        if self.forecast != "reuse":
-            return None
-        interval = (*self.refresh_steps[1:], steps)[0]
-        return interval if self.refresh_steps == tuple(range(0, steps, interval)) else None
+    @property
+    def key(self) -> tuple[int, str, tuple[int, ...]]:
+        """What tells it from others."""
+        return self.depth, self.forecast, self.refresh_steps
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,11 @@ class Tuned:
     def save(self, file: str | os.PathLike[str]) -> Path:
         """Write it as JSON. Returns the file's full path."""
         target = Path(file).expanduser().resolve()
-        target.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        content = {"format": FORMAT, **asdict(self)}
+        for entry in (content, *content["trials"]):
+            if math.isinf(entry["psnr"]):
+                entry["psnr"] = None  # JSON knows no infinity
+        target.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         return target
 
     def plot(self, file: str | os.PathLike[str]) -> Path:
@@ -155,9 +166,11 @@ class Tuned:
         Raises:
             ValueError, KeyError, TypeError, AttributeError, ScheduleError: they are none.
         """
+        given = fields.pop("trials")
+        for entry in (fields, *given):
+            entry["psnr"] = math.inf if entry["psnr"] is None else entry["psnr"]
         trials = tuple(
-            Trial(**{**trial, "refresh_steps": tuple(trial["refresh_steps"])})
-            for trial in fields.pop("trials")
+            Trial(**{**trial, "refresh_steps": tuple(trial["refresh_steps"])}) for trial in given
         )
         steps = tuple(fields.pop("refresh_steps"))
         name, count = fields.pop("network")
@@ -226,14 +239,14 @@ class _Features:
         self._rows.append(row)
 
     def gram(self) -> np.ndarray[Any, Any]:
-        """Inner products over the mean square, so that runs of other sizes count alike."""
+        """Inner products of all pairs, shape (steps, steps)."""
         count, length = len(self._rows), len(self._rows[0])
         total = np.zeros((count, count))
         for start in range(0, length, 1 << 18):
             block = np.stack([row[start : start + (1 << 18)] for row in self._rows])
             block = block.astype(np.float64)
             total += block @ block.T
-        return total / max(float(np.trace(total)) / count, 1e-30)
+        return total
 
     def close(self) -> None:
         if self._folder is not None:
@@ -255,7 +268,8 @@ class _Recorder:
         if seen.steps is None:
             raise TuneError(
                 "the network's timesteps are not elements of one tensor, such as "
-                "scheduler.timesteps: its runs cannot be told apart well enough to tune for them"
+                "scheduler.timesteps, or are just one: its runs cannot be told apart well enough "
+                "to tune for them"
             )
         self.steps.add(seen.steps)
         key = id(seen.lane)
@@ -501,6 +515,8 @@ def tune(
     """
     if (speedup is None) == (psnr is None):
         raise ScheduleError(f"give speedup or psnr, got speedup={speedup!r} and psnr={psnr!r}")
+    if psnr is not None and not math.isfinite(psnr):
+        raise ScheduleError(f"psnr: expected a number of dB, got {psnr!r}")
     if speedup is not None:
         require_speedup(speedup)
     if not callable(run):
@@ -642,8 +658,13 @@ class Session:
     def __enter__(self) -> Session:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from dcompile.api import _dispatcher_of, _network_of
+        from dcompile.api import _denoiser_name, _dispatcher_of, _is_pipeline, _network_of
 
+        # cache_compile takes torch.compile's wrapper off a pipeline's network.
+        self._component = None
+        if _is_pipeline(self._module):
+            name = _denoiser_name(self._module)
+            self._component = name, getattr(self._module, name)
         self.network = _network_of(self._module)
         dispatcher = _dispatcher_of(self.network)
         self._before = (dispatcher.settings, dispatcher.enabled) if dispatcher else None
@@ -663,6 +684,8 @@ class Session:
         from dcompile.api import Handle, _dispatcher_of
 
         self._progress.stop()
+        if self._component is not None:
+            setattr(self._module, *self._component)
         dispatcher = _dispatcher_of(self.network)
         if dispatcher is None:  # what was asked for could not be installed
             return
@@ -710,7 +733,10 @@ class Session:
             found = pictures_of(self._runs[number]())
         finally:
             dispatcher.watch = None
-        if dispatcher.stats().refresh_steps < 2:
+        stats = dispatcher.stats()
+        if stats.refresh_steps < 2 and stats.uncached_calls:
+            raise TuneError(_UNCACHED)
+        if stats.refresh_steps < 2:
             raise TuneError("run called the network less than twice: there is nothing to cache")
         self._timesteps |= recorder.steps
         if number == len(self._expected):
@@ -742,7 +768,7 @@ class Session:
         if ahead.weights is not None and len(ahead.weights) >= timesteps:
             # A run may end before its timesteps do.
             weights = np.array(ahead.weights[-timesteps:][:steps])
-            self.weighted = True
+            self.weighted = step_weights(self._sampler()) is not None
             self._power = ahead.power
         return Objective(tuple(recordings), weights)
 
@@ -808,11 +834,11 @@ class Session:
         depth, objective = next(iter(self.objectives.items()))
         everything = tuple(range(objective.steps))
         if not any(trial.psnr >= psnr for trial in self.trials):
-            self.trials.append(Trial(everything, depth, "reuse", 1.0, math.inf))
+            self.trials.append(Trial(everything, depth, "reuse", 1.0, math.inf, 1))
 
     def compare(self, intervals: Sequence[int], forecasts: Sequence[str]) -> None:
         """Try what DeepCache does, and the most promising with as many refreshes."""
-        tried = {(t.depth, t.forecast, t.refresh_steps) for t in self.trials}
+        tried = {trial.key for trial in self.trials}
         first, objective = next(iter(self.objectives.items()))
         counts = [len(range(0, objective.steps, interval)) for interval in dict.fromkeys(intervals)]
         best = [candidates(objective, forecasts, count, self._power)[0] for count in counts]
@@ -832,7 +858,7 @@ class Session:
         """The most promising schedule that differs from the best in one refresh by one step."""
         objective = self.objectives[best.depth]
         forecast = resolve_forecast(best.forecast)
-        tried = {(t.depth, t.forecast, t.refresh_steps) for t in self.trials}
+        tried = {trial.key for trial in self.trials}
         found = []
         chosen = best.refresh_steps
         for place in range(1, len(chosen)):
@@ -850,6 +876,8 @@ class Session:
         for run in self._runs:
             run()
         stats = dispatcher.stats()
+        if not stats.refresh_steps and stats.uncached_calls:
+            raise TuneError(_UNCACHED)
         if not stats.refresh_steps:
             raise TuneError("run never called the network: there is nothing to cache")
         return stats.flops_speedup
@@ -863,9 +891,15 @@ class Session:
         objective = self.objectives[depth]
         steps, ratio = objective.steps, objective.ratio
         spent = len(chosen) + (steps - len(chosen)) * ratio
-        mean = sum(values) / len(values)
-        self.trials.append(Trial(chosen, depth, forecast, steps / spent, mean))
-        return self.trials[-1]
+        if all(math.isinf(value) for value in values):
+            mean = math.inf
+        else:  # one equal picture must not make up for all others
+            mean = sum(min(value, _IDENTICAL) for value in values) / len(values)
+        interval = (*chosen[1:], steps)[0]
+        even = forecast == "reuse" and chosen == tuple(range(0, steps, interval))
+        trial = Trial(chosen, depth, forecast, steps / spent, mean, interval if even else None)
+        self.trials.append(trial)
+        return trial
 
     def result(self, speedup: float | None, psnr: float | None) -> Tuned:
         """The best that was tried."""
@@ -897,6 +931,10 @@ class Session:
 
         cache_compile(self._module, cuda_graphs=False, **{**self._settings, **settings})
         return self._dispatcher()
+
+    def _sampler(self) -> Any:
+        find = self._dispatcher().settings.sampler
+        return find() if find is not None else None
 
     def _handle(self) -> Handle:
         from dcompile.api import handle

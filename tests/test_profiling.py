@@ -124,7 +124,7 @@ def compared() -> Any:
 
 
 def test_tune_compares_with_deepcache(compared: Any) -> None:
-    found = {(t.depth, t.interval(STEPS)) for t in compared.trials if t.interval(STEPS)}
+    found = {(t.depth, t.interval) for t in compared.trials if t.interval}
     assert {(0, 2), (0, 3), (1, 2), (1, 3)} <= found
     assert compared.speedup >= 1.5 - 1e-9
 
@@ -153,13 +153,44 @@ def test_front() -> None:
     assert front([*best, trial(1.5, 30.0), trial(2.0, 34.0), trial(3.0, 20.0)]) == best
 
 
-@pytest.mark.parametrize(
-    ("steps", "interval"),
-    [((0, 3, 6), 3), ((0,), 9), ((0, 3), None), ((0, 2, 6), None), (tuple(range(9)), 1)],
-)
-def test_what_is_deepcache(steps: tuple[int, ...], interval: int | None) -> None:
-    assert Trial(steps, 0, "reuse", 1.0, 1.0).interval(9) == interval
-    assert Trial(steps, 0, "linear", 1.0, 1.0).interval(9) is None
+def test_what_is_deepcache(compared: Any) -> None:
+    for trial in compared.trials:
+        expected = [
+            n
+            for n in range(1, STEPS + 1)
+            if trial.forecast == "reuse" and trial.refresh_steps == tuple(range(0, STEPS, n))
+        ]
+        assert trial.interval == (expected[0] if expected else None)
+
+
+def test_an_infinite_psnr_in_json(tmp_path: Path) -> None:
+    trial = Trial((0, 1), 0, "reuse", 1.0, math.inf, 1)
+    tuned = Tuned((0, 1), 2, 0, "reuse", ("Plain", 3), 1.0, math.inf, (trial,))
+    file = tuned.save(tmp_path / "tuned.json")
+    assert "Infinity" not in file.read_text()
+    assert Tuned.load(file) == tuned
+
+
+def test_one_equal_sample_does_not_make_up_for_the_others() -> None:
+    network = plain()
+
+    def run(number: int) -> torch.Tensor:
+        found = sampled(network, picture(number), timesteps(STEPS))
+        return torch.zeros(3) + (number == 0) if number < 2 else found
+
+    tuned = dcompile.tune(
+        network, run, samples=3, speedup=1.3, trials=2, depths=(0,), verbose=False
+    )
+    assert all(math.isfinite(trial.psnr) for trial in tuned.trials)
+
+
+def test_what_is_never_cached_is_said() -> None:
+    network = plain().train()
+    network.deep[1].p = 0.0
+    for measure in (dcompile.profile, dcompile.tune, dcompile.calibrate):
+        more: dict[str, Any] = {} if measure is dcompile.profile else {"speedup": 1.3}
+        with pytest.raises(TuneError, match="training mode"):
+            measure(network, run_of(network), **more)  # type: ignore[operator]
 
 
 def test_trials_must_be_deepcache_s_intervals() -> None:
