@@ -64,7 +64,7 @@ from dcompile.structure import (
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
 MAX_RECORDED = 16
 # Boundaries that a shallow graph takes while its forecast is not chosen yet.
-AUTO_HISTORY = 3
+AUTO_HISTORY = 2
 
 _NUMBER = re.compile(r"[0-9.]+")
 
@@ -421,7 +421,7 @@ class Dispatcher:
         if known is None or known[0]() is not sampler:
             known = self._stochastic = (weakref.ref(sampler), is_stochastic(sampler))
         power = usual_power(sampler, stochastic=known[1])
-        forecast = usual_forecast(sampler, stochastic=known[1])
+        forecast = usual_forecast(stochastic=known[1])
         return Run(steps, ratio, tuple(told), power, forecast, self._warn)
 
     def reset(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dcompile.forecast import Forecast, Lagrange, Reuse, Taylor
+from dcompile.forecast import Forecast, Lagrange, Reuse
 
 # alpha_bar of a noise schedule that ends in pure noise is 0, where sigma_bar is infinite.
 _LEAST_ALPHA_BAR = 1e-5
@@ -97,17 +97,14 @@ def usual_power(scheduler: Any, *, stochastic: bool) -> float:
     return 1.0 if stochastic else 0.5
 
 
-def usual_forecast(scheduler: Any, *, stochastic: bool) -> Forecast:
+def usual_forecast(*, stochastic: bool) -> Forecast:
     """What ``forecast="auto"`` is for a sampler.
 
-    Fresh noise at every step makes extrapolation worse than plain reuse. Else linear; for networks
-    that predict velocity a Taylor series, which was a little better there
+    Fresh noise at every step makes extrapolation worse than plain reuse. Else linear: forecasts of
+    higher order are a little better at short intervals and a lot worse at long ones
     (bench/results/fidelity.md).
     """
-    if stochastic:
-        return Reuse()
-    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-    return Taylor(2) if predicts == "v_prediction" else Lagrange(1)
+    return Reuse() if stochastic else Lagrange(1)
 
 
 def is_stochastic(scheduler: Any) -> bool:

@@ -220,6 +220,34 @@ def test_a_threshold_that_decides_nothing_warns_once(threshold: float, message: 
         sampled(network, picture(1), timesteps(20))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "late", "warning"),
+    [
+        (Adaptive(1e-9), False, "at every opportunity"),
+        (Adaptive(1e-9), True, "at every opportunity"),
+        (Adaptive(1e9, max_interval=2), False, "was never reached"),
+        (Adaptive(0.5, max_interval=2), False, "at every opportunity"),
+        (Adaptive(3.5, max_interval=9), True, None),
+    ],
+)
+def test_warnings_say_what_happened(schedule: Adaptive, late: bool, warning: str | None) -> None:
+    warned: list[str] = []
+    planned: Any = schedule.plan(Run(50, warn=warned.append))
+    for step in range(50):
+        if not planned.refresh(step, 50):
+            planned.observe(step, Told(1.0, late))
+    assert len(warned) == (warning is not None)
+    assert warning is None or warning in warned[0]
+
+
+def test_another_threshold_warns_again() -> None:
+    network = plain()
+    for _ in range(2):
+        dcompile.cache_compile(network, schedule=Adaptive(1e9), backend="eager", verbose=False)
+        with pytest.warns(UserWarning, match="never reached"):
+            sampled(network, picture(), timesteps(9))
+
+
 def test_features_that_are_not_finite_warn_once() -> None:
     network = dcompile.cache_compile(
         plain(), schedule=Adaptive(0.6), backend="eager", verbose=False

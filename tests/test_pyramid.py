@@ -13,7 +13,7 @@ from plain import Plain, picture, plain, sampled, steps_of, timesteps
 import dcompile
 from dcompile import Pyramid, ScheduleError, Steps
 from dcompile.errors import DepthError, ExportError
-from dcompile.forecast import resolve_forecast
+from dcompile.forecast import Taylor, resolve_forecast
 from dcompile.schedule import from_json, to_json
 from passes import find_skip_connections, split_levels
 
@@ -172,6 +172,7 @@ def test_warmup_runs_every_graph(graphs: str) -> None:
         ([(0, True)], "Pyramid interval"),
         ([(1, 2), (0, 4)], "depths have to ascend"),
         ([(0, 4), (1, 2)], "as rarely"),
+        ([(0, 2, Taylor(2))], "expected a forecast's name"),
     ],
 )
 def test_bad_levels(levels: Any, message: str) -> None:

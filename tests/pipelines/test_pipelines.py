@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from plain import plain
 from simulated_graphs import SimulatedRecorder
 from small_pipelines import DDIM, PIPELINES, run, stable_diffusion
 
@@ -423,6 +424,28 @@ def test_a_run_of_another_sampler_is_not_planned_by_this_one(pipes: tuple[Any, A
     with pytest.warns(UserWarning, match="timesteps are not those of the DDIMScheduler"):
         run(other, num_inference_steps=12)
     assert dcompile.handle(pipe).stats.refresh_steps == 8
+
+
+@torch.no_grad()
+def test_a_run_told_by_values_may_start_late() -> None:
+    """Timesteps as numbers: where the run begins among the sampler's is found by value."""
+    network, scheduler = plain(), DDIM.from_config(DDIM.config)
+    scheduler.set_timesteps(20)
+    late = scheduler.timesteps.tolist()[12:]
+    weights = step_weights(scheduler)
+    assert weights is not None
+    refreshed = placed([w**0.5 for w in weights[12:]], 3)
+    expected = dcompile.cache_compile(
+        plain(), schedule=dcompile.Steps(refreshed), backend="eager", verbose=False
+    )
+    cached(network, schedule=Sigma(3), scheduler=scheduler)
+    x = y = torch.randn(2, 3, 8, 8)
+    for timestep in late:
+        x = x - 0.1 * network(x, timestep)[0]
+        y = y - 0.1 * expected(y, timestep)[0]
+    counts = [dcompile.handle(n).stats.refresh_steps for n in (network, expected)]
+    assert counts[0] == counts[1]
+    assert torch.equal(x, y)
 
 
 def test_the_sampler_outlives_its_pipeline() -> None:
