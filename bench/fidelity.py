@@ -256,7 +256,8 @@ def calibrated(
         speedup=speedup_of(subject, interval),
         power=power,
         forecast=forecast,
-        max_interval=3 * interval,
+        min_interval=max(1, interval - 1),
+        max_interval=interval + 1,
         trials=8,
     )
 
