@@ -80,9 +80,9 @@ def cache_compile(
             its depth and forecast, a ``Pyramid`` its depths.
         forecast: what a reuse step feeds in for the features it does not compute: "reuse", the
             latest as they are, which is DeepCache's and the default; "linear", "quadratic" or
-            "taylor", extrapolated from the latest refreshes; or an object of your own (see
-            ``dcompile.forecast``). "auto", the default with ``speedup``: "reuse" if the sampler
-            adds noise, else "linear".
+            "taylor", extrapolated from the latest refreshes; "checked", linear as far as that was
+            right at the latest refresh; or an object of your own (see ``dcompile.forecast``).
+            "auto", the default with ``speedup``: "reuse" if the sampler adds noise, else "checked".
         scheduler: the sampler, a diffusers scheduler, if ``module`` is no pipeline that has one.
             Read at the start of each generation by ``speedup``, ``Sigma`` and "auto".
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to

@@ -222,7 +222,7 @@ def tune(
     ] = None,
     forecast: Annotated[
         list[str] | None,
-        typer.Option(help="To try; repeat for several. Default: reuse, linear, taylor."),
+        typer.Option(help="To try; repeat for several. Default: reuse, checked, linear, taylor."),
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Schedules to try in real runs.")] = 12,
     interval: Annotated[

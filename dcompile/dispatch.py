@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from dcompile.errors import (
     DcompileError,
     NotCompiledError,
 )
-from dcompile.forecast import Forecast, Reuse, factors, name_of
+from dcompile.forecast import Checked, Forecast, Reuse, factors, name_of
 from dcompile.program import (
     BoundProgram,
     Cached,
@@ -159,6 +159,56 @@ class Refreshed(NamedTuple):
 def _in_this_thread() -> bool:
     """Whether it is this thread that torch compiles or exports in, as far as can be told."""
     return not capturing_threads or threading.get_ident() in capturing_threads
+
+
+class _Claim(NamedTuple):
+    """What a forecast says of one value before its refresh.
+
+    Attributes:
+        place: among the values of its cut.
+        base: the latest refresh's.
+        added: what the forecast adds to it, in float32.
+    """
+
+    place: int
+    base: torch.Tensor
+    added: torch.Tensor
+
+
+def _foretold(
+    forecast: Any, held: Any, cut: Cached, step: int, refreshed: Sequence[int]
+) -> list[_Claim]:
+    """What a checked forecast says of the values that are about to be refreshed."""
+    if not isinstance(forecast, Checked) or len(refreshed) < 2:
+        return []
+    values = getattr(held, "tensors", held)[cut.all]
+    given = factors(forecast, step, refreshed)
+    claims = []
+    for place in range(cut.size):
+        if not isinstance(values[place], torch.Tensor) or not values[place].is_floating_point():
+            continue
+        # Recorded graphs write the new values over the old ones.
+        base = values[place].float().clone()
+        added = (given[0] - 1.0) * base
+        for age, factor in enumerate(given[1:], start=1):
+            if factor:
+                added = added + factor * values[age * cut.size + place].float()
+        claims.append(_Claim(place, base, added))
+    return claims
+
+
+def _check(lane: Lane, number: int, cut: Cached, claims: Sequence[_Claim]) -> None:
+    """Trust a forecast from now on as far as these claims were right."""
+    values = getattr(lane.cached, "tensors", lane.cached)[cut.latest]
+    right = sum(((values[c.place].float() - c.base) * c.added).sum() for c in claims)
+    claimed = sum(c.added.square().sum() for c in claims)
+    share = (cast(torch.Tensor, right) / claimed).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0)
+    news = Readback(share)
+    known, waiting = (lane.news[number], news) if news.late else (news, None)
+    # Rounded, so that few coefficient tensors are ever made.
+    trust = round(float(known) * 32) / 32 if known is not None else 0.0
+    lane.trust = (*lane.trust[:number], trust, *lane.trust[number + 1 :])
+    lane.news = (*lane.news[:number], waiting, *lane.news[number + 1 :])
 
 
 def _place_of(timestep: Any, timesteps: Any) -> int:
@@ -328,7 +378,10 @@ class Dispatcher:
         coefficients = None
         if level < len(cached) and cached[level].history > 1:
             history = cached[level].history
-            given = factors(generation.forecasts[level], step, lane.refreshed[level])
+            forecast = generation.forecasts[level]
+            given = factors(forecast, step, lane.refreshed[level])
+            if isinstance(forecast, Checked):
+                given = forecast.share(given, lane.trust[level])
             given += (0.0,) * (history - len(given))
             coefficients = _on_device(given, leaves[form.sample].device)
         if level == 0:
@@ -342,7 +395,18 @@ class Dispatcher:
         else:
             self._count("partial", bound.program.ratios[level])
         earlier = lane.refreshed if lane.cached else ((),) * len(cached)
+        if not lane.cached:
+            lane.trust, lane.news = (0.0,) * len(cached), (None,) * len(cached)
+        foretold = [
+            _foretold(forecast, lane.cached, cut, step, steps)
+            for forecast, cut, steps in zip(
+                generation.forecasts[:level], cached, earlier, strict=False
+            )
+        ]
         result, lane.cached = bound.refresh(leaves, lane.cached, level, coefficients)
+        for number, claims in enumerate(foretold):
+            if claims:
+                _check(lane, number, cached[number], claims)
         lane.refreshed = tuple(
             (step, *steps[: cut.history - 1]) if number < level else steps
             for number, (cut, steps) in enumerate(zip(cached, earlier, strict=True))

@@ -98,9 +98,38 @@ class Taylor:
         return total
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Another forecast, trusted as far as it would have been right the last time.
+
+    A network that corrects what a forecast got wrong makes features swing: extrapolated, they swing
+    further, and the result can be far worse than that of plain reuse. So each refresh looks back:
+    of what the forecast would have added to the features before, the share that comes closest to
+    the new ones, between 0 and 1, is what is added until the next refresh. That share is found by
+    least squares over all features of the call, separately for each cut. On a GPU it is used one
+    refresh later, so that nothing waits for it.
+    """
+
+    forecast: Forecast = Lagrange(1)
+
+    @property
+    def history(self) -> int:
+        return self.forecast.history
+
+    def coefficients(self, step: int, refreshed: Sequence[int]) -> Sequence[float]:
+        return self.forecast.coefficients(step, refreshed)
+
+    @staticmethod
+    def share(given: Sequence[float], trust: float) -> tuple[float, ...]:
+        """The coefficients, with that share of what they add to the latest boundary."""
+        first, *others = given
+        return (1.0 + trust * (first - 1.0), *(trust * factor for factor in others))
+
+
 _NAMED: dict[str, Forecast] = {
     "reuse": Reuse(),
     "linear": Lagrange(1),
+    "checked": Checked(Lagrange(1)),
     "quadratic": Lagrange(2),
     "taylor": Taylor(2),
 }

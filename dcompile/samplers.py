@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dcompile.forecast import Forecast, Lagrange, Reuse
+from dcompile.forecast import Checked, Forecast, Reuse
 
 # alpha_bar of a noise schedule that ends in pure noise is 0, where sigma_bar is infinite.
 _LEAST_ALPHA_BAR = 1e-5
@@ -100,11 +100,10 @@ def usual_power(scheduler: Any, *, stochastic: bool) -> float:
 def usual_forecast(*, stochastic: bool) -> Forecast:
     """What ``forecast="auto"`` is for a sampler.
 
-    Fresh noise at every step makes extrapolation worse than plain reuse. Else linear: forecasts of
-    higher order are a little better at short intervals and a lot worse at long ones
-    (bench/results/fidelity.md).
+    Fresh noise at every step makes extrapolation worse than plain reuse. Else linear, as far as it
+    was right the last time: unchecked it can be far worse than reuse (bench/results/fidelity.md).
     """
-    return Reuse() if stochastic else Lagrange(1)
+    return Reuse() if stochastic else Checked()
 
 
 def is_stochastic(scheduler: Any) -> bool:

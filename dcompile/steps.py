@@ -46,6 +46,8 @@ class Lane:
         refreshed: for each cut the steps that made them, the latest first; as many as its forecast
             looks back.
         finite: whether they are, if that is still under way from a device.
+        trust: for each cut, how far a ``forecast.Checked`` was right at the latest refresh.
+        news: the same, where it is still under way.
     """
 
     anchors: tuple[tuple[weakref.ref[Any], int], ...]
@@ -54,6 +56,8 @@ class Lane:
     cached: Any = ()
     refreshed: tuple[tuple[int, ...], ...] = ()
     finite: Any = None
+    trust: tuple[float, ...] = ()
+    news: tuple[Any, ...] = ()
 
     def contradicts(self, conditioning: Sequence[torch.Tensor]) -> bool:
         """Whether a call with this conditioning is certainly not this lane's."""

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from dcompile import schedule as schedules
 from dcompile.dispatch import Dispatcher, Refreshed
 from dcompile.errors import DepthError, ScheduleError, TuneError
-from dcompile.forecast import Forecast, factors, resolve_forecast
+from dcompile.forecast import Checked, Forecast, factors, resolve_forecast
 from dcompile.samplers import step_weights
 from dcompile.schedule import Adaptive, Sigma, Steps, Uniform, placed, require_speedup, spread
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 # Beyond any sum of weighted drifts: nothing but max_interval refreshes.
 _LARGEST_THRESHOLD = 1e30
-FORECASTS = ("reuse", "linear", "taylor")
+FORECASTS = ("reuse", "checked", "linear", "taylor")
 # Two uncached runs that differ by more than this (PSNR, dB) are no measure for a third.
 _LEAST_REPEATABLE = 50.0
 _UNCACHED = (
@@ -208,14 +208,28 @@ class Recording:
         found = np.zeros(steps)
         known = set(refreshed)
         past: list[int] = []
+        trust = 0.0
         for step in range(steps):
+            given = factors(forecast, step, past)[: len(past)] if past else ()
             if step in known:
+                if isinstance(forecast, Checked) and len(past) > 1:
+                    trust = self._share(given, step, past)
                 past = [step, *past][: forecast.history]
                 continue
-            given = factors(forecast, step, past)[: len(past)]
+            if isinstance(forecast, Checked):
+                given = forecast.share(given, trust)
             weights, places = np.array([*given, -1.0]), [*past, step]
             found[step] = max(0.0, weights @ self.gram[np.ix_(places, places)] @ weights)
         return found
+
+    def _share(self, given: Sequence[float], step: int, past: Sequence[int]) -> float:
+        """How far a forecast was right about a refresh, as ``forecast.Checked`` finds it."""
+        gram = self.gram[np.ix_([*past, step], [*past, step])]
+        added, change = np.array([*given, 0.0]), np.zeros(len(past) + 1)
+        added[0] -= 1.0
+        change[0], change[-1] = -1.0, 1.0
+        claimed = float(added @ gram @ added)
+        return min(1.0, max(0.0, float(change @ gram @ added) / claimed)) if claimed > 0 else 0.0
 
 
 class _Features:
@@ -785,7 +799,9 @@ class Session:
             except ScheduleError as error:
                 unreachable.append(error)
                 continue
-            plain.append((depth, forecasts[-1], spread(objective.steps, count)))
+            if not plain:
+                even = spread(objective.steps, count)
+                plain = [(depth, name, even) for name in forecasts]
             promising += [
                 (error, depth, name, chosen)
                 for error, name, chosen in candidates(objective, forecasts, count, self._power)
@@ -793,7 +809,6 @@ class Session:
         if not promising:
             raise unreachable[0]
         bar = self._progress.add_task("trying", total=trials)
-        first = plain[0]
         # Predictions compare schedules well within a depth and forecast, less well across them.
         leaders: dict[tuple[int, str], list[tuple[int, ...]]] = {}
         for _, depth, name, chosen in sorted(promising):
@@ -801,7 +816,8 @@ class Session:
         queue = []
         for rank in range(max(map(len, leaders.values()))):
             queue += [(d, n, sets[rank]) for (d, n), sets in leaders.items() if rank < len(sets)]
-        queue.insert(1, first)
+        # Predictions know nothing of what errors do to later features: so even refreshes, too.
+        queue[1:1] = plain
         for depth, name, chosen in list(dict.fromkeys(queue))[: max(1, 2 * trials // 3)]:
             self._try(depth, name, chosen)
             self._progress.advance(bar)

@@ -21,7 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dcompile.forecast import Lagrange, Reuse
+from dcompile.forecast import Checked, Reuse
 from dcompile.samplers import is_stochastic, step_weights, usual_forecast, usual_power
 
 
@@ -169,5 +169,5 @@ def test_what_the_network_predicts_sets_the_power() -> None:
 
 
 def test_noise_sets_the_forecast() -> None:
-    assert usual_forecast(stochastic=False) == Lagrange(1)
+    assert usual_forecast(stochastic=False) == Checked()
     assert usual_forecast(stochastic=True) == Reuse()

@@ -18,7 +18,7 @@ N = 3
 SETTINGS: dict[str, Any] = {"backend": "eager", "verbose": False}
 
 
-@pytest.fixture(autouse=True, params=["reuse", "linear"])
+@pytest.fixture(autouse=True, params=["reuse", "linear", "checked"])
 def each_way(graphs: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of this with plain calls, recorded graphs and on a GPU, without and with a forecast."""
     monkeypatch.setitem(SETTINGS, "forecast", request.param)
