@@ -447,7 +447,12 @@ class Dispatcher:
         if plan is not None or "auto" in forecasts:
             run = self.run_ahead(generation.steps, program.ratio, timestep)
             schedule = plan(run) if plan is not None else schedule
-            forecasts = tuple(run.forecast if item == "auto" else item for item in forecasts)
+            chosen = run.forecast
+            if "auto" in forecasts and chosen != Reuse() and not hasattr(schedule, "observe"):
+                steps = generation.steps or 0
+                refreshes = sum(schedule.refresh(step, steps) for step in range(steps))
+                chosen = usual_forecast(stochastic=False, refreshes=refreshes or None)
+            forecasts = tuple(chosen if item == "auto" else item for item in forecasts)
         generation.schedule, generation.forecasts = schedule, forecasts
         generation.partly = getattr(schedule, "partly", None)
         generation.beats = [0] * len(program.cached)

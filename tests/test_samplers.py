@@ -171,3 +171,5 @@ def test_what_the_network_predicts_sets_the_power() -> None:
 def test_noise_sets_the_forecast() -> None:
     assert usual_forecast(stochastic=False) == Checked()
     assert usual_forecast(stochastic=True) == Reuse()
+    assert usual_forecast(stochastic=False, refreshes=17) == Checked()
+    assert usual_forecast(stochastic=False, refreshes=10) == Reuse()

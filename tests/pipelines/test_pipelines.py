@@ -373,17 +373,17 @@ def test_a_speed_up_is_planned_by_the_pipeline_s_own_scheduler(pipes: tuple[Any,
     pipe = pipes[1]
     run(pipe)
     ratio = dcompile.handle(pipe).explain().depths[0].ratio
-    for steps in (12, 20):
+    for steps, forecast in ((12, "reuse"), (30, "checked")):  # few refreshes, and many
         found, stats = picture_of(pipe, steps, speedup=1.8)
         count = Sigma(speedup=1.8).refreshes(steps, ratio)
         assert (stats.refresh_steps, stats.refresh_steps + stats.reuse_steps) == (count, steps)
-        same, _ = picture_of(pipe, steps, schedule=Sigma(count), forecast="linear")
+        same, _ = picture_of(pipe, steps, schedule=Sigma(count), forecast=forecast)
         assert torch.equal(found, same)
     weights = step_weights(pipe.scheduler)
     assert weights is not None
     chosen = dcompile.Steps(placed([w**0.5 for w in weights], count))
-    assert torch.equal(found, picture_of(pipe, 20, schedule=chosen, forecast="linear")[0])
-    assert not torch.equal(found, picture_of(pipe, 20, interval=3)[0])
+    assert torch.equal(found, picture_of(pipe, steps, schedule=chosen, forecast=forecast)[0])
+    assert not torch.equal(found, picture_of(pipe, steps, interval=3)[0])
 
 
 def test_a_new_scheduler_is_seen(pipes: tuple[Any, Any]) -> None:
