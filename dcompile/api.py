@@ -82,7 +82,8 @@ def cache_compile(
             latest as they are, which is DeepCache's and the default; "linear", "quadratic" or
             "taylor", extrapolated from the latest refreshes; "checked", linear as far as that was
             right at the latest refresh; or an object of your own (see ``dcompile.forecast``).
-            "auto", the default with ``speedup``: "reuse" if the sampler adds noise, else "checked".
+            "auto", the default with ``speedup``: "reuse" if the sampler adds noise or the run has
+            few refreshes, else "checked".
         scheduler: the sampler, a diffusers scheduler, if ``module`` is no pipeline that has one.
             Read at the start of each generation by ``speedup``, ``Sigma`` and "auto".
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to
