@@ -45,6 +45,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
 DEPTHS = (0, 1, 2)
 OURS_AT = (2, 3, 5)
+PYRAMIDS = {
+    2: [
+        [(0, 2), (1, 4)],
+        [(0, 2), (1, 6)],
+        [(0, 2), (2, 4)],
+        [(0, 2), (3, 6)],
+        [(0, 2), (1, 4), (3, 8)],
+    ],
+    3: [[(0, 3), (1, 6)], [(0, 3), (1, 9)], [(0, 3), (2, 6)]],
+}
 VARIED_AT = 3  # where all that was tried is compared
 console = Console(stderr=True)
 
@@ -236,12 +246,15 @@ def ours_at(subject: Subject, interval: int) -> Iterator[Method]:
     for depth in DEPTHS[1:]:
         name = f"uniform, checked, N={interval}, depth {depth}"
         yield ours(name, interval=interval, forecast="checked", depth=depth)
-    for inner, factor in ((1, 2), (1, 3), (2, 2)) if interval < 5 else ():
-        levels = [(0, interval), (inner, factor * interval)]
-        if factor * interval <= subject.steps:
-            name = f"Pyramid, checked, every {interval} at 0, {factor * interval} at {inner}"
-            yield ours(name, schedule=Pyramid(levels), forecast="checked")
-    yield ours(f"tuned, at the FLOPs of N={interval}", schedule=tuned(interval))
+    for levels in PYRAMIDS.get(interval, ()):
+        outer, *inner = levels
+        name = f"Pyramid, checked, every {outer[1]} at {outer[0]}"
+        name += "".join(f", {beat} at {depth}" for depth, beat in inner)
+        yield ours(name, schedule=Pyramid(levels), forecast="checked")
+    speedup = speedup_of(subject, interval)
+    yield ours(f"tuned, at the FLOPs of N={interval}", schedule=tuned(speedup))
+    if interval == 2:
+        yield ours("tuned, at 1.8 times fewer FLOPs than N=2", schedule=tuned(1.8 * speedup))
 
 
 TUNING = list(range(-8, 0))  # pictures that are not scored
@@ -262,11 +275,11 @@ def calibrated(
     )
 
 
-def tuned(interval: int) -> Callable[[Subject], dcompile.Schedule]:
+def tuned(speedup: float) -> Callable[[Subject], dcompile.Schedule]:
     return lambda subject: dcompile.tune(
         subject.pipe,
         lambda: subject.draw(TUNING).pictures,
-        speedup=speedup_of(subject, interval),
+        speedup=speedup,
         trials=16,
         verbose=False,
     )
