@@ -473,7 +473,9 @@ def plot(results: dict[str, Any], file: Path) -> None:
                 (rows[name]["flops_speedup"], interval_of(rows[name]["psnr"])[0]) for name in chosen
             )
             axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.5)
-            front = [p for p in points if all(q[1] < p[1] for q in points if q[0] > p[0])]
+            front = [
+                p for p in points if all(q[1] < p[1] for q in points if q != p and q[0] >= p[0])
+            ]
             axis.plot(*zip(*front, strict=True), color=colour, label=label)
         axis.set_title(subject)
         axis.set_xlabel("speed-up in FLOPs")

@@ -22,10 +22,11 @@ outputs stay alive, and no two run at the same time.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -99,10 +100,17 @@ class HeldBoundary:
         tensors: the features.
     """
 
-    __slots__ = ("__weakref__", "tensors")
+    __slots__ = ("__weakref__", "_program", "tensors")
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: Tensors, program: RecordedProgram) -> None:
         self.tensors = tensors
+        self._program = program
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[Tensors]:
+        """The features, which no other run overwrites or moves meanwhile."""
+        with self._program.turn():
+            yield self.tensors
 
 
 class _Graph(NamedTuple):
@@ -180,7 +188,7 @@ class RecordedProgram:
                     results = self._refresh_all(leaves, getattr(previous, "tensors", previous))
                 else:
                     results = self._refresh_outer(leaves, level, coefficients)
-                held = HeldBoundary(self._boundary)
+                held = HeldBoundary(self._boundary, self)
                 self._owner = weakref.ref(held)
                 return self._bound.packed(results), held
         kept = getattr(previous, "tensors", previous)
@@ -203,6 +211,13 @@ class RecordedProgram:
                 drift = values[-1] if self.program.probed else None
                 return self._bound.packed(values[: self._bound.results]), drift
         return self._bound.reuse(leaves, cached.tensors, coefficients)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Nobody else uses the buffers meanwhile."""
+        with self._turn:
+            self._follow_last_stream()
+            yield
 
     def _refresh_all(self, leaves: Sequence[Any], previous: Tensors) -> Tensors:
         """The full graph writes to the boundaries itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
@@ -29,7 +30,7 @@ from dcompile.call import (
     signature_of,
 )
 from dcompile.capture import CapturedNetwork, DynamicSizes, capture, capturing_threads
-from dcompile.cuda_graphs import RECORDERS, RecordedProgram, Reordered
+from dcompile.cuda_graphs import RECORDERS, HeldBoundary, RecordedProgram, Reordered
 from dcompile.display import Display
 from dcompile.errors import (
     ArtifactError,
@@ -161,6 +162,11 @@ def _in_this_thread() -> bool:
     return not capturing_threads or threading.get_ident() in capturing_threads
 
 
+def _steady(held: Any) -> contextlib.AbstractContextManager[tuple[Any, ...]]:
+    """What a lane has cached, to look at: recorded graphs share their buffers between lanes."""
+    return held.steady() if isinstance(held, HeldBoundary) else contextlib.nullcontext(held)
+
+
 class _Claim(NamedTuple):
     """What a forecast says of one value before its refresh.
 
@@ -181,26 +187,29 @@ def _foretold(
     """What a checked forecast says of the values that are about to be refreshed."""
     if not isinstance(forecast, Checked) or len(refreshed) < 2:
         return []
-    values = getattr(held, "tensors", held)[cut.all]
     given = factors(forecast, step, refreshed)
     claims = []
-    for place in range(cut.size):
-        if not isinstance(values[place], torch.Tensor) or not values[place].is_floating_point():
-            continue
-        # Recorded graphs write the new values over the old ones.
-        base = values[place].float().clone()
-        added = (given[0] - 1.0) * base
-        for age, factor in enumerate(given[1:], start=1):
-            if factor:
-                added = added + factor * values[age * cut.size + place].float()
-        claims.append(_Claim(place, base, added))
+    with _steady(held) as kept:
+        values = kept[cut.all]
+        for place in range(cut.size):
+            latest = values[place]
+            if not isinstance(latest, torch.Tensor) or not latest.is_floating_point():
+                continue
+            # Recorded graphs write the new values over the old ones.
+            base = latest.float().clone()
+            added = (given[0] - 1.0) * base
+            for age, factor in enumerate(given[1:], start=1):
+                if factor:
+                    added = added + factor * values[age * cut.size + place].float()
+            claims.append(_Claim(place, base, added))
     return claims
 
 
 def _check(lane: Lane, number: int, cut: Cached, claims: Sequence[_Claim]) -> None:
     """Trust a forecast from now on as far as these claims were right."""
-    values = getattr(lane.cached, "tensors", lane.cached)[cut.latest]
-    right = sum(((values[c.place].float() - c.base) * c.added).sum() for c in claims)
+    with _steady(lane.cached) as kept:
+        values = kept[cut.latest]
+        right = sum(((values[c.place].float() - c.base) * c.added).sum() for c in claims)
     claimed = sum(c.added.square().sum() for c in claims)
     share = (cast(torch.Tensor, right) / claimed).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0)
     news = Readback(share)
@@ -424,13 +433,13 @@ class Dispatcher:
         On a CPU. From another device the news comes with the next refresh, and until then the
         shallow graph itself passes on the latest features where a forecast is not finite.
         """
-        made = getattr(lane.cached, "tensors", lane.cached)
-        finite = [
-            torch.isfinite(value).all()
-            for cut in cached[:level]
-            for value in made[cut.latest]
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-        ]
+        with _steady(lane.cached) as made:
+            finite = [
+                torch.isfinite(value).all()
+                for cut in cached[:level]
+                for value in made[cut.latest]
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
+            ]
         if not finite:
             return
         news = Readback(functools.reduce(torch.logical_and, finite))
