@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+SHOWN_FROM = 0.05  # seconds: what is quicker leaves no line
+
 
 class Display:
     """Progress on standard error: a spinner while a stage runs, one line when it is done.
@@ -28,7 +30,7 @@ class Display:
         with spinner:
             yield
         took = self.seconds[name] = time.perf_counter() - started
-        if console and took >= 0.05:
+        if console and took >= SHOWN_FROM:
             console.print(f"[dim]{self.subject}:[/dim] {name} [cyan]{took:.1f} s[/cyan]")
 
     def note(self, text: str) -> None:

@@ -264,7 +264,10 @@ def test_a_warm_network_neither_captures_nor_compiles(
         assert sampled(network, x, timesteps()).isfinite().all()
 
 
-def test_several_signatures_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_signatures_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dcompile.display, "SHOWN_FROM", 0.0)
     network = compiled(verbose=True)
     calls = [(picture(size=(s, s)), timesteps()[0], None) for s in (6, 8, 12)]
     dcompile.handle(network).warmup(*calls)
