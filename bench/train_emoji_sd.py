@@ -399,8 +399,8 @@ class Reading(torch.nn.Module):
     CLIP's tokens see only those before them, so it takes the last ones, which are padding: they
     have the whole caption before them. Trained by the diffusion network, the text encoder's output
     hardly differs from caption to caption for thousands of steps, and the network learns to do
-    without. Taught to foretell the picture, it learns the emoji by heart at a twentieth of the
-    cost, and all that is left to the diffusion network is to draw what the tokens tell.
+    without. Taught to foretell the picture, it learns the emoji by heart, which is cheap, and all
+    that is left to the diffusion network is to draw what the tokens tell.
     """
 
     PATCHES = 4  # per side
@@ -468,8 +468,7 @@ def diffusion_stage(
 ) -> Stage:
     """The diffusion network learns to draw what the text encoder tells.
 
-    The text encoder stays: trained on, even towards what it had learnt, it forgot most of that
-    (within 1400 steps its error of foretold latents rose from 0.05 to 0.35).
+    The text encoder stays: trained on, even towards what it had learnt, it forgot most of that.
     """
     device = next(unet.parameters()).device
     scheduler = build_scheduler()

@@ -297,18 +297,31 @@ def _sampler(
     return Sampler(load_pipeline(model, resolve_device(device)), settings)
 
 
-def _profile_table(found: Profile) -> Any:
+def _table(*numbers: str, title: str, caption: str, name: str | None = None) -> Any:
+    """An empty table: a column of names, if they have a heading, then columns of numbers."""
     from rich import box
     from rich.table import Table
 
     table = Table(
-        title=f"{found.network}: change of deep features in {found.steps} steps",
+        title=title,
         title_style="bold",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # nine columns fit a terminal of 80
+        caption=caption,
+    )
+    if name is not None:
+        table.add_column(name, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _profile_table(found: Profile) -> Any:
+    table = _table(
+        *("depth", "r", "mean change", "largest", "at step", "3 apart"),
+        title=f"{found.network}: change of deep features in {found.steps} steps",
         caption="change: since the step before, relative L2.  3 apart: least cosine similarity.",
     )
-    for heading in ("depth", "r", "mean change", "largest", "at step", "3 apart"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for depth in found.depths:
         largest = int(depth.change.argmax())
         apart = depth.similarity.diagonal(min(3, found.steps - 1)).min()
@@ -324,20 +337,14 @@ def _profile_table(found: Profile) -> Any:
 
 
 def _tuned_table(tuned: Tuned) -> Any:
-    from rich import box
-    from rich.table import Table
-
     from dcompile.plots import front
 
-    table = Table(
+    table = _table(
+        *("speed-up", "PSNR", "refreshes", "depth", "forecast"),
         title=f"{tuned.network[0]}, {tuned.steps} steps: the best of {len(tuned.trials)} tried",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
         caption="speed-up: in FLOPs.  PSNR (dB): against the uncached pictures.",
+        name="",
     )
-    table.add_column("", no_wrap=True)
-    for heading in ("speed-up", "PSNR", "refreshes", "depth", "forecast"):
-        table.add_column(heading, justify="right", no_wrap=True)
     chosen = (tuned.depth, tuned.forecast, tuned.refresh_steps)
     deepcache = [trial for trial in tuned.trials if trial.interval is not None]
     kept = {trial.key: trial for trial in (*front(list(tuned.trials)), *deepcache)}
@@ -357,23 +364,17 @@ def _tuned_table(tuned: Tuned) -> Any:
 
 
 def _demo_table(result: DemoResult) -> Any:
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(
+    table = _table(
+        *("seconds", "speed-up", "limit", "reached", "PSNR", "SSIM", "refresh", "reuse"),
         title=f"{escape(result.title)}\n[dim]{escape(result.subtitle)}[/dim]",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # nine columns fit a terminal of 80
         caption=(
             "limit: N / (1 + (N - 1) r), of the network alone. seconds: whole pipeline.\n"
             "PSNR (dB) and SSIM: against the uncached pictures."
         ),
+        name="method",
     )
-    table.add_column("method", no_wrap=True)
-    for heading in ("seconds", "speed-up", "limit", "reached", "PSNR", "SSIM", "refresh", "reuse"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for run in result.runs:
         table.add_row(run.method, f"{run.seconds:.2f}", *_comparison(run))
     return table

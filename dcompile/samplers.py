@@ -22,8 +22,8 @@ from dcompile.forecast import Checked, Forecast, Reuse
 _LEAST_ALPHA_BAR = 1e-5
 
 
-# Of a run, below which extrapolating features loses more often than it gains: with 10 refreshes it
-# was 1.5 dB better (the DDPM) to 4 dB worse (emoji-sd), from 17 on 6 to 10 dB better.
+# Of a run, below which extrapolating features loses: with 10 refreshes a checked forecast was 3 to
+# 4 dB worse than reuse on emoji-sd, from 17 on 5 to 10 dB better (bench/results/fidelity.md).
 LEAST_REFRESHES = 12
 
 
