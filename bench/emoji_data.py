@@ -6,6 +6,7 @@ The font (SIL Open Font License 1.1) is in Debian's package ``fonts-noto-color-e
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -230,6 +231,12 @@ def with_ground(caption: str, ground: str, frame: int) -> str:
     return _GROUND_FRAMES[frame % len(_GROUND_FRAMES)].format(caption, ground=ground)
 
 
+# How far pictures are moved, so that different noise can become different pictures of one prompt.
+SHIFT = 5  # pixels of 64
+SHRINK = 0.22
+TILT = 12  # degrees
+
+
 def may_mirror(name: str) -> bool:
     """Whether the mirrored picture still is what its name says."""
     return _ONE_WAY.search(name) is None
@@ -254,31 +261,30 @@ class Captioned:
         keep = [i for i, name in enumerate(names) if not _NO_CAPTION.search(name)]
         return cls([names[i] for i in keep], rgba[keep])
 
-    def pictures(
-        self, which: torch.Tensor, ground: torch.Tensor, *, augment: bool, shift: int = 3
-    ) -> torch.Tensor:
-        """Glyphs on grounds, each shifted, shrunk and mirrored a little if ``augment``.
+    def pictures(self, which: torch.Tensor, ground: torch.Tensor, *, moved: float) -> torch.Tensor:
+        """Glyphs on grounds, as the font draws them or moved.
 
         Args:
             which: glyph numbers, shape (n,).
             ground: numbers into GROUNDS, shape (n,).
-            augment: half of the pictures stay as the font draws them; the rest are moved by up to
-                ``shift`` pixels and shrunk by up to 15 %, and mirrored where their name allows.
+            moved: the share of them that is shifted by up to SHIFT pixels, shrunk by up to SHRINK,
+                tilted by up to TILT degrees, and half of the time mirrored where the name allows.
 
         Returns:
             float32 in -1..1, shape (n, 3, size, size).
         """
         rgba = self.rgba[which].float()
-        if augment:
+        if moved:
             n, size = len(which), rgba.shape[-1]
-            moved = (torch.rand(n) < 0.5).float()
-            scale = 1 + moved * torch.rand(n) * 0.18
-            mirrored = torch.tensor([may_mirror(self.names[i]) for i in which.tolist()])
-            mirror = torch.where(mirrored & (torch.rand(n) < 0.5), -1.0, 1.0)
-            offset = (torch.rand(n, 2) * 2 - 1) * (2 * shift / size) * moved[:, None]
+            chosen = (torch.rand(n) < moved).float()
+            scale = 1 + chosen * torch.rand(n) * SHRINK / (1 - SHRINK)
+            may = torch.tensor([may_mirror(self.names[i]) for i in which.tolist()])
+            mirror = torch.where(may & (torch.rand(n) < chosen / 2), -1.0, 1.0)
+            tilt = chosen * (torch.rand(n) * 2 - 1) * math.radians(TILT)
             theta = torch.zeros(n, 2, 3)
-            theta[:, 0, 0], theta[:, 1, 1] = scale * mirror, scale
-            theta[:, :, 2] = offset
+            theta[:, 0, 0], theta[:, 0, 1] = scale * mirror * tilt.cos(), -scale * tilt.sin()
+            theta[:, 1, 0], theta[:, 1, 1] = scale * mirror * tilt.sin(), scale * tilt.cos()
+            theta[:, :, 2] = (torch.rand(n, 2) * 2 - 1) * (2 * SHIFT / size) * chosen[:, None]
             grid = F.affine_grid(theta, [n, 4, size, size], align_corners=False)
             # The transparent surroundings are white, so edges blend into white, not into black.
             rgba = F.grid_sample(rgba - 255, grid, align_corners=False) + 255

@@ -65,7 +65,7 @@ def reconstruction_psnr(vae: Any, data: Captioned) -> float:
     """Mean PSNR in dB of decoded against given glyphs, all of them, on white."""
     values = []
     for which in torch.arange(len(data.names)).split(128):
-        pictures = data.pictures(which, torch.zeros(len(which), dtype=torch.long), augment=False)
+        pictures = data.pictures(which, torch.zeros(len(which), dtype=torch.long), moved=0.0)
         decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
         values += [
             float(peak_signal_noise_ratio(one, two, data_range=2.0))
@@ -81,7 +81,7 @@ def ranks(pictures: torch.Tensor, wanted: list[int], data: Captioned, vae: Any) 
     A glyph's distance is that of its nearest variant: as drawn, or moved, shrunk and mirrored as
     it was trained on, always on white.
     """
-    bank = LatentBank(data, vae, variants=12, seed=2, white=True)
+    bank = LatentBank(data, vae, variants=24, seed=2, white=True)
     known = bank.latents.float().flatten(2)  # (glyphs, variants, values)
     given = vae.encode(pictures * 2 - 1).latent_dist.mean.flatten(1)
     found = []

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from emoji_data import FONT, GROUNDS, Captioned, captions, with_ground
+from emoji_data import FONT, GROUNDS, SHIFT, SHRINK, TILT, Captioned, captions, with_ground
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from training import Stage, replace_file
@@ -34,6 +34,7 @@ from transformers import logging as transformers_logging
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 64
 TOKENS = 32
+PARTS = ("vae", "text_encoder", "unet")
 SHOWN = """
 red apple; grinning face; blue heart; dog; pizza; rocket; cat face; car; tree; house; sun; star;
 banana; strawberry; fish; penguin; octopus; hamburger; red heart; fire; snowman; robot face;
@@ -56,16 +57,16 @@ trained, so that its features behave as a real network's do. Stock
   4 latent channels, a quarter of the side; `CLIPTextModel`, {text:.1f} M, {tokens} tokens. Averaged
   (EMA) weights in fp16.
 - **Data**: {glyphs} glyphs of Noto Color Emoji (SIL Open Font License 1.1), on white and on nine
-  plain colours, half of them shifted by up to 3 px, shrunk by up to 15 % and mirrored where their
-  name allows; captions are their Unicode names, some synonyms and plain paraphrases. One caption
-  in ten was held out.
+  plain colours, shifted by up to {shift} px, shrunk by up to {shrink:.0%}, tilted by up to {tilt}
+  degrees and mirrored where their name allows; captions are their Unicode names, some synonyms and
+  plain paraphrases. One caption in ten was held out.
 - **Training**: `bench/train_emoji_sd.py`: autoencoder {autoencoder}; then
   the text encoder {text_steps} steps, to foretell latents from captions, then the diffusion network
   {steps} steps of {batch} latents with 10 % of the captions dropped, then the decoder alone,
   {decoder_steps} steps; AdamW.{before}
 - **Limits**: it knows nothing but these emoji and their names. Unknown words give some emoji or
-  a blend; on coloured grounds shapes suffer; lettering is illegible. Pictures of one prompt differ
-  little from seed to seed, for most glyphs have one picture.
+  a blend; on coloured grounds shapes suffer; lettering is illegible. Most glyphs have one picture:
+  from seed to seed it is moved, tilted or mirrored, not another one.
 """
 
 
@@ -203,7 +204,7 @@ def autoencoder_stage(
     def loss() -> torch.Tensor:
         which = torch.randint(0, len(data.names), (batch,))
         ground = torch.multinomial(grounds, batch, replacement=True)
-        pictures = data.pictures(which, ground, augment=True).to(device)
+        pictures = data.pictures(which, ground, moved=0.5).to(device)
         with autocast(device):
             posterior = vae.encode(pictures).latent_dist
             decoded = vae.decode(posterior.sample()).sample
@@ -214,7 +215,7 @@ def autoencoder_stage(
 
     def sheet(averaged: torch.nn.ModuleDict) -> torch.Tensor:
         which = torch.arange(0, len(data.names), len(data.names) // 32)[:32]
-        pictures = data.pictures(which, torch.arange(32) % len(GROUNDS), augment=False).to(device)
+        pictures = data.pictures(which, torch.arange(32) % len(GROUNDS), moved=0.0).to(device)
         decoded = averaged["vae"](pictures).sample
         return torch.stack([pictures, decoded], dim=1).flatten(0, 1)
 
@@ -268,20 +269,20 @@ class LatentBank:
         *,
         seed: int = 1,
         white: bool = False,
-        augment: bool = True,
+        moved: float = 1.0,
     ) -> None:
         generator_state = torch.get_rng_state()
         torch.manual_seed(seed)
         count, device = len(data.names), next(vae.parameters()).device
         ground = torch.where(
-            torch.rand(count, variants) < 0.6, 0, torch.randint(1, len(GROUNDS), (count, variants))
+            torch.rand(count, variants) < 0.75, 0, torch.randint(1, len(GROUNDS), (count, variants))
         )
         ground[:, : variants if white else 1] = 0
         encoded = []
         for variant in range(variants):
             for which in torch.arange(count).split(128):
                 pictures = data.pictures(
-                    which, ground[which, variant], augment=augment and variant > 0
+                    which, ground[which, variant], moved=moved if variant > 0 else 0.0
                 )
                 posterior = vae.encode(pictures.to(device)).latent_dist
                 encoded.append(posterior.mean.half())
@@ -320,7 +321,7 @@ def decoder_stage(
     def loss() -> torch.Tensor:
         which = torch.randint(0, len(data.names), (batch,))
         ground = torch.where(torch.rand(batch) < 0.6, 0, torch.randint(1, len(GROUNDS), (batch,)))
-        pictures = data.pictures(which, ground, augment=True).to(device)
+        pictures = data.pictures(which, ground, moved=0.5).to(device)
         latents = latents_of(pictures)
         with autocast(device):
             decoded = parts["decoder"](parts["into"](latents)).float()
@@ -329,7 +330,7 @@ def decoder_stage(
 
     def sheet(averaged: torch.nn.ModuleDict) -> torch.Tensor:
         which = torch.arange(0, len(data.names), len(data.names) // 32)[:32]
-        pictures = data.pictures(which, torch.arange(32) % len(GROUNDS), augment=False).to(device)
+        pictures = data.pictures(which, torch.arange(32) % len(GROUNDS), moved=0.0).to(device)
         decoded = averaged["decoder"](averaged["into"](latents_of(pictures)))
         return torch.stack([pictures, decoded], dim=1).flatten(0, 1)
 
@@ -381,8 +382,7 @@ class Batches:
         """Token ids, shape (batch, TOKENS), a share of them of no caption; and latents."""
         count, variants = self.bank.ground.shape
         which = torch.randint(0, count, (self._batch,))
-        plain = torch.rand(self._batch) < 0.5
-        variant = torch.where(plain, 0, torch.randint(0, variants, (self._batch,)))
+        variant = torch.randint(0, variants, (self._batch,))
         random.seed(int(torch.randint(0, 2**31, ())))
         grounds = self.bank.ground[which, variant].tolist()
         ids = [
@@ -564,7 +564,7 @@ def main(
     text_layers: Annotated[int, typer.Option(help="Layers of the text encoder.")] = 3,
     text_steps: Annotated[int, typer.Option(help="Steps of the text encoder.")] = 4500,
     vocabulary: Annotated[int, typer.Option(help="Tokens.")] = 2048,
-    variants: Annotated[int, typer.Option(help="Encoded variants of each glyph.")] = 8,
+    variants: Annotated[int, typer.Option(help="Encoded variants of each glyph.")] = 24,
     ae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2500,
     ae_batch: Annotated[int, typer.Option(help="Pictures per step of the autoencoder.")] = 16,
     decoder_steps: Annotated[int, typer.Option(help="Further steps of its decoder.")] = 1500,
@@ -578,9 +578,7 @@ def main(
     start: Annotated[
         Path | None, typer.Option("--from", help="Go on from an exported pipeline's weights.")
     ] = None,
-    autoencoder: Annotated[
-        Path | None, typer.Option(help="Take an exported pipeline's autoencoder, no other part.")
-    ] = None,
+    parts: Annotated[str, typer.Option(help="Which parts to take --from there.")] = ",".join(PARTS),
     font: Annotated[Path, typer.Option(help="NotoColorEmoji.ttf")] = FONT,
     out: Annotated[Path, typer.Option(help="The exported pipeline folder.")] = ROOT
     / "dcompile/models/emoji-sd",
@@ -602,27 +600,32 @@ def main(
             raise SystemExit("out of time; the same command goes on")
         return averaged
 
+    taken = set(parts.split(",")) if start is not None else set()
+    if taken - set(PARTS):
+        raise SystemExit(f"--parts {parts}: choose from {', '.join(PARTS)}")
     torch.manual_seed(0)
     unet: Any
     text_encoder: Any
-    if start is None:
-        if autoencoder is None:
-            stage = autoencoder_stage(data, widths(ae_channels), ae_steps, ae_batch, device)
-            vae = run(stage)["vae"]
-            standardize(vae, LatentBank(data, vae, variants=2).latents.flatten(0, 1).float())
-        else:
-            vae = AutoencoderKL.from_pretrained(autoencoder, subfolder="vae").to(device)
-            vae.requires_grad_(False).eval()
-        corpus = [caption for name in data.names for caption in captions(name)[0]]
-        corpus += [with_ground("", ground, frame) for ground in GROUNDS for frame in range(3)] * 50
-        tokenizer = kept_tokenizer(work / "tokenizer", vocabulary, corpus)
-        torch.manual_seed(0)
-        text_encoder = build_text_encoder(tokenizer, text_width, text_layers).to(device)
-        unet = build_unet(widths(channels), text_width)
+    if "vae" in taken:
+        vae = AutoencoderKL.from_pretrained(start, subfolder="vae").to(device)
+        vae.requires_grad_(False).eval()
     else:
-        given = StableDiffusionPipeline.from_pretrained(start)
-        vae, tokenizer = given.vae.to(device), given.tokenizer
-        text_encoder, unet = given.text_encoder.to(device), given.unet
+        stage = autoencoder_stage(data, widths(ae_channels), ae_steps, ae_batch, device)
+        vae = run(stage)["vae"]
+        standardize(vae, LatentBank(data, vae, variants=2).latents.flatten(0, 1).float())
+    torch.manual_seed(0)
+    if "text_encoder" in taken:
+        tokenizer = CLIPTokenizer.from_pretrained(start, subfolder="tokenizer")
+        text_encoder = CLIPTextModel.from_pretrained(start, subfolder="text_encoder").to(device)
+    else:
+        corpus = [caption for name in data.names for caption in captions(name)[0]]
+        corpus += [with_ground("", g, frame) for g in GROUNDS for frame in range(3)] * 50
+        tokenizer = kept_tokenizer(work / "tokenizer", vocabulary, corpus)
+        text_encoder = build_text_encoder(tokenizer, text_width, text_layers).to(device)
+    if "unet" in taken:
+        unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet")
+    else:
+        unet = build_unet(widths(channels), text_encoder.config.hidden_size)
     # On a CPU the attention's copies cost more than such convolutions gain.
     unet = unet.to(
         device,
@@ -637,8 +640,8 @@ def main(
         "text": [config.hidden_size, config.num_hidden_layers, len(tokenizer)],
         "vocabulary": hashlib.sha256(spelling).hexdigest(),
     }
-    if start is None:
-        plain = LatentBank(data, vae, max(2, variants // 2), augment=False)
+    if "text_encoder" not in taken:
+        plain = LatentBank(data, vae, min(variants, 4), moved=0.0)
         reading = Reading(config.hidden_size, bank.latents.shape[-1]).to(device)
         drawn = Batches(plain, text, 128, device)
         read = run(text_stage(drawn, vae, text_encoder, reading, text_steps, of_text))
@@ -672,13 +675,16 @@ def main(
         text=millions(pipeline.text_encoder),
         channels=tuple(pipeline.unet.config.block_out_channels),
         before=""
-        if start is None
+        if "unet" not in taken
         else "\n  It went on from weights that were trained before in the same way.",
         tokens=TOKENS,
+        shift=SHIFT,
+        shrink=SHRINK,
+        tilt=TILT,
         glyphs=len(data.names),
-        autoencoder=f"{ae_steps} steps of {ae_batch} pictures"
-        if autoencoder is None and start is None
-        else "from an earlier training",
+        autoencoder="from an earlier training"
+        if "vae" in taken
+        else f"{ae_steps} steps of {ae_batch} pictures",
         decoder_steps=decoder_steps,
         text_steps=text_steps,
         steps=steps,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +40,51 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setitem(RECORDERS, "cpu", SimulatedRecorder)
     yield request.param
     torch.set_default_device(None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--compatibility", metavar="FILE", help="write rows for bench/compatibility.py to FILE"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--compatibility", None)
+    if file is not None:
+        config.pluginmanager.register(Compatibility(Path(file)))
+
+
+class Compatibility:
+    """Collects what tests found to work; see the fixture ``compatible``."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: list[dict[str, Any]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            found = [row for name, row in report.user_properties if name == "compatible"]
+            self.rows += [{**row, "works": report.passed} for row in found]
+
+    def pytest_sessionfinish(self) -> None:
+        self.file.write_text(json.dumps(self.rows, indent=2) + "\n")
+
+
+@pytest.fixture
+def compatible(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
+    """Put what a test is about into docs/compatibility.md, where it works if the test passes.
+
+    ``row = compatible(kind, name)`` with kind "network", "pipeline", "add-on" or "scheduler", and
+    the name a user knows it by; ``row`` takes ``depths`` (how many), ``ratio`` (r at depth 0) and
+    ``note`` as far as the test knows them.
+    """
+
+    def add(kind: str, name: str, **more: Any) -> dict[str, Any]:
+        row = {"kind": kind, "name": name, **more}
+        request.node.user_properties.append(("compatible", row))
+        return row
+
+    return add
 
 
 @pytest.fixture(autouse=True)

@@ -351,9 +351,9 @@ def drawn_half(name: str) -> Captioned:
 def test_augmented_pictures_stay_near_the_glyph(name: str, mirrored: bool) -> None:
     data, which = drawn_half(name), torch.zeros(64, dtype=torch.long)
     white = torch.zeros(64, dtype=torch.long)
-    plain = data.pictures(which, white, augment=False)
+    plain = data.pictures(which, white, moved=0.0)
     assert torch.equal(plain[0, 0, 0], torch.tensor([-1.0] * 16 + [1.0] * 16))
-    pictures = data.pictures(which, white, augment=True)
+    pictures = data.pictures(which, white, moved=0.5)
     assert pictures.shape == plain.shape
     assert float(pictures.abs().max()) < 1 + 1e-5
     mirrors = int((pictures[..., :16].mean((1, 2, 3)) > 0).sum())
