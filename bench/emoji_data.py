@@ -235,6 +235,7 @@ def with_ground(caption: str, ground: str, frame: int) -> str:
 SHIFT = 5  # pixels of 64
 SHRINK = 0.22
 TILT = 12  # degrees
+MIRRORED = 0.1  # half and half, a network draws both at once
 
 
 def may_mirror(name: str) -> bool:
@@ -268,7 +269,8 @@ class Captioned:
             which: glyph numbers, shape (n,).
             ground: numbers into GROUNDS, shape (n,).
             moved: the share of them that is shifted by up to SHIFT pixels, shrunk by up to SHRINK,
-                tilted by up to TILT degrees, and half of the time mirrored where the name allows.
+                tilted by up to TILT degrees, and with a chance of MIRRORED mirrored where its name
+                allows.
 
         Returns:
             float32 in -1..1, shape (n, 3, size, size).
@@ -279,7 +281,7 @@ class Captioned:
             chosen = (torch.rand(n) < moved).float()
             scale = 1 + chosen * torch.rand(n) * SHRINK / (1 - SHRINK)
             may = torch.tensor([may_mirror(self.names[i]) for i in which.tolist()])
-            mirror = torch.where(may & (torch.rand(n) < chosen / 2), -1.0, 1.0)
+            mirror = torch.where(may & (torch.rand(n) < chosen * MIRRORED), -1.0, 1.0)
             tilt = chosen * (torch.rand(n) * 2 - 1) * math.radians(TILT)
             theta = torch.zeros(n, 2, 3)
             theta[:, 0, 0], theta[:, 0, 1] = scale * mirror * tilt.cos(), -scale * tilt.sin()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from dcompile.artifact import read, write
 from dcompile.backends import GraphCompiler, resolve
 from dcompile.call import example_of
 from dcompile.capture import DynamicSizes
-from dcompile.dispatch import Dispatcher, Settings, Stats
+from dcompile.dispatch import Dispatcher, Settings, Stats, dispatcher_of
 from dcompile.display import Display
 from dcompile.errors import (
     BackendError,
@@ -31,15 +30,15 @@ from dcompile.errors import (
     ScheduleError,
 )
 from dcompile.forecast import Forecast, resolve_forecast
+from dcompile.ondemand import OnDemand
 from dcompile.onnx import export, without_autocast
 from dcompile.report import Explanation, explain
 from dcompile.schedule import Schedule, Sigma, Uniform, require_speedup
+from dcompile.standin import free_slot, standin_of
 from dcompile.structure import portable, structure_of
 from dcompile.tuning import Tuned
 
 M = TypeVar("M")
-
-_SLOTS = ("forward", "_old_forward")  # where a module's forward may be: accelerate moves it
 
 
 def cache_compile(
@@ -135,7 +134,9 @@ def cache_compile(
     )
     _require_sampler(settings)
     network = _network_of(module)
-    _install(network, settings)
+    dispatcher = _install(network, settings)
+    if _is_pipeline(module):
+        _install_beside(module, dispatcher)
     return module if _is_pipeline(module) else cast(M, network)
 
 
@@ -160,11 +161,13 @@ class Handle:
 
     def enable(self) -> None:
         """Cache again, after ``disable`` or after a failed compile."""
-        self._dispatcher.enabled = True
+        for standin in (self._dispatcher, *self._dispatcher.beside):
+            standin.enabled = True
 
     def disable(self) -> None:
         """Run uncached, as before ``cache_compile``, and drop what is cached."""
-        self._dispatcher.enabled = False
+        for standin in (self._dispatcher, *self._dispatcher.beside):
+            standin.enabled = False
         self._dispatcher.release()
 
     def reset(self) -> None:
@@ -173,24 +176,10 @@ class Handle:
 
     def remove(self) -> None:
         """Give the module its own forward back. Afterwards it is no longer a compiled one."""
-        dispatcher, module = self._dispatcher, self.module
         self.disable()
-        for slot in _SLOTS:
-            if module.__dict__.get(slot) is dispatcher:
-                if slot in dispatcher.replaced:
-                    module.__dict__[slot] = dispatcher.replaced[slot]
-                elif slot == "forward":
-                    del module.__dict__[slot]
-                else:
-                    module.__dict__[slot] = dispatcher.original
-                if dispatcher.compiled_call is not None:
-                    module._compiled_call_impl = dispatcher.compiled_call
-                return
-        warnings.warn(
-            f"{type(module).__name__}.forward was replaced by something else since cache_compile; "
-            "dcompile is switched off beneath it",
-            stacklevel=2,
-        )
+        for standin in (self._dispatcher, *self._dispatcher.beside):
+            standin.uninstall()
+        self._dispatcher.beside = []
 
     @property
     def signatures(self) -> list[str]:
@@ -271,7 +260,10 @@ class Handle:
                 "nothing is captured yet: call the network or its pipeline once, or give an "
                 "example call: handle(unet).explain(sample, timestep, ...)"
             )
-        return explain(network, dispatcher.settings.depths[0], type(self.module).__name__)
+        least = [parts[0] for parts in (one.parts() for one in dispatcher.beside) if parts]
+        beside = tuple(part for part in least if part.results < part.of)
+        name = type(self.module).__name__
+        return explain(network, dispatcher.settings.depths[0], name, beside)
 
     def export_onnx(self, folder: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> Path:
         """Write both graphs for ONNX runtimes and TensorRT: a folder that needs no Python.
@@ -434,7 +426,10 @@ def load(
         raise ScheduleError(
             f"{source} was saved for {one}; what is asked for takes {other}: compile for it"
         )
-    _install(_network_of(module), settings).adopt(artifact)
+    dispatcher = _install(_network_of(module), settings)
+    dispatcher.adopt(artifact)
+    if _is_pipeline(module):
+        _install_beside(module, dispatcher)
     return module if _is_pipeline(module) else cast(M, network)
 
 
@@ -445,7 +440,7 @@ def handle(module: Any) -> Handle:
         NotCompiledError: it was not.
     """
     network = _denoiser_of(module)
-    dispatcher = _dispatcher_of(getattr(network, "_orig_mod", network))
+    dispatcher = dispatcher_of(getattr(network, "_orig_mod", network))
     if dispatcher is None:
         raise NotCompiledError(
             f"this {type(network).__name__} is not compiled: call dcompile.cache_compile first"
@@ -495,28 +490,33 @@ def _example_call(
 
 
 def _install(network: nn.Module, settings: Settings) -> Dispatcher:
-    dispatcher = _dispatcher_of(network)
-    if dispatcher is not None:
-        dispatcher.configure(settings)
-        return dispatcher
-    # Beneath accelerate's hooks, which move weights to the device before they call this.
-    slot = "_old_forward" if "_old_forward" in network.__dict__ else "forward"
+    found = standin_of(network)
+    if isinstance(found, Dispatcher):
+        found.configure(settings)
+        return found
+    if found is not None:
+        found.uninstall()
+    slot = free_slot(network)
     dispatcher = Dispatcher(network, getattr(network, slot), settings)
-    if slot in network.__dict__:
-        dispatcher.replaced[slot] = network.__dict__[slot]
-    if network._compiled_call_impl is not None:  # nn.Module.compile() calls around our forward
-        dispatcher.compiled_call = network._compiled_call_impl
-        network._compiled_call_impl = None
-    network.__dict__[slot] = dispatcher
+    dispatcher.install(slot)
     return dispatcher
 
 
-def _dispatcher_of(network: Any) -> Dispatcher | None:
-    for slot in _SLOTS:
-        found = getattr(network, "__dict__", {}).get(slot)
-        if isinstance(found, Dispatcher):
-            return found
-    return None
+def _install_beside(pipeline: Any, dispatcher: Dispatcher) -> None:
+    """Have the denoiser's companions, such as a ControlNet, compute only what it reads."""
+    settings = dispatcher.settings
+    names = [name for name in _timed_components(pipeline) if name != _denoiser_name(pipeline)]
+    dispatcher.beside = []
+    for network in (getattr(pipeline, name) for name in names):
+        found = standin_of(network)
+        if isinstance(found, OnDemand):
+            found.configure(settings.backend, settings.verbose)
+        elif found is None and not hasattr(network, "_orig_mod"):  # torch.compile's are the user's
+            slot = free_slot(network)
+            found = OnDemand(network, getattr(network, slot), settings.backend, settings.verbose)
+            found.install(slot)
+        if isinstance(found, OnDemand):
+            dispatcher.beside.append(found)
 
 
 def _without_torch_compile(module: Any) -> Any:
@@ -651,11 +651,7 @@ def _denoiser_of(module: Any) -> Any:
 
 def _denoiser_name(pipeline: Any) -> str:
     """The component that is called with a timestep. Usual names settle it if there are several."""
-    timed: list[str] = [
-        name
-        for name, component in pipeline.components.items()
-        if isinstance(component, nn.Module) and _takes_timestep(_without_torch_compile(component))
-    ]
+    timed = _timed_components(pipeline)
     preferred: tuple[str, ...] = ("unet", "transformer", *(timed if len(timed) == 1 else ()))
     for name in preferred:
         if name in timed:
@@ -664,6 +660,15 @@ def _denoiser_name(pipeline: Any) -> str:
         f"{type(pipeline).__name__} has no single denoiser: components called with a timestep are "
         f"{', '.join(timed) or 'none'}. Pass the network itself: cache_compile(pipe.<name>)"
     )
+
+
+def _timed_components(pipeline: Any) -> list[str]:
+    """Names of the components that are called with a timestep."""
+    return [
+        name
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and _takes_timestep(_without_torch_compile(component))
+    ]
 
 
 def _takes_timestep(module: nn.Module) -> bool:

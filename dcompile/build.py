@@ -112,7 +112,7 @@ def build(
         graphs, cached, skips = graphs_of(network, cuts)
     weights = weights_of(module)
     if full is None:
-        full = _compile(graphs[-1], network, backend, weights, leaves, (), "full", display)
+        full = compile_graph(graphs[-1], network, backend, weights, leaves, (), "full", display)
     made: tuple[Any, ...] = ()
     if backend.needs_examples:
         # A backend may lay its outputs out as it likes; the other graphs are compiled for that.
@@ -129,9 +129,10 @@ def build(
                 zeros = torch.zeros(cut.history, dtype=torch.float32, device=tensor.device)
                 examples = (*examples, zeros)
         label = graph_label(number, len(cached))
-        compiled.append(
-            _compile(graph_module, network, backend, weights, leaves, examples, label, display)
+        graph = compile_graph(
+            graph_module, network, backend, weights, leaves, examples, label, display
         )
+        compiled.append(graph)
     return Program(
         network.out_spec,
         (*compiled, full),
@@ -184,7 +185,7 @@ def renewed(
     return replace(program, graphs=tuple(refitted))
 
 
-def _compile(
+def compile_graph(
     graph_module: GraphModule,
     network: CapturedNetwork,
     backend: Backend,
@@ -194,6 +195,17 @@ def _compile(
     label: str,
     display: Display,
 ) -> CompiledGraph:
+    """Compile one graph that was made of ``network``'s.
+
+    Args:
+        weights: from ``weights_of`` the live module.
+        leaves: an example call's.
+        cached: examples of what comes after them.
+        label: what messages call it.
+
+    Raises:
+        BackendError: the backend failed; the original error is its cause.
+    """
     convention = convention_of(graph_module, network)
     _tell_sizes(graph_module, network)
     baked = None

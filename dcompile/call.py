@@ -18,6 +18,7 @@ from torch.utils._pytree import (
     treespec_loads,
 )
 
+from dcompile.deferred import Deferred
 from dcompile.errors import TimestepError
 
 
@@ -147,7 +148,7 @@ def _is_default(parameter: inspect.Parameter, value: Any) -> bool:
 
 
 _CONSTANT_TYPES = (type(None), bool, int, float, str)
-_LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter})
+_LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter, Deferred})
 
 
 def _flatten_into(value: Any, leaves: list[Any], structure: list[Any]) -> None:
@@ -194,7 +195,8 @@ shape, strides, dtype and device, each constant's type and value, and autocast."
 
 
 def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list[torch.Tensor]]:
-    """The signature of a call, and its conditioning: its tensors but for sample and timestep.
+    """The signature of a call, and its conditioning: its tensors but for sample and timestep, as
+    far as they lasted from step to step.
 
     Calls of equal signatures can run the same program.
     """
@@ -204,7 +206,8 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             parts += (leaf.shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride())
-            if leaf is not sample and leaf is not timestep:
+            # What is promised belongs to this call alone.
+            if leaf is not sample and leaf is not timestep and type(leaf) is not Deferred:
                 conditioning.append(leaf)
         else:
             parts += (type(leaf), leaf)

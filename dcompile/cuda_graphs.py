@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from dcompile.deferred import computed
 from dcompile.program import BoundProgram, Cached, Program, graph_label
 
 Tensors = tuple[Any, ...]
@@ -113,8 +114,17 @@ class HeldBoundary:
             yield self.tensors
 
 
+class _Input(NamedTuple):
+    """A static input: where it is among the call's leaves, and the elements it has of its own."""
+
+    leaf: int
+    buffer: torch.Tensor
+    expanded: tuple[int, ...]
+
+
 class _Graph(NamedTuple):
     recording: Any
+    inputs: tuple[_Input, ...]
     outputs: Tensors
     coefficients: torch.Tensor | None
 
@@ -137,8 +147,7 @@ class RecordedProgram:
         self._stream: torch.cuda.Stream | None = None
         self._failed = False
         self._static: dict[int, Any] = {}
-        self._buffers: list[torch.Tensor] = []
-        self._copied: list[tuple[int, tuple[int, ...]]] = []
+        self._inputs: dict[int, _Input] = {}
         self._levels = len(bound.program.cached)
         self._graphs: dict[int, _Graph] = {}
         # Laid out as what a lane caches: the full graph's outputs, and the earlier ones' buffers.
@@ -267,7 +276,11 @@ class RecordedProgram:
 
     def _run(self, graph: _Graph, leaves: Sequence[Any], coefficients: Any = None) -> Tensors:
         assert self._recorder is not None
-        buffers, values = self._buffers, [_narrowed(leaves[i], d) for i, d in self._copied]
+        given = computed([leaves[item.leaf] for item in graph.inputs])
+        buffers = [item.buffer for item in graph.inputs]
+        values = [
+            _narrowed(value, item.expanded) for value, item in zip(given, graph.inputs, strict=True)
+        ]
         if graph.coefficients is not None:
             buffers, values = [*buffers, graph.coefficients], [*values, coefficients]
         torch._foreach_copy_(buffers, values)
@@ -315,8 +328,8 @@ class RecordedProgram:
     def _prepare(self, leaves: Sequence[Any]) -> None:
         """Make the static inputs, laid out as the call's own: compiled code relies on that."""
         self._recorder = RECORDERS[self._device.type](self._device)
-        for i in sorted({i for graph in self._bound.graphs for i in graph.inputs}):
-            leaf = leaves[i]
+        taken = sorted({i for graph in self._bound.graphs for i in graph.inputs})
+        for i, leaf in zip(taken, computed([leaves[i] for i in taken]), strict=True):
             if not isinstance(leaf, torch.Tensor):
                 self._static[i] = leaf
                 continue
@@ -331,8 +344,7 @@ class RecordedProgram:
                 part.size(), part.stride(), dtype=leaf.dtype, device=leaf.device
             ).copy_(part)
             self._static[i] = buffer.expand(leaf.size())
-            self._buffers.append(buffer)
-            self._copied.append((i, expanded))
+            self._inputs[i] = _Input(i, buffer, expanded)
 
     def _capture(self, level: int, cached: Tensors) -> _Graph:
         assert self._recorder is not None
@@ -346,13 +358,14 @@ class RecordedProgram:
         recording, outputs = self._recorder.capture(
             lambda reads: graph.run(*reads), (*graph.weights, *inputs, *cached)
         )
-        return _Graph(recording, outputs, coefficients)
+        read = tuple(self._inputs[i] for i in dict.fromkeys(graph.inputs) if i in self._inputs)
+        return _Graph(recording, read, outputs, coefficients)
 
     def _give_up(self, level: int, error: Exception) -> None:
         first = (str(error).strip() or "no message").splitlines()[0]
         self._failed = True
         self._graphs, self._recorder = {}, None
-        self._static, self._buffers, self._copied, self._storages = {}, [], [], []
+        self._static, self._inputs, self._storages = {}, {}, []
         if level < self._levels:  # the owner's features stay good: it holds the tensors
             self._boundary, self._owner = (), None
         if self._device.type == "cuda":

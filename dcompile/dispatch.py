@@ -6,7 +6,6 @@ import contextlib
 import functools
 import re
 import threading
-import types
 import warnings
 import weakref
 from collections import Counter
@@ -31,6 +30,7 @@ from dcompile.call import (
 )
 from dcompile.capture import CapturedNetwork, DynamicSizes, capture, capturing_threads
 from dcompile.cuda_graphs import RECORDERS, HeldBoundary, RecordedProgram, Reordered
+from dcompile.deferred import computed
 from dcompile.display import Display
 from dcompile.errors import (
     ArtifactError,
@@ -40,6 +40,7 @@ from dcompile.errors import (
     NotCompiledError,
 )
 from dcompile.forecast import Checked, Forecast, Reuse, factors, name_of
+from dcompile.ondemand import OnDemand
 from dcompile.program import (
     BoundProgram,
     Cached,
@@ -52,6 +53,7 @@ from dcompile.program import (
 from dcompile.readback import Readback
 from dcompile.samplers import is_stochastic, step_weights, usual_forecast, usual_power
 from dcompile.schedule import Run, Schedule
+from dcompile.standin import StandIn, standin_of
 from dcompile.steps import Generation, Lane, StepTracker
 from dcompile.structure import (
     Structure,
@@ -157,6 +159,12 @@ class Refreshed(NamedTuple):
     boundary: Any
 
 
+def dispatcher_of(module: Any) -> Dispatcher | None:
+    """The dispatcher that stands in for the module's forward, if one does."""
+    found = standin_of(module)
+    return found if isinstance(found, Dispatcher) else None
+
+
 def _in_this_thread() -> bool:
     """Whether it is this thread that torch compiles or exports in, as far as can be told."""
     return not capturing_threads or threading.get_ident() in capturing_threads
@@ -228,18 +236,15 @@ def _place_of(timestep: Any, timesteps: Any) -> int:
     return next((place for place, own in enumerate(timesteps) if float(own) == value), 0)
 
 
-class Dispatcher:
-    """Stands in for a module's ``forward``.
+class Dispatcher(StandIn):
+    """Stands in for the denoiser's ``forward``.
 
     Owns the captured networks, the compiled programs and, through its step tracker, everything
     that is cached. Holds no weights: they are looked up in the live module when a generation
     begins.
     """
 
-    # Only what functools.update_wrapper writes is in __dict__: accelerate's hooks copy that into
-    # their own wrapper, and with it would keep and deep-copy all state.
     __slots__ = (
-        "__dict__",
         "_building",
         "_captures",
         "_compile_seconds",
@@ -257,23 +262,15 @@ class Dispatcher:
         "_tracker",
         "_warned",
         "_written",
-        "compiled_call",
-        "enabled",
-        "module",
-        "original",
-        "replaced",
+        "beside",
         "settings",
         "watch",
     )
 
     def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
+        super().__init__(module, original)
         self._forms = CallForms(original)
-        functools.update_wrapper(self, original)
-        self.__code__ = getattr(original, "__code__", None)  # torch.export looks at it
-        self.module = module
-        self.original = original
-        self.replaced: dict[str, Any] = {}  # what the module had in the slot it now sits in
-        self.compiled_call: Any = None  # what nn.Module.compile() had left
+        self.beside: list[OnDemand] = []  # the pipeline's networks whose results this one reads
         self._counting = threading.Lock()
         self._building = threading.RLock()  # capture and compile; never held on a warm call
         self._structures: list[Structure] = []
@@ -687,6 +684,7 @@ class Dispatcher:
         """A program for this call with the module's weights: found, or captured and compiled."""
         with self._building:
             display = self._display()
+            leaves = computed(leaves)
             try:
                 call = self._forms.standard(form, leaves)
                 program = self._program(call, display)
@@ -863,21 +861,3 @@ class Dispatcher:
 
     def _display(self) -> Display:
         return Display(type(self.module).__name__, self.settings.verbose)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """A copied module is uncached: its forward is its own class's."""
-        module = memo.get(id(self.module))
-        if module is None:
-            raise TypeError("a dcompile dispatcher is copied only along with its module")
-        if getattr(self.original, "__func__", None) is None:
-            raise TypeError(
-                "this module's forward was replaced before cache_compile, so a copy cannot be "
-                "restored: call handle(module).remove() first"
-            )
-        return types.MethodType(self.original.__func__, module)  # type: ignore[attr-defined]
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            f"a cache_compiled {type(self.module).__name__} cannot be pickled: its compiled code "
-            "belongs to this process. Call handle(module).remove() first, or save its state_dict"
-        )

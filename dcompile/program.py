@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.capture import CapturedNetwork
+from dcompile.deferred import Deferred, computed
 
 
 class Constant(NamedTuple):
@@ -64,6 +65,10 @@ class Bound(NamedTuple):
         self, leaves: Sequence[Any], cached: Sequence[Any] = (), coefficients: Any = None
     ) -> Any:
         inputs = [leaves[i] for i in self.inputs]
+        for value in inputs:
+            if type(value) is Deferred:
+                inputs = computed(inputs)
+                break
         if coefficients is None:
             return self.run(*self.weights, *inputs, *cached)
         return self.run(*self.weights, *inputs, *cached, coefficients)

@@ -38,6 +38,22 @@ class DepthReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """What a network beside the denoiser, such as a ControlNet, computes on a reuse step.
+
+    Attributes:
+        network: name of its class.
+        results, of: how many of its results, and how many there are.
+        ratio: FLOPs of computing them over FLOPs of computing all.
+    """
+
+    network: str
+    results: int
+    of: int
+    ratio: float
+
+
+@dataclass(frozen=True)
 class Explanation:
     """All depths of a network. ``print`` it, hand it to rich, or take ``as_dict()``.
 
@@ -46,12 +62,14 @@ class Explanation:
         chosen: the depth in use.
         flops: FLOPs of one uncached call.
         depths: one report for each depth, outermost first.
+        beside: one report for each network beside it, once it took part in a reuse step.
     """
 
     network: str
     chosen: int
     flops: int
     depths: tuple[DepthReport, ...]
+    beside: tuple[PartReport, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -62,7 +80,16 @@ class Explanation:
 
         table = Table(
             title=f"{self.network}: {self.flops / 2e9:,.4g} GMACs per call",
-            caption="r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r).",
+            caption="\n".join(
+                [
+                    "r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r).",
+                    *(
+                        f"On a reuse step {part.network} computes {part.results} of {part.of} "
+                        f"results, in {part.ratio:.3f} of its FLOPs."
+                        for part in self.beside
+                    ),
+                ]
+            ),
         )
         table.add_column("depth", justify="right")
         table.add_column("cut at", overflow="fold")
@@ -92,7 +119,9 @@ class Explanation:
         return text.getvalue().rstrip()
 
 
-def explain(network: CapturedNetwork, chosen: int, name: str) -> Explanation:
+def explain(
+    network: CapturedNetwork, chosen: int, name: str, beside: tuple[PartReport, ...] = ()
+) -> Explanation:
     """Report on every skip connection of a captured network."""
     skips = find_skip_connections(network.graph_module, network.sample)
     rows = tuple(
@@ -106,7 +135,7 @@ def explain(network: CapturedNetwork, chosen: int, name: str) -> Explanation:
         )
         for skip in skips
     )
-    return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows)
+    return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows, beside)
 
 
 def _tensors(nodes: tuple[Node, ...]) -> list[torch.Tensor]:

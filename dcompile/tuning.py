@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dcompile import schedule as schedules
-from dcompile.dispatch import Dispatcher, Refreshed
+from dcompile.dispatch import Dispatcher, Refreshed, dispatcher_of
 from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.forecast import Checked, Forecast, factors, resolve_forecast
 from dcompile.samplers import step_weights
@@ -673,7 +673,7 @@ class Session:
     def __enter__(self) -> Session:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from dcompile.api import _denoiser_name, _dispatcher_of, _is_pipeline, _network_of
+        from dcompile.api import _denoiser_name, _is_pipeline, _network_of
 
         # cache_compile takes torch.compile's wrapper off a pipeline's network.
         self._component = None
@@ -681,7 +681,7 @@ class Session:
             name = _denoiser_name(self._module)
             self._component = name, getattr(self._module, name)
         self.network = _network_of(self._module)
-        dispatcher = _dispatcher_of(self.network)
+        dispatcher = dispatcher_of(self.network)
         self._before = (dispatcher.settings, dispatcher.enabled) if dispatcher else None
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -696,12 +696,12 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from dcompile.api import Handle, _dispatcher_of
+        from dcompile.api import Handle
 
         self._progress.stop()
         if self._component is not None:
             setattr(self._module, *self._component)
-        dispatcher = _dispatcher_of(self.network)
+        dispatcher = dispatcher_of(self.network)
         if dispatcher is None:  # what was asked for could not be installed
             return
         dispatcher.watch = None

@@ -13,7 +13,7 @@ from passes.cost import Cost, node_cost, total_cost
 from passes.forecast import with_forecast
 from passes.probe import with_drift
 from passes.skips import SkipConnection, find_skip_connections
-from passes.split import SplitGraphs, split_at, split_levels
+from passes.split import SplitGraphs, split_at, split_levels, with_outputs
 
 __all__ = [
     "Canonicalize",
@@ -31,4 +31,5 @@ __all__ = [
     "total_cost",
     "with_drift",
     "with_forecast",
+    "with_outputs",
 ]

@@ -91,6 +91,38 @@ def split_levels(
     return tuple(levels)
 
 
+def with_outputs(graph_module: GraphModule, outputs: Sequence[int]) -> GraphModule:
+    """A graph with only these of its outputs, without everything only the others needed.
+
+    The original stays as it is. Placeholders nobody reads are left out.
+
+    Args:
+        outputs: positions among the graph's outputs, in the order in which they are to come.
+
+    Raises:
+        PreconditionError: the graph is not functional, or has no such output.
+    """
+    require_functional(graph_module)
+    own = graph_module.graph.output_node().args[0]
+    values = tuple(own) if isinstance(own, (tuple, list)) else (own,)
+    if not all(0 <= number < len(values) for number in outputs):
+        raise PreconditionError(f"outputs {list(outputs)} of a graph that has {len(values)}")
+    chosen = tuple(values[number] for number in outputs)
+    needed = {value for value in chosen if isinstance(value, Node)}
+    for node in reversed(graph_module.graph.nodes):
+        kept = node.op not in ("placeholder", "output") and not is_pure(node)
+        if node.op != "output" and (kept or any(user in needed for user in node.users)):
+            needed.add(node)
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in graph_module.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, lambda operand: copies[operand])
+    graph.output(map_arg(chosen, copies.__getitem__))
+    graph.lint()
+    return GraphModule(graph_module, graph)
+
+
 def _rebuild(
     graph_module: GraphModule,
     exposed: tuple[Node, ...],
