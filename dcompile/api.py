@@ -112,7 +112,8 @@ def cache_compile(
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
-        DcompileError: a pipeline without a recognisable denoiser.
+        DcompileError: a pipeline without a recognisable denoiser; a parallel wrapper (DDP, FSDP,
+            DeepSpeed) or weights spread over processes.
         TimestepError: the network's forward takes no timestep.
     """
     chosen = _chosen_schedule(interval, schedule, speedup)
@@ -453,6 +454,7 @@ def _network_of(module: Any) -> nn.Module:
     if _is_pipeline(module):
         name = _denoiser_name(module)
         network: nn.Module = _without_torch_compile(getattr(module, name))
+        _unwrapped(network)
         if network is not getattr(module, name):
             setattr(module, name, network)
         return network
@@ -460,7 +462,35 @@ def _network_of(module: Any) -> nn.Module:
         raise DcompileError(
             f"expected a torch.nn.Module or a diffusers pipeline, got {type(module).__name__}"
         )
-    return cast(nn.Module, _without_torch_compile(module))
+    return _unwrapped(cast(nn.Module, _without_torch_compile(module)))
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """The network, if it is one process's own.
+
+    Raises:
+        DcompileError: a parallel wrapper is around it, or its weights are spread over processes.
+    """
+    name = type(network).__name__
+    parameters = inspect.signature(network.forward).parameters.values()
+    inner = getattr(network, "module", None)
+    if isinstance(inner, nn.Module) and all(
+        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
+    ):
+        raise DcompileError(
+            f"{name} is a parallel wrapper around {type(inner).__name__}: a captured graph would "
+            "go past what it does with the weights. Compile the network inside, which runs in "
+            "each process by itself: cache_compile(wrapper.module, ...)"
+        )
+    for key, parameter in network.named_parameters():
+        spread = hasattr(parameter, "ds_id") or hasattr(parameter, "_local_tensor")
+        if spread or "_flat_param" in key.rpartition(".")[2]:
+            raise DcompileError(
+                f"{name}.{key} is spread over several processes (FSDP, DeepSpeed ZeRO-3 or tensor "
+                "parallel), and a captured graph reads whole weights. Load the network unsharded "
+                "for inference"
+            )
+    return network
 
 
 def _device_of(network: nn.Module) -> torch.device:

@@ -51,6 +51,7 @@ from dcompile.program import (
     weights_of,
 )
 from dcompile.readback import Readback
+from dcompile.report import LITTLE_GAIN, little_gain
 from dcompile.samplers import is_stochastic, step_weights, usual_forecast, usual_power
 from dcompile.schedule import Run, Schedule
 from dcompile.standin import StandIn, standin_of
@@ -823,6 +824,8 @@ class Dispatcher(StandIn):
                 self._full_graph_of(network),
             )
             self._tighten(network)
+            if program.ratio > LITTLE_GAIN:
+                self._warn(little_gain(network, settings.depths[0]))
         self._programs[key] = program
         return program
 

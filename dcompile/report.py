@@ -14,6 +14,7 @@ from passes import find_skip_connections
 from passes.cost import tensor_bytes, tensor_sizes
 
 INTERVALS = (2, 3, 5, 10)
+LITTLE_GAIN = 0.9  # a reuse step that takes more than this of a refresh step is hardly worth it
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,7 @@ class Explanation:
 
         table = Table(
             title=f"{self.network}: {self.flops / 2e9:,.4g} GMACs per call",
-            caption="\n".join(
-                [
-                    "r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r).",
-                    *(
-                        f"On a reuse step {part.network} computes {part.results} of {part.of} "
-                        f"results, in {part.ratio:.3f} of its FLOPs."
-                        for part in self.beside
-                    ),
-                ]
-            ),
+            caption="\n".join(self._notes()),
         )
         table.add_column("depth", justify="right")
         table.add_column("cut at", overflow="fold")
@@ -110,6 +102,19 @@ class Explanation:
                 style="bold" if row.depth == self.chosen else "",
             )
         return table
+
+    def _notes(self) -> list[str]:
+        notes = ["r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r)."]
+        notes += [
+            f"On a reuse step {part.network} computes {part.results} of {part.of} results, in "
+            f"{part.ratio:.3f} of its FLOPs."
+            for part in self.beside
+        ]
+        if self.depths and min(row.ratio for row in self.depths) > LITTLE_GAIN:
+            notes.append(
+                "Nearly all compute is outside of every cut: caching will not make this faster."
+            )
+        return notes
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -136,6 +141,16 @@ def explain(
         for skip in skips
     )
     return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows, beside)
+
+
+def little_gain(network: CapturedNetwork, depth: int) -> str:
+    """What to say of a cut whose r is above ``LITTLE_GAIN``."""
+    skips = find_skip_connections(network.graph_module, network.sample)
+    said = f"a reuse step takes {skips[depth].ratio:.0%} of a full step's compute at depth {depth}"
+    best = min(skips, key=lambda skip: skip.ratio)
+    if best.ratio > LITTLE_GAIN:
+        return f"{said}, and hardly less at any other: caching will not make this network faster"
+    return f"{said}, and {best.ratio:.0%} at depth {best.depth}: choose that one to be faster"
 
 
 def _tensors(nodes: tuple[Node, ...]) -> list[torch.Tensor]:

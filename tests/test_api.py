@@ -454,3 +454,33 @@ class TestRefusals:
         for name in dcompile.__all__:
             if name.endswith("Error"):
                 assert issubclass(getattr(dcompile, name), dcompile.DcompileError)
+
+
+class TopHeavy(Plain):
+    """Nearly all of its compute is at full resolution, outside of any cut."""
+
+    def __init__(self) -> None:
+        super().__init__(width=4)
+        self.leave = nn.Sequential(nn.Conv2d(8, 256, 3, padding=1), nn.Conv2d(256, 3, 1))
+
+
+def test_a_network_that_gains_nothing_is_told_so_once() -> None:
+    network = TopHeavy().eval()
+    dcompile.cache_compile(network, interval=3, backend="eager", verbose=False)
+    with pytest.warns(UserWarning, match="caching will not make this network faster"):
+        sampled(network, picture(), timesteps())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampled(network, picture(batch=3), timesteps())
+    assert handle(network).stats.reuse_steps > 0
+    assert "will not make this faster" in str(handle(network).explain())
+
+
+def test_a_depth_that_gains_little_is_told_with_a_better_one() -> None:
+    network = TopHeavy().eval()
+    network.leave = plain(width=4).leave
+    network.up = nn.Sequential(nn.Conv2d(8, 256, 3, padding=1), nn.Conv2d(256, 4, 1))
+    dcompile.cache_compile(network, depth=1, backend="eager", verbose=False)
+    with pytest.warns(UserWarning, match="at depth 0: choose that one to be faster"):
+        sampled(network, picture(), timesteps())
+    assert "will not make this faster" not in str(handle(network).explain())
