@@ -24,8 +24,12 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2UNet2DConditionModel
+from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuserModel
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import (
+    WuerstchenDiffNeXt,
+)
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dcompile.call import CallForms
 from dcompile.capture import CapturedNetwork, capture
@@ -44,24 +48,37 @@ class Network:
     """How to build one network and how its sampler calls it.
 
     Attributes:
+        title: what it is known as, and its class.
         build: a fresh network; the same weights every time once the seed is set.
         sample: a noisy sample.
         conditioning: everything a call needs besides sample and timestep.
         timestep: what the network's pipeline makes of the scheduler's timestep.
+        timestep_name: how the timestep is passed where it is not the second argument.
     """
 
+    title: str
     build: Callable[[], nn.Module]
     sample: Callable[[], Tensor]
     conditioning: Callable[[], Kwargs] = dict
     timestep: Callable[[Tensor], Tensor] = lambda timestep: timestep
+    timestep_name: str | None = None
 
     def module(self) -> nn.Module:
         torch.manual_seed(0)
         return self.build().eval()
 
-    def example(self, timestep: int = 500) -> tuple[tuple[Tensor, Tensor], Kwargs]:
+    def example(self, timestep: int = 500) -> tuple[tuple[Tensor, ...], Kwargs]:
         """The arguments and keyword arguments of one call."""
-        return (self.sample(), self.timestep(torch.tensor(timestep))), self.conditioning()
+        return self.call(self.sample(), torch.tensor(timestep), self.conditioning())
+
+    def call(
+        self, sample: Tensor, timestep: Tensor, conditioning: Kwargs
+    ) -> tuple[tuple[Tensor, ...], Kwargs]:
+        """The arguments and keyword arguments of a step of a sampling loop."""
+        timestep = self.timestep(timestep)
+        if self.timestep_name is None:
+            return (sample, timestep), conditioning
+        return (sample,), {**conditioning, self.timestep_name: timestep}
 
 
 def noise(*shape: int) -> Callable[[], Tensor]:
@@ -144,9 +161,9 @@ def kandinsky22() -> UNet2DConditionModel:
     )
 
 
-def deepfloyd_if() -> UNet2DConditionModel:
+def deepfloyd_if(in_channels: int = 3, **config: Any) -> UNet2DConditionModel:
     return stable_diffusion(
-        in_channels=3,
+        in_channels=in_channels,
         out_channels=6,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
@@ -160,6 +177,7 @@ def deepfloyd_if() -> UNet2DConditionModel:
         cross_attention_norm="group_norm",
         resnet_time_scale_shift="scale_shift",
         act_fn="gelu",
+        **config,
     )
 
 
@@ -327,6 +345,242 @@ def audioldm2() -> AudioLDM2UNet2DConditionModel:
     )
 
 
+def sdxl_refiner() -> UNet2DConditionModel:
+    return stable_diffusion(
+        block_out_channels=(16, 32, 32, 32),
+        down_block_types=(
+            "DownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+        ),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=2,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=TEXT + 5 * 8,
+    )
+
+
+def sdxl_refiner_conditioning() -> Kwargs:
+    sizes_and_score = torch.tensor([[64.0, 64.0, 0.0, 0.0, 6.0]]).repeat(BATCH, 1)
+    return {
+        **text(),
+        "added_cond_kwargs": {"text_embeds": torch.randn(BATCH, TEXT), "time_ids": sizes_and_score},
+    }
+
+
+def latent_upscaler() -> UNet2DConditionModel:
+    return stable_diffusion(
+        in_channels=8,
+        block_out_channels=(32, 32, 64, 64),  # its blocks have groups of 32 channels
+        down_block_types=("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
+        mid_block_type=None,
+        up_block_types=(*("KCrossAttnUpBlock2D",) * 3, "KUpBlock2D"),
+        attention_head_dim=16,
+        act_fn="gelu",
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+        norm_num_groups=None,
+        only_cross_attention=False,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_type="fourier",
+        time_cond_proj_dim=24,
+        timestep_post_act="gelu",
+    )
+
+
+def kandinsky21() -> UNet2DConditionModel:
+    return stable_diffusion(
+        out_channels=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        block_out_channels=(16, 32),
+        attention_head_dim=8,
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="text_image_proj",
+        addition_embed_type="text_image",
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def kandinsky22_controlnet() -> UNet2DConditionModel:
+    return stable_diffusion(
+        in_channels=8,
+        out_channels=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        block_out_channels=(16, 32),
+        attention_head_dim=8,
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image_hint",
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def unclip_decoder() -> UNet2DConditionModel:
+    return stable_diffusion(
+        in_channels=3,
+        out_channels=6,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        block_out_channels=(16, 32),
+        attention_head_dim=8,
+        class_embed_type="identity",
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def consistency_model() -> UNet2DModel:
+    return ddpm(
+        block_out_channels=(32, 32, 64),  # its attention has groups of 32 channels
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=2,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        num_class_embeds=10,
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=32,
+    )
+
+
+def gligen_conditioning() -> Kwargs:
+    grounding = {
+        "boxes": torch.rand(BATCH, 3, 4),
+        "positive_embeddings": torch.randn(BATCH, 3, TEXT),
+        "masks": torch.tensor([[1.0, 1.0, 0.0]]).repeat(BATCH, 1),
+    }
+    return {**text(), "cross_attention_kwargs": {"gligen": grounding}}
+
+
+def gligen() -> UNet2DConditionModel:
+    unet = stable_diffusion(attention_type="gated")
+    for name, parameter in unet.named_parameters():
+        if name.endswith(("alpha_attn", "alpha_dense")):  # gates start closed
+            nn.init.ones_(parameter)
+    return unet
+
+
+def t2i_adapter_features() -> Kwargs:
+    shapes = [(16, 8), (32, 4), (32, 2)]
+    features = [torch.randn(BATCH, channels, size, size) for channels, size in shapes]
+    return {**text(), "down_intrablock_additional_residuals": features}
+
+
+def animatediff_sdxl() -> UNetMotionModel:
+    return UNetMotionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"),
+        up_block_types=("CrossAttnUpBlockMotion", "UpBlockMotion"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=TEXT,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        use_motion_mid_block=False,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=TEXT + 6 * 8,
+    )
+
+
+def animatediff_sdxl_conditioning() -> Kwargs:
+    added = sdxl_conditioning()["added_cond_kwargs"]
+    return {**text(batch=2 * BATCH), "added_cond_kwargs": added}
+
+
+def stable_cascade_decoder() -> StableCascadeUNet:
+    attention = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+    return StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        timestep_ratio_embedding_dim=8,
+        patch_size=2,
+        conditioning_dim=16,
+        block_out_channels=(8, 16, 32),
+        num_attention_heads=(0, 2, 2),
+        down_num_layers_per_block=(1, 2, 1),
+        up_num_layers_per_block=(1, 2, 1),
+        down_blocks_repeat_mappers=(1, 1, 1),
+        up_blocks_repeat_mappers=(2, 2, 1),
+        block_types_per_layer=(attention[:2], attention, attention),
+        clip_text_pooled_in_channels=TEXT,
+        clip_seq=2,
+        effnet_in_channels=6,
+        pixel_mapper_in_channels=3,
+        dropout=(0.1, 0.1, 0.1),
+        timestep_conditioning_type=("sca",),
+    )
+
+
+def diffuser_1d() -> UNet1DModel:
+    return UNet1DModel(
+        in_channels=6,
+        out_channels=6,
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownResnetBlock1D", "DownResnetBlock1D", "DownResnetBlock1D"),
+        mid_block_type="MidResTemporalBlock1D",
+        up_block_types=("UpResnetBlock1D", "UpResnetBlock1D"),
+        out_block_type="OutConv1DBlock",
+        act_fn="mish",
+        time_embedding_type="positional",
+        use_timestep_embedding=True,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        downsample_each_block=False,
+    )
+
+
+def wuerstchen() -> WuerstchenDiffNeXt:
+    decoder = WuerstchenDiffNeXt(
+        c_r=8,
+        c_cond=16,
+        c_hidden=[8, 16, 16],
+        nhead=[-1, 2, 2],
+        blocks=[1, 2, 1],
+        level_config=["CT", "CTA", "CTA"],
+        inject_effnet=[False, True, True],
+        effnet_embd=6,
+        clip_embd=TEXT,
+    )
+    nn.init.normal_(decoder.clf[1].weight)  # zero until it is trained
+    return decoder
+
+
+def unidiffuser() -> UniDiffuserModel:
+    return UniDiffuserModel(
+        text_dim=TEXT,
+        clip_img_dim=12,
+        num_text_tokens=TOKENS,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=5,
+        sample_size=8,
+        patch_size=2,
+        out_channels=4,
+        norm_type="layer_norm",
+        use_data_type_embedding=True,
+    )
+
+
+def unidiffuser_conditioning() -> Kwargs:
+    return {
+        "image_embeds": torch.randn(BATCH, 1, 12),
+        "prompt_embeds": torch.randn(BATCH, TOKENS, TEXT),
+        "timestep_text": 0,
+    }
+
+
 class ResBlock(nn.Module):
     """Convolutions around a time embedding, with a shortcut."""
 
@@ -417,14 +671,16 @@ latent = noise(BATCH, 4, 8, 8)
 image = noise(BATCH, 3, 16, 16)
 
 NETWORKS: dict[str, Network] = {
-    "ddpm": Network(ddpm, image),
+    "ddpm": Network("DDPM (UNet2DModel)", ddpm, image),
     "ddpm_class_conditional": Network(
+        "DDPM with classes (UNet2DModel)",
         lambda: ddpm(num_class_embeds=10, resnet_time_scale_shift="scale_shift"),
         image,
         lambda: {"class_labels": torch.tensor([3, 7])},
         per_sample,
     ),
     "ncsnpp": Network(
+        "Score SDE, NCSN++ (UNet2DModel)",
         lambda: ddpm(
             down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
             up_block_types=("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
@@ -435,14 +691,30 @@ NETWORKS: dict[str, Network] = {
         image,
         timestep=as_sigma,
     ),
-    "sd15": Network(lambda: stable_diffusion(layers_per_block=2), latent, text),
-    "sd15_free_u": Network(free_u, latent, text),
-    "sd15_controlnet": Network(stable_diffusion, latent, controlnet_residuals),
-    "sd15_inpainting": Network(
-        lambda: stable_diffusion(in_channels=9), noise(BATCH, 9, 8, 8), text
+    "sd15": Network(
+        "Stable Diffusion 1.5 (UNet2DConditionModel)",
+        lambda: stable_diffusion(layers_per_block=2),
+        latent,
+        text,
     ),
-    "sdxl": Network(sdxl, latent, sdxl_conditioning),
+    "sd15_free_u": Network(
+        "Stable Diffusion 1.5 with FreeU (UNet2DConditionModel)", free_u, latent, text
+    ),
+    "sd15_controlnet": Network(
+        "Stable Diffusion 1.5 with ControlNet residuals (UNet2DConditionModel)",
+        stable_diffusion,
+        latent,
+        controlnet_residuals,
+    ),
+    "sd15_inpainting": Network(
+        "Stable Diffusion 1.5 inpainting (UNet2DConditionModel)",
+        lambda: stable_diffusion(in_channels=9),
+        noise(BATCH, 9, 8, 8),
+        text,
+    ),
+    "sdxl": Network("Stable Diffusion XL (UNet2DConditionModel)", sdxl, latent, sdxl_conditioning),
     "x4_upscaler": Network(
+        "Stable Diffusion x4 upscaler (UNet2DConditionModel)",
         lambda: stable_diffusion(
             in_channels=7, num_class_embeds=1000, only_cross_attention=(True, True, False)
         ),
@@ -450,11 +722,13 @@ NETWORKS: dict[str, Network] = {
         lambda: {**text(), "class_labels": torch.tensor([20, 20])},
     ),
     "lcm": Network(
+        "Latent Consistency Model (UNet2DConditionModel)",
         lambda: stable_diffusion(time_cond_proj_dim=12),
         latent,
         lambda: {**text(), "timestep_cond": torch.randn(BATCH, 12)},
     ),
     "kandinsky22": Network(
+        "Kandinsky 2.2 (UNet2DConditionModel)",
         kandinsky22,
         latent,
         lambda: {
@@ -462,8 +736,11 @@ NETWORKS: dict[str, Network] = {
             "added_cond_kwargs": {"image_embeds": torch.randn(BATCH, 24)},
         },
     ),
-    "deepfloyd_if": Network(deepfloyd_if, noise(BATCH, 3, 8, 8), lambda: text(24)),
+    "deepfloyd_if": Network(
+        "DeepFloyd IF (UNet2DConditionModel)", deepfloyd_if, noise(BATCH, 3, 8, 8), lambda: text(24)
+    ),
     "dreamlite": Network(
+        "DreamLite (DreamLiteUNetModel)",
         lambda: DreamLiteUNetModel(
             sample_size=8,
             block_out_channels=(16, 32, 32),
@@ -476,12 +753,16 @@ NETWORKS: dict[str, Network] = {
         text,
     ),
     "controlnet_xs": Network(
+        "ControlNet-XS (UNetControlNetXSModel)",
         controlnet_xs,
         latent,
         lambda: {**text(), "controlnet_cond": torch.rand(BATCH, 3, 16, 16)},
     ),
-    "unet_3d": Network(unet_3d, noise(BATCH, 4, 2, 8, 8), text),
+    "unet_3d": Network(
+        "ModelScope text-to-video (UNet3DConditionModel)", unet_3d, noise(BATCH, 4, 2, 8, 8), text
+    ),
     "stable_video": Network(
+        "Stable Video Diffusion (UNetSpatioTemporalConditionModel)",
         stable_video,
         noise(BATCH, 2, 8, 8, 8),
         lambda: {
@@ -489,8 +770,14 @@ NETWORKS: dict[str, Network] = {
             "added_time_ids": torch.tensor([[6.0, 127.0, 0.02]]).repeat(BATCH, 1),
         },
     ),
-    "animatediff": Network(animatediff, noise(BATCH, 4, 2, 8, 8), lambda: text(batch=2 * BATCH)),
+    "animatediff": Network(
+        "AnimateDiff (UNetMotionModel)",
+        animatediff,
+        noise(BATCH, 4, 2, 8, 8),
+        lambda: text(batch=2 * BATCH),
+    ),
     "i2vgen_xl": Network(
+        "I2VGen-XL (I2VGenXLUNet)",
         i2vgen_xl,
         noise(BATCH, 4, 2, 8, 8),
         lambda: {
@@ -501,32 +788,191 @@ NETWORKS: dict[str, Network] = {
         },
     ),
     "kandinsky3": Network(
+        "Kandinsky 3 (Kandinsky3UNet)",
         kandinsky3,
         latent,
         lambda: {**text(24), "encoder_attention_mask": torch.ones(BATCH, TOKENS)},
     ),
     "stable_cascade": Network(
+        "Stable Cascade prior (StableCascadeUNet)",
         stable_cascade,
         latent,
         lambda: {"clip_text_pooled": torch.randn(BATCH, 1, TEXT)},
         as_ratio,
     ),
     "unet_1d": Network(
+        "Dance Diffusion (UNet1DModel)",
         lambda: UNet1DModel(block_out_channels=(32, 32, 64), extra_in_channels=64, sample_size=32),
         noise(BATCH, 2, 32),
     ),
-    "hunyuan_dit": Network(hunyuan_dit, latent, hunyuan_dit_conditioning, as_float),
+    "hunyuan_dit": Network(
+        "Hunyuan-DiT (HunyuanDiT2DModel)", hunyuan_dit, latent, hunyuan_dit_conditioning, as_float
+    ),
+    "hunyuan_dit_controlnet": Network(
+        "Hunyuan-DiT with ControlNet residuals (HunyuanDiT2DModel)",
+        hunyuan_dit,
+        latent,
+        lambda: {
+            **hunyuan_dit_conditioning(),
+            "controlnet_block_samples": [torch.randn(BATCH, 16, 16) for _ in range(2)],
+        },
+        as_float,
+    ),
     "audioldm": Network(
+        "AudioLDM and MusicLDM (UNet2DConditionModel)",
         audioldm,
         latent,
         lambda: {"encoder_hidden_states": None, "class_labels": torch.randn(BATCH, TEXT)},
     ),
     "audioldm2": Network(
+        "AudioLDM 2 (AudioLDM2UNet2DConditionModel)",
         audioldm2,
         latent,
         lambda: {**text(), "encoder_hidden_states_1": torch.randn(BATCH, TOKENS, 24)},
     ),
-    "plain": Network(PlainUNet, image),
+    "ldm_super_resolution": Network(
+        "LDM super-resolution (UNet2DModel)",
+        lambda: ddpm(in_channels=6, layers_per_block=2),
+        noise(BATCH, 6, 16, 16),
+    ),
+    "unclip_super_resolution": Network(
+        "UnCLIP super-resolution (UNet2DModel)",
+        lambda: ddpm(
+            in_channels=6,
+            out_channels=6,
+            down_block_types=("ResnetDownsampleBlock2D",) * 3,
+            up_block_types=("ResnetUpsampleBlock2D",) * 3,
+            add_attention=False,
+            resnet_time_scale_shift="scale_shift",
+        ),
+        noise(BATCH, 6, 16, 16),
+    ),
+    "consistency_model": Network(
+        "Consistency Model (UNet2DModel)",
+        consistency_model,
+        image,
+        lambda: {"class_labels": torch.tensor([3, 7])},
+    ),
+    "ldm_text_to_image": Network(
+        "LDM text-to-image (UNet2DConditionModel)",
+        lambda: stable_diffusion(center_input_sample=True, freq_shift=1, flip_sin_to_cos=False),
+        latent,
+        text,
+    ),
+    "sd15_t2i_adapter": Network(
+        "Stable Diffusion 1.5 with T2I-Adapter features (UNet2DConditionModel)",
+        stable_diffusion,
+        latent,
+        t2i_adapter_features,
+    ),
+    "instruct_pix2pix": Network(
+        "InstructPix2Pix and Marigold (UNet2DConditionModel)",
+        lambda: stable_diffusion(in_channels=8),
+        noise(BATCH, 8, 8, 8),
+        text,
+    ),
+    "gligen": Network("GLIGEN (UNet2DConditionModel)", gligen, latent, gligen_conditioning),
+    "sd21": Network(
+        "Stable Diffusion 2.1 (UNet2DConditionModel)",
+        lambda: stable_diffusion(attention_head_dim=(2, 4, 4), use_linear_projection=True),
+        latent,
+        text,
+    ),
+    "stable_unclip": Network(
+        "Stable UnCLIP (UNet2DConditionModel)",
+        lambda: stable_diffusion(
+            use_linear_projection=True,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=24,
+        ),
+        latent,
+        lambda: {**text(), "class_labels": torch.randn(BATCH, 24)},
+    ),
+    "sdxl_refiner": Network(
+        "Stable Diffusion XL refiner (UNet2DConditionModel)",
+        sdxl_refiner,
+        latent,
+        sdxl_refiner_conditioning,
+    ),
+    "latent_upscaler": Network(
+        "Stable Diffusion latent upscaler (UNet2DConditionModel)",
+        latent_upscaler,
+        noise(BATCH, 8, 16, 16),
+        lambda: {**text(), "timestep_cond": torch.randn(BATCH, 24)},
+        as_sigma,
+    ),
+    "kandinsky21": Network(
+        "Kandinsky 2.1 (UNet2DConditionModel)",
+        kandinsky21,
+        latent,
+        lambda: {
+            **text(24),
+            "added_cond_kwargs": {
+                "text_embeds": torch.randn(BATCH, TEXT),
+                "image_embeds": torch.randn(BATCH, TEXT),
+            },
+        },
+    ),
+    "kandinsky22_controlnet": Network(
+        "Kandinsky 2.2 ControlNet (UNet2DConditionModel)",
+        kandinsky22_controlnet,
+        latent,
+        lambda: {
+            "encoder_hidden_states": None,
+            "added_cond_kwargs": {
+                "image_embeds": torch.randn(BATCH, 24),
+                "hint": torch.rand(BATCH, 3, 64, 64),
+            },
+        },
+    ),
+    "unclip_decoder": Network(
+        "UnCLIP decoder (UNet2DConditionModel)",
+        unclip_decoder,
+        noise(BATCH, 3, 8, 8),
+        lambda: {
+            **text(),
+            "class_labels": torch.randn(BATCH, 64),
+            "attention_mask": torch.tensor([[True] * 4 + [False]]).repeat(BATCH, 1),
+        },
+    ),
+    "deepfloyd_if_upscaler": Network(
+        "DeepFloyd IF super-resolution (UNet2DConditionModel)",
+        lambda: deepfloyd_if(in_channels=6, class_embed_type="timestep"),
+        noise(BATCH, 6, 8, 8),
+        lambda: {**text(24), "class_labels": torch.tensor([250, 250])},
+    ),
+    "animatediff_sdxl": Network(
+        "AnimateDiff SDXL (UNetMotionModel)",
+        animatediff_sdxl,
+        noise(BATCH, 4, 2, 8, 8),
+        animatediff_sdxl_conditioning,
+    ),
+    "stable_cascade_decoder": Network(
+        "Stable Cascade decoder (StableCascadeUNet)",
+        stable_cascade_decoder,
+        noise(BATCH, 4, 16, 16),
+        lambda: {
+            "clip_text_pooled": torch.randn(BATCH, 1, TEXT),
+            "effnet": torch.randn(BATCH, 6, 4, 4),
+        },
+        as_ratio,
+    ),
+    "wuerstchen": Network(
+        "Würstchen decoder (WuerstchenDiffNeXt)",
+        wuerstchen,
+        noise(BATCH, 4, 16, 16),
+        lambda: {"effnet": torch.randn(BATCH, 6, 4, 4), "clip": torch.randn(BATCH, 2, TEXT)},
+        as_ratio,
+    ),
+    "diffuser_1d": Network("Diffuser for planning (UNet1DModel)", diffuser_1d, noise(BATCH, 6, 16)),
+    "unidiffuser": Network(
+        "UniDiffuser (UniDiffuserModel)",
+        unidiffuser,
+        latent,
+        unidiffuser_conditioning,
+        timestep_name="timestep_img",
+    ),
+    "plain": Network("A plain torch.nn U-Net", PlainUNet, image),
 }
 
 
@@ -538,6 +984,11 @@ def identical(actual: Any, expected: Any) -> bool:
         and len(ours) == len(theirs)
         and all(map(torch.equal, ours, theirs))
     )
+
+
+def call_once(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+    """Call a network that may empty the lists it is given."""
+    return module(*args, **tree_map(lambda leaf: leaf, kwargs))
 
 
 def capture_call(
@@ -559,13 +1010,14 @@ def eager_program(network: CapturedNetwork, skip: SkipConnection) -> Program:
 
 @torch.no_grad()
 def check_every_depth(
-    module: nn.Module, args: tuple[Tensor, Tensor], kwargs: Kwargs
+    module: nn.Module, args: tuple[Tensor, ...], kwargs: Kwargs
 ) -> list[SkipConnection]:
     """Assert that full is exact, that a fresh cache is exact, and that a stale one is not."""
-    expected = module(*args, **kwargs)
+    expected = call_once(module, args, kwargs)
     network, leaves = capture_call(module, args, kwargs)
-    sample, timestep = args
-    earlier = tree_leaves(((torch.randn_like(sample), timestep), kwargs))
+    earlier = list(leaves)
+    sample = network.inputs[network.sample]
+    earlier[sample] = torch.randn_like(leaves[sample])
     skips = find_skip_connections(network.graph_module, network.sample)
     for skip in skips:
         program = eager_program(network, skip).bind(weights_of(module))

@@ -473,7 +473,7 @@ def test_a_network_that_gains_nothing_is_told_so_once() -> None:
         warnings.simplefilter("error")
         sampled(network, picture(batch=3), timesteps())
     assert handle(network).stats.reuse_steps > 0
-    assert "will not make this faster" in str(handle(network).explain())
+    assert "will not make this faster" in " ".join(str(handle(network).explain()).split())
 
 
 def test_a_depth_that_gains_little_is_told_with_a_better_one() -> None:

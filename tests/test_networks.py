@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from networks import NETWORKS, Network, check_every_depth, identical
+from networks import NETWORKS, Network, call_once, check_every_depth, identical
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -40,17 +41,42 @@ EXPECTED = {
     "hunyuan_dit": (2, "blocks.5.skip_norm"),
     "audioldm": (6, "up_blocks.2.resnets.1"),
     "audioldm2": (4, "up_blocks.1.resnets.1"),
+    "hunyuan_dit_controlnet": (2, "blocks.5.skip_norm"),
+    "ldm_super_resolution": (9, "up_blocks.2.resnets.2"),
+    "unclip_super_resolution": (6, "up_blocks.2.resnets.1"),
+    "consistency_model": (9, "up_blocks.2.resnets.2"),
+    "ldm_text_to_image": (6, "up_blocks.2.resnets.1"),
+    "sd15_t2i_adapter": (6, "up_blocks.2.resnets.1"),
+    "instruct_pix2pix": (6, "up_blocks.2.resnets.1"),
+    "gligen": (6, "up_blocks.2.resnets.1"),
+    "sd21": (6, "up_blocks.2.resnets.1"),
+    "stable_unclip": (6, "up_blocks.2.resnets.1"),
+    "sdxl_refiner": (8, "up_blocks.3.resnets.1"),
+    "latent_upscaler": (3, "up_blocks.3.resnets.0"),
+    "kandinsky21": (4, "up_blocks.1.resnets.1"),
+    "kandinsky22_controlnet": (4, "up_blocks.1.resnets.1"),
+    "unclip_decoder": (4, "up_blocks.1.resnets.1"),
+    "deepfloyd_if_upscaler": (4, "up_blocks.1.resnets.1"),
+    "animatediff_sdxl": (4, "up_blocks.1.resnets.1"),
+    "stable_cascade_decoder": (3, "up_blocks.2.0"),  # its middle level runs twice
+    "wuerstchen": (2, "up_blocks.2.0"),
+    "diffuser_1d": (2, "up_blocks.1.resnets.0"),
+    "unidiffuser": (2, "transformer.transformer_out_blocks.1.skip.skip_linear"),
     "plain": (4, "output_blocks.3"),
 }
 
 # A picture beside the features; a residual beside what its block has normalized.
-TWO_TENSORS = {"ncsnpp", "stable_cascade"}
+TWO_TENSORS = {"ncsnpp", "stable_cascade", "stable_cascade_decoder", "wuerstchen"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_full_and_freshly_fed_shallow_graphs_are_exact(name: str) -> None:
+def test_full_and_freshly_fed_shallow_graphs_are_exact(
+    name: str, compatible: Callable[..., dict[str, Any]]
+) -> None:
+    row = compatible("network", NETWORKS[name].title)
     module = NETWORKS[name].module()
     skips = check_every_depth(module, *NETWORKS[name].example())
+    row["depths"], row["ratio"] = len(skips), round(skips[0].ratio, 3)
 
     count, outermost = EXPECTED[name]
     assert len(skips) == count
@@ -93,7 +119,7 @@ def sampled(
     """What the network returns at each step of a sampling loop."""
     outputs = []
     for timestep in timesteps:
-        outputs.append(module(sample, network.timestep(timestep), **conditioning))
+        outputs.append(call_once(module, *network.call(sample, timestep, conditioning)))
         prediction = tree_leaves(outputs[-1])[0]
         if prediction.shape == sample.shape:
             sample = sample - 0.1 * prediction
