@@ -118,7 +118,7 @@ def cache_compile(
     """
     chosen = _chosen_schedule(interval, schedule, speedup)
     if isinstance(schedule, Tuned):
-        forecast, depth = _as_tuned(schedule, forecast, depth)
+        forecast = _as_tuned(schedule, forecast, depth)
         schedule.require_fit(_without_torch_compile(_denoiser_of(module)))
     if forecast is None:
         forecast = "reuse" if speedup is None else "auto"
@@ -301,7 +301,7 @@ class Handle:
             raise ExportError("the network is in training mode: call .eval() before the export")
         if len(dispatcher.settings.depths) > 1:
             raise ExportError(
-                "an export is one full and one shallow graph, and a Pyramid takes more: "
+                "an export is one full and one shallow graph, and this schedule takes more: "
                 "cache_compile with another schedule first"
             )
         if args or kwargs:
@@ -394,8 +394,8 @@ def load(
     cuts = artifact.cuts
     if isinstance(chosen, Tuned):
         chosen.require_fit(network)
-        forecast, _ = _as_tuned(chosen, forecast, chosen.depth)
-    depth = chosen.depth if isinstance(chosen, Tuned) else cuts.depths[0]
+        forecast = _as_tuned(chosen, forecast, 0)
+    depth = 0 if isinstance(chosen, Tuned) else cuts.depths[0]
     if _chosen_depths(chosen, depth) != cuts.depths:
         raise ScheduleError(
             f"{source} was saved at depth {_listed(cuts.depths)}, {chosen!r} cuts at depth "
@@ -583,16 +583,15 @@ def _chosen_schedule(
     return schedule
 
 
-def _as_tuned(
-    tuned: Tuned, forecast: str | Forecast | None, depth: int
-) -> tuple[str | Forecast, int]:
-    """Forecast and depth that belong to a tuned schedule."""
-    if depth not in (0, tuned.depth) or forecast not in (None, tuned.forecast):
+def _as_tuned(tuned: Tuned, forecast: str | Forecast | None, depth: int) -> str | Forecast:
+    """The forecast that belongs to a tuned schedule, which brings its depths as well."""
+    if depth not in (0, tuned.depths[0]) or forecast not in (None, tuned.forecast):
         raise ScheduleError(
-            f"the schedule was tuned for depth={tuned.depth} and forecast={tuned.forecast!r}, got "
-            f"depth={depth!r} and forecast={forecast!r}: leave them out"
+            f"the schedule was tuned for depth={_listed(tuned.depths)} and "
+            f"forecast={tuned.forecast!r}, got depth={depth!r} and forecast={forecast!r}: leave "
+            "them out"
         )
-    return tuned.forecast, tuned.depth
+    return tuned.forecast
 
 
 def _chosen_depths(schedule: Schedule, depth: int) -> tuple[int, ...]:

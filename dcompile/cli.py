@@ -342,10 +342,11 @@ def _tuned_table(tuned: Tuned) -> Any:
     table = _table(
         *("speed-up", "PSNR", "refreshes", "depth", "forecast"),
         title=f"{tuned.network[0]}, {tuned.steps} steps: the best of {len(tuned.trials)} tried",
-        caption="speed-up: in FLOPs.  PSNR (dB): against the uncached pictures.",
+        caption="speed-up: in FLOPs.  PSNR (dB): against the uncached pictures.\n"
+        "Several depths: each with its own refreshes, as a Pyramid.",
         name="",
     )
-    chosen = (tuned.depth, tuned.forecast, tuned.refresh_steps)
+    chosen = ((*tuned.outer, (tuned.depth, tuned.refresh_steps)), tuned.forecast)
     deepcache = [trial for trial in tuned.trials if trial.interval is not None]
     kept = {trial.key: trial for trial in (*front(list(tuned.trials)), *deepcache)}
     for key, trial in sorted(kept.items(), key=lambda item: (item[1].speedup, item[1].psnr)):
@@ -355,8 +356,8 @@ def _tuned_table(tuned: Tuned) -> Any:
             name,
             f"{trial.speedup:.2f}×",
             "∞" if math.isinf(trial.psnr) else f"{trial.psnr:.1f}",
-            str(len(trial.refresh_steps)),
-            str(trial.depth),
+            " + ".join(str(len(steps)) for _, steps in trial.levels),
+            ", ".join(str(depth) for depth, _ in trial.levels),
             trial.forecast,
             style="bold" if key == chosen else None,
         )

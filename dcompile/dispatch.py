@@ -51,7 +51,7 @@ from dcompile.program import (
     weights_of,
 )
 from dcompile.readback import Readback
-from dcompile.report import LITTLE_GAIN, little_gain
+from dcompile.report import gains_little
 from dcompile.samplers import is_stochastic, step_weights, usual_forecast, usual_power
 from dcompile.schedule import Run, Schedule
 from dcompile.standin import StandIn, standin_of
@@ -824,8 +824,11 @@ class Dispatcher(StandIn):
                 self._full_graph_of(network),
             )
             self._tighten(network)
-            if program.ratio > LITTLE_GAIN:
-                self._warn(little_gain(network, settings.depths[0]))
+            if gains_little(network):
+                self._warn(
+                    "a reuse step takes nearly as much compute as a full one, at every depth: "
+                    "caching will not make this network faster"
+                )
         self._programs[key] = program
         return program
 

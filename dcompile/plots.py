@@ -50,10 +50,15 @@ def plot_tuned(tuned: Tuned, file: str | os.PathLike[str]) -> Path:
 
     deepcache = [t for t in shown if t.interval is not None]
     others = [t for t in shown if t.interval is None]
-    depths = sorted({t.depth for t in shown})
-    for depth, marker in zip(depths, "os^DvP*X" * len(depths), strict=False):
+    several = [t for t in others if t.outer]
+    if several:
         axis.scatter(
-            *place([t for t in others if t.depth == depth]),
+            *place(several), marker="*", s=60, color=BLUE, alpha=0.45, label="tried, several cuts",
+        )  # fmt: skip
+    depths = sorted({t.depth for t in shown if not t.outer})
+    for depth, marker in zip(depths, "os^DvPX" * len(depths), strict=False):
+        axis.scatter(
+            *place([t for t in others if t.depth == depth and not t.outer]),
             marker=marker, s=26, color=BLUE, alpha=0.45, label=f"tried, depth {depth}",
         )  # fmt: skip
         mine = [t for t in deepcache if t.depth == depth]

@@ -143,14 +143,10 @@ def explain(
     return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows, beside)
 
 
-def little_gain(network: CapturedNetwork, depth: int) -> str:
-    """What to say of a cut whose r is above ``LITTLE_GAIN``."""
+def gains_little(network: CapturedNetwork) -> bool:
+    """Whether a reuse step takes nearly as much compute as a full one, wherever it is cut."""
     skips = find_skip_connections(network.graph_module, network.sample)
-    said = f"a reuse step takes {skips[depth].ratio:.0%} of a full step's compute at depth {depth}"
-    best = min(skips, key=lambda skip: skip.ratio)
-    if best.ratio > LITTLE_GAIN:
-        return f"{said}, and hardly less at any other: caching will not make this network faster"
-    return f"{said}, and {best.ratio:.0%} at depth {best.depth}: choose that one to be faster"
+    return bool(skips) and min(skip.ratio for skip in skips) > LITTLE_GAIN
 
 
 def _tensors(nodes: tuple[Node, ...]) -> list[torch.Tensor]:

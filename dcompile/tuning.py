@@ -17,8 +17,9 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations, pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ from dcompile.schedule import Adaptive, Sigma, Steps, Uniform, placed, require_s
 if TYPE_CHECKING:
     from dcompile.api import Handle
 
+Levels = tuple[tuple[int, tuple[int, ...]], ...]
+"""Cuts, the outermost first: (depth, the steps that refresh it). A step that refreshes one of them
+refreshes all outer ones too."""
+
 FORMAT = 1
 # Beyond any sum of weighted drifts: nothing but max_interval refreshes.
 _LARGEST_THRESHOLD = 1e30
@@ -49,6 +54,8 @@ _UNCACHED = (
 )
 _IDENTICAL = 100.0  # dB, of a picture that is equal among others that are not
 _LOCAL_SWEEPS = 12
+# How many times as often as the next deeper cut each cut of several is refreshed.
+_SPLITS = ((2,), (3,), (4,), (2, 2), (2, 3), (3, 2))
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Trial:
     """One schedule that was tried in real runs.
 
     Attributes:
-        refresh_steps, depth, forecast: what was tried.
+        refresh_steps, depth, forecast, outer: what was tried; see ``Tuned``.
         speedup: of a run, in FLOPs.
         psnr: mean over the samples against the uncached result, in dB; infinite if all are equal
             to it, else one that is counts as 100.
@@ -69,11 +76,17 @@ class Trial:
     speedup: float
     psnr: float
     interval: int | None = None
+    outer: Levels = ()
 
     @property
-    def key(self) -> tuple[int, str, tuple[int, ...]]:
+    def levels(self) -> Levels:
+        """All cuts, the outermost first."""
+        return (*self.outer, (self.depth, self.refresh_steps))
+
+    @property
+    def key(self) -> tuple[Levels, str]:
         """What tells it from others."""
-        return self.depth, self.forecast, self.refresh_steps
+        return self.levels, self.forecast
 
 
 @dataclass(frozen=True)
@@ -81,9 +94,12 @@ class Tuned:
     """A schedule with everything needed to use it: ``cache_compile(unet, schedule=tuned)``.
 
     Attributes:
-        refresh_steps: which steps refresh.
+        refresh_steps: which steps run the whole network.
         steps: the number of timesteps of the runs it was tuned for.
         depth, forecast: to use it with; ``cache_compile`` takes them from here.
+        outer: further cuts outside of ``depth``, as a ``Pyramid`` has them, the outermost first:
+            (depth, the steps that refresh it). At a step that is in ``outer`` and not in
+            ``refresh_steps``, only what lies outside of the next deeper cut runs.
         network: the network's class and number of parameters.
         speedup: of a run, in FLOPs.
         psnr: mean over the samples against the uncached result, in dB.
@@ -98,6 +114,16 @@ class Tuned:
     speedup: float
     psnr: float
     trials: tuple[Trial, ...] = field(default=(), repr=False)
+    outer: Levels = ()
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Of all cuts, the outermost first."""
+        return (*(depth for depth, _ in self.outer), self.depth)
+
+    def partly(self, step: int, steps: int | None) -> int:
+        """How many of the outer cuts are refreshed at a step that does not refresh all."""
+        return max((n for n, (_, own) in enumerate(self.outer, 1) if step in own), default=0)
 
     def refresh(self, step: int, steps: int | None) -> bool:
         if steps is not None and steps != self.steps:
@@ -169,12 +195,19 @@ class Tuned:
         given = fields.pop("trials")
         for entry in (fields, *given):
             entry["psnr"] = math.inf if entry["psnr"] is None else entry["psnr"]
+        for entry in (fields, *given):
+            entry["outer"] = tuple((depth, tuple(own)) for depth, own in entry.get("outer", ()))
         trials = tuple(
             Trial(**{**trial, "refresh_steps": tuple(trial["refresh_steps"])}) for trial in given
         )
         steps = tuple(fields.pop("refresh_steps"))
         name, count = fields.pop("network")
         Steps(steps)
+        levels = (*fields["outer"], (fields["depth"], steps))
+        for (outer, more), (inner, fewer) in pairwise(levels):
+            Steps(more)
+            if not (0 <= outer < inner and set(more) > set(fewer) and more[-1] < fields["steps"]):
+                raise ValueError(f"the cut at depth {outer} does not go with the one at {inner}")
         resolve_forecast(fields["forecast"])
         for key, least in (("steps", steps[-1] + 1), ("depth", 0)):
             if type(fields[key]) is not int or fields[key] < least:
@@ -404,6 +437,69 @@ class Objective:
         return tuple(current)
 
 
+def compute_of(levels: Levels, steps: int, ratios: Mapping[int, float]) -> float:
+    """FLOPs of a run, in those of a refresh step."""
+    known = [set(own) for _, own in levels]
+    total = 0.0
+    for step in range(steps):
+        refreshed = max((n for n, own in enumerate(known, 1) if step in own), default=0)
+        total += 1.0 if refreshed == len(levels) else ratios[levels[refreshed][0]]
+    return total
+
+
+def nested(
+    objectives: Mapping[int, Objective], names: Sequence[str], speedup: float, power: float
+) -> list[tuple[Levels, str]]:
+    """Schedules with several cuts that take so much less compute, the most promising first.
+
+    One for each choice of depths that begins with the outermost.
+    """
+    depths = sorted(objectives)
+    ratios = {depth: objective.ratio for depth, objective in objectives.items()}
+    steps = objectives[depths[0]].steps
+    loads = [w**power for w in objectives[depths[0]].weights]
+    found = []
+    for chain in (c for n in (2, 3) for c in combinations(depths, n) if c[0] == depths[0]):
+        promising = []
+        for split in (s for s in _SPLITS if len(s) == len(chain) - 1):
+            for place in (spread, lambda _, count: placed(loads, count)):
+                levels = _as_many(chain, split, steps, ratios, speedup, place)
+                if levels is None:
+                    continue
+                for name in names:
+                    forecast = resolve_forecast(name)
+                    # Errors of all cuts, as if each were the only one.
+                    error = sum(objectives[depth](forecast, own) for depth, own in levels)
+                    promising.append((error, levels, name))
+        if promising:
+            found.append(min(promising))
+    return [(levels, name) for _, levels, name in sorted(found)]
+
+
+def _as_many(
+    chain: Sequence[int],
+    split: Sequence[int],
+    steps: int,
+    ratios: Mapping[int, float],
+    speedup: float,
+    place: Callable[[int, int], tuple[int, ...]],
+) -> Levels | None:
+    """With as many refreshes as the speed-up leaves room for; None if that is not even two."""
+    for count in range(steps // math.prod(split), 1, -1):
+        own = place(steps, count)
+        levels = [(chain[-1], own)]
+        for depth, times in zip(reversed(chain[:-1]), reversed(split), strict=True):
+            gaps = pairwise((*own, steps))
+            between = [a + round(k * (b - a) / times) for a, b in gaps for k in range(times)]
+            own = tuple(sorted(set(between)))
+            levels.insert(0, (depth, own))
+        if any(len(set(outer)) <= len(inner) for (_, outer), (_, inner) in pairwise(levels)):
+            continue
+        if steps / compute_of(tuple(levels), steps, ratios) >= speedup:
+            return tuple(levels)
+    return None
+
+
 def candidates(
     objective: Objective, names: Sequence[str], count: int, power: float
 ) -> list[tuple[float, str, tuple[int, ...]]]:
@@ -487,7 +583,7 @@ def tune(
     speedup: float | None = None,
     psnr: float | None = None,
     samples: int = 4,
-    depths: Sequence[int] = (0, 1, 2),
+    depths: Sequence[int] = (0, 1, 2, 3),
     forecasts: Sequence[str] = FORECASTS,
     trials: int = 12,
     intervals: Sequence[int] = (),
@@ -496,7 +592,7 @@ def tune(
     memory: int = 2 * 1024**3,
     verbose: bool = True,
 ) -> Tuned:
-    """Find the refresh steps, depth and forecast for one network, sampler and number of steps.
+    """Find the refresh steps, depths and forecast for one network, sampler and number of steps.
 
     Takes one uncached run for each sample and depth, and one cached run for each sample and trial.
     The same arguments give the same result. Interrupted (Ctrl-C), it returns the best so far.
@@ -510,7 +606,8 @@ def tune(
         speedup: find the closest result that takes this much less compute (FLOPs); or
         psnr: the fastest whose mean PSNR against the uncached result is at least this, in dB.
         samples: how many there are, if ``run`` takes a number. Use others to judge the result.
-        depths: which cuts to try; those the network does not have are left out.
+        depths: which cuts to try, by themselves and several at once (as a ``Pyramid``); those the
+            network does not have are left out.
         forecasts: which to try.
         trials: how many schedules to try in real runs; with ``psnr``, at most, for each depth and
             forecast.
@@ -793,7 +890,7 @@ class Session:
         """Try the most promising schedules of this speed-up, then what lies around the best."""
         promising: list[tuple[float, int, str, tuple[int, ...]]] = []
         unreachable: list[ScheduleError] = []
-        plain: list[tuple[int, str, tuple[int, ...]]] = []
+        plain: list[tuple[Levels, str]] = []
         for depth, objective in self.objectives.items():
             try:
                 count = Sigma(speedup=speedup).refreshes(objective.steps, objective.ratio)
@@ -802,7 +899,7 @@ class Session:
                 continue
             if not plain:
                 even = spread(objective.steps, count)
-                plain = [(depth, name, even) for name in forecasts]
+                plain = [(((depth, even),), name) for name in forecasts]
             promising += [
                 (error, depth, name, chosen)
                 for error, name, chosen in candidates(objective, forecasts, count, self._power)
@@ -814,20 +911,24 @@ class Session:
         leaders: dict[tuple[int, str], list[tuple[int, ...]]] = {}
         for _, depth, name, chosen in sorted(promising):
             leaders.setdefault((depth, name), []).append(chosen)
-        queue = []
+        single: list[tuple[Levels, str]] = []
         for rank in range(max(map(len, leaders.values()))):
-            queue += [(d, n, sets[rank]) for (d, n), sets in leaders.items() if rank < len(sets)]
+            single += [
+                (((d, sets[rank]),), n) for (d, n), sets in leaders.items() if rank < len(sets)
+            ]
         # Predictions know nothing of what errors do to later features: so even refreshes, too.
-        queue[1:1] = plain
-        for depth, name, chosen in list(dict.fromkeys(queue))[: max(1, 2 * trials // 3)]:
-            self._try(depth, name, chosen)
+        several = nested(self.objectives, forecasts, speedup, self._power)
+        turns = zip_longest(several, single[1:])
+        queue = [*single[:1], *plain, *(one for turn in turns for one in turn if one is not None)]
+        for levels, name in list(dict.fromkeys(queue))[: max(1, 2 * trials // 3)]:
+            self._try(levels, name)
             self._progress.advance(bar)
         while len(self.trials) < trials:
             best = max(self.trials, key=lambda trial: trial.psnr)
             neighbour = self._untried_neighbour(best)
             if neighbour is None:
                 break
-            self._try(best.depth, best.forecast, neighbour)
+            self._try(neighbour, best.forecast)
             self._progress.advance(bar)
 
     def search_for(self, psnr: float, forecasts: Sequence[str], trials: int) -> None:
@@ -844,14 +945,32 @@ class Session:
                 count = (low + high) // 2
                 _, _, chosen = candidates(objective, [name], count, self._power)[0]
                 self._progress.advance(bar)
-                if self._try(depth, name, chosen).psnr >= psnr:
+                if self._try(((depth, chosen),), name).psnr >= psnr:
                     high = count
                 else:
                     low = count + 1
+        self._search_beyond(psnr, forecasts, trials)
         depth, objective = next(iter(self.objectives.items()))
         everything = tuple(range(objective.steps))
         if not any(trial.psnr >= psnr for trial in self.trials):
             self.trials.append(Trial(everything, depth, "reuse", 1.0, math.inf, 1))
+
+    def _search_beyond(self, psnr: float, forecasts: Sequence[str], trials: int) -> None:
+        """Whether schedules with several cuts are faster still."""
+        bar = self._progress.add_task("trying several cuts", total=trials)
+        fastest = max((t.speedup for t in self.trials if t.psnr >= psnr), default=1.0)
+        least = min(objective.ratio for objective in self.objectives.values())
+        low, high = fastest, 1 / least
+        for _ in range(trials):
+            wanted = math.sqrt(low * high)
+            several = nested(self.objectives, forecasts, wanted, self._power)
+            untried = [one for one in several if one not in {t.key for t in self.trials}]
+            self._progress.advance(bar)
+            if not untried or wanted < low * 1.02:
+                return
+            reached = [self._try(*one) for one in untried[:2]]
+            enough = [trial.speedup for trial in reached if trial.psnr >= psnr]
+            low, high = (max(enough), high) if enough else (low, wanted)
 
     def compare(self, intervals: Sequence[int], forecasts: Sequence[str]) -> None:
         """Try what DeepCache does, and the most promising with as many refreshes."""
@@ -859,32 +978,37 @@ class Session:
         first, objective = next(iter(self.objectives.items()))
         counts = [len(range(0, objective.steps, interval)) for interval in dict.fromkeys(intervals)]
         best = [candidates(objective, forecasts, count, self._power)[0] for count in counts]
-        queue = [(first, forecast, chosen) for _, forecast, chosen in best]
+        queue: list[tuple[Levels, str]] = [
+            (((first, chosen),), forecast) for _, forecast, chosen in best
+        ]
         queue += [
-            (depth, "reuse", tuple(range(0, objective.steps, interval)))
+            (((depth, tuple(range(0, objective.steps, interval))),), "reuse")
             for depth, objective in self.objectives.items()
             for interval in dict.fromkeys(intervals)
         ]
         queue = [one for one in dict.fromkeys(queue) if one not in tried]
         bar = self._progress.add_task("comparing", total=len(queue))
-        for depth, forecast, chosen in queue:
-            self._try(depth, forecast, chosen)
+        for levels, forecast in queue:
+            self._try(levels, forecast)
             self._progress.advance(bar)
 
-    def _untried_neighbour(self, best: Trial) -> tuple[int, ...] | None:
+    def _untried_neighbour(self, best: Trial) -> Levels | None:
         """The most promising schedule that differs from the best in one refresh by one step."""
-        objective = self.objectives[best.depth]
         forecast = resolve_forecast(best.forecast)
         tried = {trial.key for trial in self.trials}
+        steps = self.objectives[best.depth].steps
         found = []
-        chosen = best.refresh_steps
-        for place in range(1, len(chosen)):
-            for moved in (chosen[place] - 1, chosen[place] + 1):
-                near = (*chosen[:place], moved, *chosen[place + 1 :])
-                ascending = len(set(near)) == len(near) and list(near) == sorted(near)
-                new = (best.depth, best.forecast, near) not in tried
-                if ascending and new and near[-1] < objective.steps:
-                    found.append((objective(forecast, near), near))
+        for step in best.levels[0][1][1:]:
+            for moved in (step - 1, step + 1):
+                if moved in best.levels[0][1] or moved == steps:
+                    continue
+                near = tuple(
+                    (depth, tuple(sorted(moved if own == step else own for own in steps_of)))
+                    for depth, steps_of in best.levels
+                )
+                if (near, best.forecast) not in tried:
+                    error = sum(self.objectives[depth](forecast, own) for depth, own in near)
+                    found.append((error, near))
         return min(found)[1] if found else None
 
     def spent(self, **settings: Any) -> float:
@@ -899,22 +1023,34 @@ class Session:
             raise TuneError("run never called the network: there is nothing to cache")
         return stats.flops_speedup
 
-    def _try(self, depth: int, forecast: str, chosen: tuple[int, ...]) -> Trial:
-        self._compiled(schedule=Steps(chosen), depth=depth, forecast=forecast)
+    def _try(self, levels: Levels, forecast: str) -> Trial:
+        *outer, (depth, chosen) = levels
+        (timesteps,) = self._timesteps
+        schedule = Tuned(
+            chosen, timesteps, depth, forecast, _identity(self.network), 1.0, 0.0, (), tuple(outer)
+        )
+        self._compiled(schedule=schedule)
         values = [
             psnr_between(pictures_of(one()), expected)
             for one, expected in zip(self._runs, self._expected, strict=True)
         ]
-        objective = self.objectives[depth]
-        steps, ratio = objective.steps, objective.ratio
-        spent = len(chosen) + (steps - len(chosen)) * ratio
+        steps = self.objectives[depth].steps
+        spent = compute_of(levels, steps, {d: o.ratio for d, o in self.objectives.items()})
         if all(math.isinf(value) for value in values):
             mean = math.inf
         else:  # one equal picture must not make up for all others
             mean = sum(min(value, _IDENTICAL) for value in values) / len(values)
         interval = (*chosen[1:], steps)[0]
-        even = forecast == "reuse" and chosen == tuple(range(0, steps, interval))
-        trial = Trial(chosen, depth, forecast, steps / spent, mean, interval if even else None)
+        even = forecast == "reuse" and chosen == tuple(range(0, steps, interval)) and not outer
+        trial = Trial(
+            chosen,
+            depth,
+            forecast,
+            steps / spent,
+            mean,
+            interval if even else None,
+            tuple(outer),
+        )
         self.trials.append(trial)
         return trial
 
@@ -941,6 +1077,7 @@ class Session:
             speedup=best.speedup,
             psnr=best.psnr,
             trials=tuple(self.trials),
+            outer=best.outer,
         )
 
     def _compiled(self, **settings: Any) -> Dispatcher:

@@ -474,13 +474,3 @@ def test_a_network_that_gains_nothing_is_told_so_once() -> None:
         sampled(network, picture(batch=3), timesteps())
     assert handle(network).stats.reuse_steps > 0
     assert "will not make this faster" in " ".join(str(handle(network).explain()).split())
-
-
-def test_a_depth_that_gains_little_is_told_with_a_better_one() -> None:
-    network = TopHeavy().eval()
-    network.leave = plain(width=4).leave
-    network.up = nn.Sequential(nn.Conv2d(8, 256, 3, padding=1), nn.Conv2d(256, 4, 1))
-    dcompile.cache_compile(network, depth=1, backend="eager", verbose=False)
-    with pytest.warns(UserWarning, match="at depth 0: choose that one to be faster"):
-        sampled(network, picture(), timesteps())
-    assert "will not make this faster" not in str(handle(network).explain())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from plain import Plain, picture, plain, sampled, timesteps
 import dcompile
 from dcompile import DepthError, NotCompiledError, ScheduleError, Tuned, TuneError
 from dcompile.forecast import Lagrange, Reuse
-from dcompile.tuning import Objective, Recording, pictures_of, psnr_between
+from dcompile.tuning import (
+    Objective,
+    Recording,
+    compute_of,
+    nested,
+    pictures_of,
+    psnr_between,
+)
 
 STEPS = 12
 
@@ -86,6 +93,38 @@ def test_local_search_never_makes_it_worse() -> None:
     assert better[0] == 0
 
 
+def test_the_compute_of_several_cuts() -> None:
+    levels = ((0, (0, 2, 4, 6)), (2, (0, 4)))
+    # full, reuse, partly, reuse, full, reuse, partly, reuse
+    assert compute_of(levels, 8, {0: 0.1, 2: 0.3}) == pytest.approx(2 + 2 * 0.3 + 4 * 0.1)
+    assert compute_of(((1, (0, 3)),), 6, {1: 0.5}) == pytest.approx(2 + 4 * 0.5)
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.5, 4.0])
+def test_several_cuts_are_nested_and_fast_enough(speedup: float) -> None:
+    generator = np.random.default_rng(0)
+    objectives = {
+        depth: Objective(
+            (Recording(np.eye(20) + 1.0, np.ones(20), ratio),), generator.random(20) + 0.1
+        )
+        for depth, ratio in ((0, 0.05), (1, 0.2), (3, 0.5))
+    }
+    ratios = {depth: objective.ratio for depth, objective in objectives.items()}
+    found = nested(objectives, ("reuse", "checked"), speedup, 0.5)
+    assert {tuple(depth for depth, _ in levels) for levels, _ in found} <= {
+        (0, 1),
+        (0, 3),
+        (0, 1, 3),
+    }
+    assert found
+    for levels, _ in found:
+        assert 20 / compute_of(levels, 20, ratios) >= speedup
+        for (outer, more), (inner, fewer) in pairwise(levels):
+            assert outer < inner
+            assert set(more) > set(fewer)
+            assert 0 in fewer
+
+
 # Searching ----------------------------------------------------------------------------------------
 
 
@@ -100,9 +139,8 @@ def test_it_beats_the_uniform_schedule_on_other_pictures() -> None:
     assert found.psnr == max(trial.psnr for trial in found.trials)
     ratio = dcompile.handle(dcompile.cache_compile(network, backend="eager", verbose=False))
     depths = ratio.explain(picture(), timesteps()[0], None).depths
-    spent = (
-        len(found.refresh_steps) + (STEPS - len(found.refresh_steps)) * depths[found.depth].ratio
-    )
+    levels = (*found.outer, (found.depth, found.refresh_steps))
+    spent = compute_of(levels, STEPS, {report.depth: report.ratio for report in depths})
     assert STEPS / spent == pytest.approx(found.speedup)
     uniform = [
         quality(9, interval=n, depth=depth)
@@ -187,13 +225,68 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     sampled(network, picture(), timesteps(STEPS))
     handle = dcompile.handle(network)
     assert handle.stats.refresh_steps == len(found.refresh_steps)
-    assert handle.explain().chosen == found.depth
+    assert handle.explain().chosen == found.depths[0]
     with pytest.raises(ScheduleError, match="tuned for runs of 12 steps, this one has 9"):
         sampled(network, picture(), timesteps(9))
     with pytest.raises(ScheduleError, match=r"tuned for a Plain with [\d,]+ parameters, this is a"):
         dcompile.cache_compile(plain(width=4), schedule=found, **settings)
     with pytest.raises(ScheduleError, match="leave them out"):
         dcompile.cache_compile(plain(), schedule=found, forecast="quadratic", **settings)
+
+
+def several_cuts(**settings: Any) -> Tuned:
+    """One as the tuner finds them for networks that gain by it."""
+    network = plain()
+    identity = "Plain", sum(parameter.numel() for parameter in network.parameters())
+    return Tuned(
+        (0, 6), STEPS, 1, "reuse", identity, 2.0, 40.0, (), ((0, (0, 2, 4, 6, 8, 10)),), **settings
+    )
+
+
+def test_several_cuts_are_a_pyramid(tmp_path: Path) -> None:
+    found = several_cuts()
+    again = Tuned.load(found.save(tmp_path / "tuned.json"))
+    assert again == found
+    assert again.depths == (0, 1)
+    settings: dict[str, Any] = {"backend": "eager", "verbose": False}
+    network = dcompile.cache_compile(plain(), schedule=again, **settings)
+    result = sampled(network, picture(), timesteps(STEPS))
+    stats = dcompile.handle(network).stats
+    assert (stats.refresh_steps, stats.partial_steps, stats.reuse_steps) == (2, 4, 6)
+    pyramid = dcompile.Pyramid([(0, 2), (1, 6)])
+    other = dcompile.cache_compile(plain(), schedule=pyramid, **settings)
+    assert torch.equal(result, sampled(other, picture(), timesteps(STEPS)))
+    folder = dcompile.handle(network).save(tmp_path / "saved")
+    loaded = dcompile.load(plain(), folder, verbose=False)
+    assert torch.equal(sampled(loaded, picture(), timesteps(STEPS)), result)
+    with pytest.raises(ScheduleError, match="tuned for depth=0, 1 and"):
+        dcompile.cache_compile(plain(), schedule=again, depth=1, **settings)
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        [[1, [0, 2, 6]]],  # not outside of depth 1
+        [[0, [0, 2, 4]]],  # 6 is missing
+        [[0, [0, 6]]],  # no more than the inner one's
+        [[0, [0, 6, 12]]],  # beyond the run
+        [[0, [6, 2, 0]]],
+        [0, 1],
+        7,
+    ],
+    ids=str,
+)
+def test_cuts_that_do_not_go_together(outer: Any, tmp_path: Path) -> None:
+    file = several_cuts().save(tmp_path / "tuned.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"outer": outer}))
+    with pytest.raises(ScheduleError):
+        Tuned.load(file)
+
+
+def test_the_tuner_tries_several_cuts() -> None:
+    found = tuned(speedup=1.2, trials=9)
+    assert any(trial.outer for trial in found.trials)
+    assert all(trial.speedup >= 1.2 for trial in found.trials)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "steps": 3}'])
