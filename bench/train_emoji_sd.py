@@ -60,13 +60,11 @@ trained, so that its features behave as a real network's do. Stock
   plain colours, shifted by up to {shift} px, shrunk by up to {shrink:.0%}, tilted by up to {tilt}
   degrees and mirrored where their name allows; captions are their Unicode names, some synonyms and
   plain paraphrases. One caption in ten was held out.
-- **Training**: `bench/train_emoji_sd.py`: autoencoder {autoencoder}; then
-  the text encoder {text_steps} steps, to foretell latents from captions, then the diffusion network
-  {steps} steps of {batch} latents with 10 % of the captions dropped, then the decoder alone,
-  {decoder_steps} steps; AdamW.{before}
+- **Training**: `bench/train_emoji_sd.py`, AdamW:
+{training}
 - **Limits**: it knows nothing but these emoji and their names. Unknown words give some emoji or
   a blend; on coloured grounds shapes suffer; lettering is illegible. Most glyphs have one picture:
-  from seed to seed it is moved, tilted or mirrored, not another one.
+  from seed to seed it is moved, tilted or resized, not another one.
 """
 
 
@@ -668,27 +666,28 @@ def main(
     def millions(part: torch.nn.Module) -> float:
         return sum(p.numel() for p in part.parameters()) / 1e6
 
+    earlier = "went on from trained weights, " if "unet" in taken else ""
+    told = [
+        "autoencoder: "
+        + ("as trained before" if "vae" in taken else f"{ae_steps} steps of {ae_batch} pictures"),
+        "text encoder, to foretell latents from captions: "
+        + ("as trained before" if "text_encoder" in taken else f"{text_steps} steps of 128"),
+        f"diffusion network, with 10 % of the captions dropped: {earlier}{steps} steps of {batch} latents",
+    ]
+    if decoder_steps:
+        told.append(f"decoder, alone: {decoder_steps} steps of {ae_batch} pictures")
     card = CARD.format(
         size=SIZE,
         unet=millions(pipeline.unet),
         vae=millions(vae),
         text=millions(pipeline.text_encoder),
         channels=tuple(pipeline.unet.config.block_out_channels),
-        before=""
-        if "unet" not in taken
-        else "\n  It went on from weights that were trained before in the same way.",
         tokens=TOKENS,
         shift=SHIFT,
         shrink=SHRINK,
         tilt=TILT,
         glyphs=len(data.names),
-        autoencoder="from an earlier training"
-        if "vae" in taken
-        else f"{ae_steps} steps of {ae_batch} pictures",
-        decoder_steps=decoder_steps,
-        text_steps=text_steps,
-        steps=steps,
-        batch=batch,
+        training="\n".join(f"  - {line}" for line in told),
     )
     export(pipeline, out)
     (out / "README.md").write_text(card)

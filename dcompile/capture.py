@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule
@@ -277,6 +279,30 @@ def _take_over_writes(module: nn.Module, twin: Any, before: Mapping[str, Any]) -
             module.__dict__[name] = value
 
 
+def _holders(module: nn.Module) -> Iterator[Any]:
+    """Submodules, and the objects in their attributes, such as attention processors."""
+    for submodule in module.modules():
+        yield submodule
+        for value in submodule.__dict__.values():
+            plain = isinstance(value, (nn.Module, torch.Tensor, type, types.FunctionType))
+            if not plain and type(getattr(value, "__dict__", None)) is dict:
+                yield value
+
+
+def _put_back(held: Sequence[tuple[Any, dict[str, Any]]]) -> str | None:
+    """Undo what capture left in them of its own tensors. Returns where the first was."""
+    first = None
+    for thing, before in held:
+        for name, value in list(thing.__dict__.items()):
+            if isinstance(value, FakeTensor) and value is not before.get(name):
+                first = first or f"{type(thing).__name__}.{name}"
+                if name in before:
+                    thing.__dict__[name] = before[name]
+                else:
+                    del thing.__dict__[name]
+    return first
+
+
 _PREFIX = "network."
 
 
@@ -298,6 +324,7 @@ def capture(
     Raises:
         CaptureError: ``torch.export`` cannot follow the code; names the line.
     """
+    _require_all_weights(module)
     # One tensor given twice would be one input.
     distinct = [
         leaf.clone() if isinstance(leaf, torch.Tensor) and _is_among(leaf, leaves[:i]) else leaf
@@ -305,6 +332,7 @@ def capture(
     ]
     args, kwargs = tree_unflatten(distinct, spec)
     before = dict(module.__dict__)
+    held = [(thing, dict(thing.__dict__)) for thing in _holders(module)]
     network = _Network(module, forward)
     # Ranges let backends tune for them. Code that treats a size within the range specially makes
     # torch.export refuse the range; then it finds the widest one by itself.
@@ -315,7 +343,7 @@ def capture(
     )
     capturing_threads.add(threading.get_ident())
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _casts_in_graph(module):
             exported = _exported(network, (args, kwargs), hints)
             if not _is_functional(exported.graph_module):
                 exported = exported.run_decompositions({})
@@ -324,8 +352,77 @@ def capture(
     finally:
         capturing_threads.discard(threading.get_ident())
         _take_over_writes(module, network.network, before)
+        kept = _put_back(held)
+    if kept is not None:
+        raise CaptureError(
+            f"{type(module).__name__} leaves a tensor that it computes in {kept}, for others to "
+            "read; a reuse step would leave that out. It runs uncached"
+        )
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
     return _from_exported(exported, spec, sample_leaf, ranges)
+
+
+def _require_all_weights(module: nn.Module) -> None:
+    """Refuse hooks that bring the weights of one part after another, before they are disturbed.
+
+    Raises:
+        CaptureError: diffusers' group offload is on.
+    """
+    for path, submodule in module.named_modules():
+        hooks = getattr(getattr(submodule, "_diffusers_hook", None), "hooks", {})
+        for name in hooks:
+            if "offload" in name:
+                raise CaptureError(
+                    f"{type(module).__name__} cannot be captured: a hook ({name}) on "
+                    f"{path or 'it'} moves the weights of one part after another, and a graph "
+                    "reads all of them. It runs uncached. enable_model_cpu_offload() moves the "
+                    "network as a whole, and is fine"
+                )
+
+
+@contextmanager
+def _casts_in_graph(module: nn.Module) -> Iterator[None]:
+    """Layerwise casting, as casts that capture can follow.
+
+    Its hooks write other weights over a layer's own before and after each call. Meanwhile they put
+    casts of them in their place.
+    """
+    replaced = []
+    for submodule in module.modules():
+        registry = getattr(submodule, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}).values():
+            if hasattr(hook, "storage_dtype") and hasattr(hook, "compute_dtype"):
+                where = hook.fn_ref
+                replaced.append((where, where.pre_forward, where.post_forward))
+                where.pre_forward, where.post_forward = _casting_to(hook.compute_dtype)
+    try:
+        yield
+    finally:
+        for where, before, after in replaced:
+            where.pre_forward, where.post_forward = before, after
+
+
+def _casting_to(dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What to do before and after a layer's forward."""
+    own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+
+    def before(layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for part in layer.modules():
+            tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_floating_point():
+                        own.append((table, name, tensor))
+                        table[name] = tensor.to(dtype)
+        return args, kwargs
+
+    def after(layer: nn.Module, output: Any) -> Any:
+        while own:
+            table, name, tensor = own.pop()
+            table[name] = tensor
+        return output
+
+    return before, after
 
 
 def _is_among(leaf: Any, others: Sequence[Any]) -> bool:

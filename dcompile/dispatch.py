@@ -57,6 +57,7 @@ from dcompile.schedule import Run, Schedule
 from dcompile.standin import StandIn, standin_of
 from dcompile.steps import Generation, Lane, StepTracker
 from dcompile.structure import (
+    Flags,
     Structure,
     changed_by_running,
     difference,
@@ -64,6 +65,7 @@ from dcompile.structure import (
     structure_of,
     tensors_in_containers,
 )
+from passes.base import is_random
 
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
 MAX_RECORDED = 16
@@ -176,6 +178,13 @@ def _steady(held: Any) -> contextlib.AbstractContextManager[tuple[Any, ...]]:
     return held.steady() if isinstance(held, HeldBoundary) else contextlib.nullcontext(held)
 
 
+_IN_TRAINING_MODE = "the network is in training mode (call .eval())"
+
+
+class _TrainingMattersError(CaptureError):
+    """What the network computes depends on whether it is in training mode, and it is."""
+
+
 class _Claim(NamedTuple):
     """What a forecast says of one value before its refresh.
 
@@ -261,6 +270,7 @@ class Dispatcher(StandIn):
         "_stochastic",
         "_structures",
         "_tracker",
+        "_training_matters",
         "_warned",
         "_written",
         "beside",
@@ -297,6 +307,7 @@ class Dispatcher(StandIn):
         self._cost = 0.0  # of all calls counted, in refresh steps
         self._captures = 0
         self._compile_seconds = 0.0
+        self._training_matters = False  # known to draw random numbers or to learn as it runs
         self._stochastic: tuple[weakref.ref[Any], bool] | None = None  # of the sampler tried last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -311,7 +322,7 @@ class Dispatcher(StandIn):
         timestep = leaves[form.timestep]
         signature, conditioning = self._settled(leaves, form)
         tracker = self._tracker
-        generation, lane, step = tracker.enter(timestep, conditioning)
+        generation, lane, step = tracker.enter(timestep, conditioning, signature)
         try:
             if signature == generation.signature:  # nearly always, and sooner told than hashed
                 bound = generation.bound
@@ -321,7 +332,10 @@ class Dispatcher(StandIn):
                 except TypeError:
                     return self._run_uncached("an argument cannot be hashed", args, kwargs)
             if bound is None:
-                bound = self._bind(generation, signature, leaves, form)
+                try:
+                    bound = self._bind(generation, signature, leaves, form)
+                except _TrainingMattersError as error:
+                    return self._run_uncached(str(error), args, kwargs)
             generation.signature, generation.bound = signature, bound
             schedule = generation.schedule
             if schedule is None:
@@ -329,6 +343,13 @@ class Dispatcher(StandIn):
             if lane.program is not bound.program or lane.signature != signature:
                 lane.cached = ()
             level = self._level(generation, lane, step, schedule)
+            # A refresh step has the time to see whether a part was switched on or off meanwhile.
+            if level == len(generation.beats) and step and generation.flags.changed():
+                generation.look_again()
+                bound = self._bind(generation, signature, leaves, form)
+                generation.signature, generation.bound = signature, bound
+                if lane.program is not bound.program:
+                    lane.cached = ()
             # Autocast, if on, stays on: the graph was captured without its conversions.
             if torch.is_grad_enabled():
                 with torch.no_grad():
@@ -659,8 +680,8 @@ class Dispatcher(StandIn):
         self._saved += [(place, program) for program in artifact.programs]
 
     def _reason_not_to_cache(self, leaves: list[Any], form: CallForm) -> str | None:
-        if self.module.training:
-            return "the network is in training mode (call .eval())"
+        if self.module.training and (torch.is_grad_enabled() or self._training_matters):
+            return _IN_TRAINING_MODE
         if torch.is_grad_enabled() and any(
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
         ):
@@ -689,6 +710,8 @@ class Dispatcher(StandIn):
             try:
                 call = self._forms.standard(form, leaves)
                 program = self._program(call, display)
+            except _TrainingMattersError:
+                raise
             except CaptureError:
                 args, kwargs = tree_unflatten(leaves, form.spec)
                 with torch.no_grad():  # a call the network itself refuses raises its own error
@@ -702,6 +725,7 @@ class Dispatcher(StandIn):
                 self._compile_seconds += sum(display.seconds.values())
             runner = self._runner(program, call)
         generation.programs[signature] = runner
+        generation.flags = Flags(self.module)
         return runner
 
     def _runner(self, program: Program, call: StandardCall) -> Runner:
@@ -793,9 +817,7 @@ class Dispatcher(StandIn):
             )
         if network is None:
             with display.stage("capturing"):
-                network = capture(
-                    self.module, self.original, leaves, form.spec, form.sample, dynamic
-                )
+                network = self._capture(leaves, form, dynamic)
             self._captures += 1
             before = self._structures[known]
             written = changed_by_running(before, structure_of(self.module, self._written))
@@ -806,6 +828,24 @@ class Dispatcher(StandIn):
         self._networks.pop(key, None)
         self._networks[key] = network  # the latest last
         return network
+
+    def _capture(
+        self, leaves: list[Any], form: CallForm, dynamic: DynamicSizes | None
+    ) -> CapturedNetwork:
+        try:
+            network = capture(self.module, self.original, leaves, form.spec, form.sample, dynamic)
+        except CaptureError as error:
+            if not self.module.training:
+                raise
+            raise self._in_training() from error
+        # Pipelines that make a network of another's parts leave it in training mode.
+        if self.module.training and any(map(is_random, network.graph_module.graph.nodes)):
+            raise self._in_training()
+        return network
+
+    def _in_training(self) -> _TrainingMattersError:
+        self._training_matters = True
+        return _TrainingMattersError(_IN_TRAINING_MODE)
 
     def _compiled(self, network: CapturedNetwork, leaves: list[Any], display: Display) -> Program:
         settings = self.settings

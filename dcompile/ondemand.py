@@ -34,6 +34,7 @@ from dcompile.standin import StandIn
 from dcompile.steps import StepTracker
 from dcompile.structure import Structure, changed_by_running, difference, structure_of
 from passes import total_cost, with_outputs
+from passes.base import is_random
 
 
 @dataclass(eq=False)
@@ -108,7 +109,7 @@ class OnDemand(StandIn):
         if (
             not self.enabled
             or self._unsuited
-            or self._leaf.training
+            or (self._leaf.training and torch.is_grad_enabled())
             or torch.compiler.is_compiling()
             or getattr(self._at_once, "on", False)
         ):
@@ -215,6 +216,8 @@ class OnDemand(StandIn):
             self._structure = structure_of(self.module, self._written)
         outputs = network.graph_module.graph.output_node().args[0]
         results = [getattr(node, "meta", {}).get("val") for node in outputs]  # type: ignore[union-attr]
+        if any(map(is_random, network.graph_module.graph.nodes)):
+            raise CaptureError("it draws random numbers (in training mode? call .eval())")
         tensors = tuple(value for value in results if isinstance(value, torch.Tensor))
         if len(tensors) < len(results):
             raise CaptureError("it returns something that is no tensor")

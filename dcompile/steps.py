@@ -36,7 +36,8 @@ class Lane:
 
     Unbatched guidance calls the network twice a step, and the two calls must not share a cache.
     Lanes are told apart by their conditioning: tensors a pipeline holds on to for the whole run,
-    such as prompt embeddings. Storage that was freed meanwhile proves nothing.
+    such as prompt embeddings, and by their signature. Storage that was freed meanwhile proves
+    nothing.
 
     Attributes:
         anchors: the conditioning's storages, weakly, with offsets.
@@ -59,8 +60,10 @@ class Lane:
     trust: tuple[float, ...] = ()
     news: tuple[Any, ...] = ()
 
-    def contradicts(self, conditioning: Sequence[torch.Tensor]) -> bool:
-        """Whether a call with this conditioning is certainly not this lane's."""
+    def contradicts(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
+        """Whether a call with this conditioning and signature is certainly not this lane's."""
+        if signature is not None and self.signature is not None and signature != self.signature:
+            return True
         if len(conditioning) != len(self.anchors):
             return True
         for (reference, offset), tensor in zip(self.anchors, conditioning, strict=True):
@@ -73,6 +76,8 @@ class Lane:
 
     def resembles(self, other: Lane) -> bool:
         """Whether a call might be taken for either lane's."""
+        if None not in (self.signature, other.signature) and self.signature != other.signature:
+            return False
         return len(self.anchors) == len(other.anchors) and not any(
             one[0]() is not None and two[0]() is not None and one != two
             for one, two in zip(self.anchors, other.anchors, strict=True)
@@ -98,6 +103,7 @@ class Generation:
         signature, bound: of the latest call.
         schedule, forecasts: chosen for this run when it began.
         partly: the schedule's method of that name, if it has one.
+        flags: the module's switches as they were when its programs were bound.
     """
 
     steps: int | None
@@ -109,6 +115,7 @@ class Generation:
     schedule: Any = None
     forecasts: Any = ()
     partly: Any = None
+    flags: Any = None
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)
     # Two generations may walk over one timesteps tensor (a loop that is begun again, or a server
@@ -117,12 +124,12 @@ class Generation:
     _doubtful: bool = False
     _open_ends: set[int] = field(default_factory=set)
 
-    def enter(self, step: int, conditioning: Sequence[torch.Tensor]) -> Lane:
+    def enter(self, step: int, conditioning: Sequence[torch.Tensor], signature: Any = None) -> Lane:
         """Register a call and return its lane; a lane without a program has to be refreshed."""
         if step == self.step:
             # Another lane, if its conditioning says so; else it may as well be another run.
             if len(self.lanes) >= MAX_LANES or any(
-                id(lane) in self._served and not lane.contradicts(conditioning)
+                id(lane) in self._served and not lane.contradicts(conditioning, signature)
                 for lane in self.lanes
             ):
                 self._begin_again(step)
@@ -132,7 +139,7 @@ class Generation:
             self._begin_again(step)
         self.step = step
         for lane in self.lanes:
-            if id(lane) not in self._served and not lane.contradicts(conditioning):
+            if id(lane) not in self._served and not lane.contradicts(conditioning, signature):
                 break
         else:
             lane = Lane(_anchors(conditioning))
@@ -141,6 +148,18 @@ class Generation:
                 self.look_again()
         self._served.add(id(lane))
         return lane
+
+    def knows(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
+        """Whether a lane may be of such a call."""
+        return any(not lane.contradicts(conditioning, signature) for lane in self.lanes)
+
+    def takes_another(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
+        """Whether a call at this generation's step may be a lane that was not called yet."""
+        return all(
+            lane.contradicts(conditioning, signature)
+            for lane in self.lanes
+            if id(lane) in self._served
+        )
 
     def look_again(self) -> None:
         """The module may have changed since its programs were bound."""
@@ -228,13 +247,14 @@ class StepTracker:
         self.generations = 0
 
     def enter(
-        self, timestep: Any, conditioning: Sequence[torch.Tensor]
+        self, timestep: Any, conditioning: Sequence[torch.Tensor], signature: Any = None
     ) -> tuple[Generation, Lane, int]:
         """The generation, lane and step of a call.
 
         Args:
             timestep: as the network got it: a tensor or a number.
             conditioning: the call's other tensors, without the sample.
+            signature: the call's; calls of one step that differ in it are different lanes.
         """
         with self._lock:
             if isinstance(timestep, torch.Tensor):
@@ -243,9 +263,9 @@ class StepTracker:
                     generation, step = self._step_by_storage(timestep, storage)
                     if step == 0 < generation.step:  # another run over the same timesteps
                         self.generations += 1
-                    return generation, generation.enter(step, conditioning), step
-            generation, step = self._step_by_value(_value(timestep))
-            return generation, generation.enter(step, conditioning), step
+                    return generation, generation.enter(step, conditioning, signature), step
+            generation, step = self._step_by_value(_value(timestep), conditioning, signature)
+            return generation, generation.enter(step, conditioning, signature), step
 
     def forget(self, generation: Generation) -> None:
         """Drop a generation: something went wrong in the middle of it."""
@@ -287,14 +307,23 @@ class StepTracker:
         _, generation, first = entry
         return generation, offset - first
 
-    def _step_by_value(self, value: float) -> tuple[Generation, int]:
+    def _step_by_value(
+        self, value: float, conditioning: Sequence[torch.Tensor], signature: Any
+    ) -> tuple[Generation, int]:
+        # A run that is over stays where it ended. A value it was called with is its own again only
+        # if the call is another lane's; of equal fits, the latest.
         fits = [
-            (misfit, track)
-            for track in self._by_value
+            (track.generation.knows(conditioning, signature), -misfit, position, track)
+            for position, track in enumerate(self._by_value)
             if (misfit := track.misfit(value)) is not None
+            and (
+                value != track.value
+                or track is self._by_value[-1]
+                or track.generation.takes_another(conditioning, signature)
+            )
         ]
         if fits:
-            track = min(fits, key=lambda fit: fit[0])[1]
+            track = max(fits, key=lambda fit: fit[:3])[3]
             # A first gap proves little, and so does a track that others were called in between.
             if track.gap is None or track is not self._by_value[-1]:
                 track.generation.doubt()

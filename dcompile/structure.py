@@ -140,8 +140,9 @@ def difference(before: Structure, after: Structure) -> str:
         if path not in before:
             return f"{path} was added"
         if before[path] != after[path]:
-            names = [name for name in before[path] if after[path].get(name) != before[path][name]]
-            names += [name for name in after[path] if name not in before[path]]
+            one, other = before[path], after[path]
+            names = [n for n in one if n not in other or other[n] != one[n]]
+            names += [n for n in other if n not in one]
             return f"{path or 'the network'}: {names[0]} changed"
     return "nothing changed"
 
@@ -213,7 +214,8 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
     for name, value in module.__dict__.items():
         if name not in _BOOKKEEPING and (path or name not in _ROOT_WRAPPERS):
             entry[name] = value if type(value) in _PLAIN else _describe(value, _MAX_DEPTH)
-    for table_name in ("_forward_hooks", "_forward_pre_hooks"):
+    # The whole network's own hooks are around what is captured.
+    for table_name in ("_forward_hooks", "_forward_pre_hooks") if path else ():
         hooks = module.__dict__[table_name]
         if hooks:
             entry[table_name] = tuple(
@@ -223,6 +225,32 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
                 _describe(hook, _MAX_DEPTH) for hook in hooks.values()
             )
     return entry
+
+
+class Flags:
+    """All switches (attributes that are bools) in a module, to look at in the midst of a run.
+
+    Some pipelines turn parts of a network off while they draw. Comparing the whole structure takes
+    too long for that.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        switches = [
+            (
+                submodule.__dict__,
+                [name for name, v in submodule.__dict__.items() if v is True or v is False],
+            )
+            for submodule in module.modules()
+        ]
+        self._switches = [(where, names) for where, names in switches if names]
+        self._seen = self._now()
+
+    def changed(self) -> bool:
+        """Whether any is not what it was."""
+        return self._now() != self._seen
+
+    def _now(self) -> list[Any]:
+        return [where.get(name) for where, names in self._switches for name in names]
 
 
 def tensors_in_containers(module: nn.Module) -> dict[int, str]:
@@ -272,7 +300,11 @@ def _describe(value: Any, depth: int) -> Any:
         return _Identity((id(value),), ("module", kind))
     if depth == 0:
         return kind
-    if isinstance(value, Mapping):
+    if isinstance(value, types.ModuleType):
+        return kind, value.__name__
+    if isinstance(value, Mapping) and not isinstance(value, dict):  # may read its items from a disk
+        return _Identity((id(value),), ("mapping", kind))
+    if isinstance(value, dict):
         return kind, _Items((_describe(k, 0), _describe(v, depth - 1)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return kind, tuple(_describe(item, depth - 1) for item in value)
@@ -290,7 +322,7 @@ def _describe(value: Any, depth: int) -> Any:
         return kind, _describe(value.__func__, depth - 1), inside
     if isinstance(value, (type, types.BuiltinFunctionType)):
         return getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
-    if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # NumPy's
+    if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "tobytes"):
         return (
             kind,
             str(value.dtype),

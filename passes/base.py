@@ -79,6 +79,13 @@ def is_inactive_dropout(node: Node) -> bool:
     return argument(node, "train") is False or argument(node, "p") == 0.0
 
 
+def is_random(node: Node) -> bool:
+    """Whether ``node`` drops values at random: a dropout in training mode."""
+    if has_argument(node, "dropout_p"):
+        return bool(argument(node, "dropout_p") != 0.0)
+    return has_argument(node, "p") and has_argument(node, "train") and not is_inactive_dropout(node)
+
+
 def is_assertion(node: Node) -> bool:
     """Whether ``node`` only checks something: it returns nothing and changes nothing."""
     if node.op == "call_module":  # torch.export's guards, when taken from ExportedProgram.module()

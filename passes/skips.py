@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from passes.base import PreconditionError
+from passes.base import PreconditionError, argument, has_argument
 from passes.cost import Cost, node_cost, total_cost
 
 # The same operation under the names that capture leaves in a graph.
@@ -17,7 +17,6 @@ CONCATENATIONS = frozenset(
         torch.ops.aten.concat.default,
         torch.ops.aten.concatenate.default,
         torch.ops.aten.hstack.default,
-        torch.ops.aten.vstack.default,
     }
 )
 
@@ -65,7 +64,7 @@ def find_skip_connections(
 ) -> list[SkipConnection]:
     """All skip connections, outermost first.
 
-    A skip connection is a concatenation
+    A skip connection is a concatenation, not along the batch, which is no joining of features,
 
     1. all of whose operands depend on the sample, which excludes text and time embeddings,
     2. one of whose operands, the deep one, rests on compute that the others do not rest on and
@@ -87,7 +86,11 @@ def find_skip_connections(
     """
     graph = graph_module.graph
     analysis = _Dependencies(graph, _sample_placeholder(graph, sample))
-    cats = (node for node in reversed(graph.nodes) if node.target in CONCATENATIONS)
+    cats = (
+        node
+        for node in reversed(graph.nodes)
+        if node.target in CONCATENATIONS and not _along_batch(node)
+    )
     cuts = [cut for cut in map(analysis.cut, cats) if cut is not None]
     full = total_cost(graph.nodes)
     return [
@@ -104,6 +107,14 @@ def find_skip_connections(
         )
         for depth, cut in enumerate(_nested(cuts))
     ]
+
+
+def _along_batch(cat: Node) -> bool:
+    if not has_argument(cat, "dim"):
+        return False
+    dimension, value = argument(cat, "dim"), cat.meta.get("val")
+    rank = value.dim() if isinstance(value, torch.Tensor) else 0
+    return bool(dimension == 0 or dimension == -rank)
 
 
 def _sample_placeholder(graph: Graph, sample: str | Node | None) -> Node:

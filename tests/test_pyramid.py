@@ -188,7 +188,7 @@ def test_bad_use(tmp_path: Any) -> None:
     with pytest.raises(DepthError, match="depth 7 is out of range"):
         compiled([(0, 2), (7, 4)])(picture(), timesteps()[0])
     network = compiled()
-    with pytest.raises(ExportError, match="a Pyramid takes more"):
+    with pytest.raises(ExportError, match="this schedule takes more"):
         dcompile.handle(network).export_onnx(tmp_path, picture(), timesteps()[0])
 
 
