@@ -672,7 +672,7 @@ def main(
         + ("as trained before" if "vae" in taken else f"{ae_steps} steps of {ae_batch} pictures"),
         "text encoder, to foretell latents from captions: "
         + ("as trained before" if "text_encoder" in taken else f"{text_steps} steps of 128"),
-        f"diffusion network, with 10 % of the captions dropped: {earlier}{steps} steps of {batch} latents",
+        f"diffusion network, with 10 % of the captions dropped: {earlier}{steps} steps of {batch}",
     ]
     if decoder_steps:
         told.append(f"decoder, alone: {decoder_steps} steps of {ae_batch} pictures")

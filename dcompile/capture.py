@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -343,7 +344,7 @@ def capture(
     )
     capturing_threads.add(threading.get_ident())
     try:
-        with torch.inference_mode(False), torch.no_grad(), _casts_in_graph(module):
+        with torch.inference_mode(False), torch.no_grad(), _casts_in_graph(module), _kernels():
             exported = _exported(network, (args, kwargs), hints)
             if not _is_functional(exported.graph_module):
                 exported = exported.run_decompositions({})
@@ -400,6 +401,42 @@ def _casts_in_graph(module: nn.Module) -> Iterator[None]:
     finally:
         for where, before, after in replaced:
             where.pre_forward, where.post_forward = before, after
+
+
+class _Kernels:
+    """Keeps torch.export from turning oneDNN, NNPACK and cuDNN off while it traces.
+
+    It does so for the whole process, and other threads would compute by other kernels meanwhile:
+    slower, and not the same to the last bit. The operators of a graph are ATen's either way.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._captures = 0
+        self._own: Any = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        trace: Any = sys.modules.get("torch.export._trace")
+        name = "_ignore_backend_decomps"
+        if not hasattr(trace, name):
+            yield
+            return
+        with self._lock:
+            if not self._captures:
+                self._own = getattr(trace, name)
+                setattr(trace, name, nullcontext)
+            self._captures += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._captures -= 1
+                if not self._captures:
+                    setattr(trace, name, self._own)
+
+
+_kernels = _Kernels()
 
 
 def _casting_to(dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     file = config.getoption("--compatibility", None)
-    if file is not None:
+    if file is not None and not hasattr(config, "workerinput"):  # pytest-xdist's workers report
         config.pluginmanager.register(Compatibility(Path(file)))
 
 

@@ -163,3 +163,92 @@ def test_sets_are_described_by_what_is_in_them() -> None:
     assert "0x" not in str(one[1])
     assert described(Processor(2.0))[0] != one[0]
     assert described("a", "b")[1] == described("b", "a")[1] != described("a")[1]
+
+
+def test_an_attribute_that_becomes_a_submodule_is_named() -> None:
+    module = plain()
+    module.up.extra = None  # type: ignore[assignment]
+    before = structure_of(module)
+    del module.up.extra
+    module.up.extra = nn.Conv2d(1, 1, 1)
+    assert "up" in difference(before, structure_of(module))
+
+
+def test_hooks_around_the_whole_network_do_not_count() -> None:
+    module = plain()
+    before = structure_of(module)
+    module.register_forward_hook(lambda *_: None)
+    assert structure_of(module) == before
+
+
+def test_what_offload_hooks_hold_is_not_read() -> None:
+    from accelerate.utils.offload import PrefixedDataset
+
+    module = plain()
+    module.up.weights = SimpleNamespace(map=PrefixedDataset({"a.b": 1}, "c."), ops=torch.ops)
+    assert structure_of(module) == structure_of(module)
+
+
+class Switched(Plain):
+    """A part of it can be switched off, as GLIGEN's is in the midst of a run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep.doubled = True  # type: ignore[assignment]
+        self.deep.register_forward_hook(lambda module, _, y: y * 2 if module.doubled else y)
+
+
+def test_a_switch_flipped_in_the_midst_of_a_run_is_seen_at_the_next_refresh() -> None:
+    torch.manual_seed(0)
+    network, reference = Switched().eval(), Switched().eval()
+    reference.load_state_dict(network.state_dict())
+    dcompile.cache_compile(network, interval=2, backend="eager", verbose=False)
+    ts = timesteps(6)
+    with torch.no_grad():
+        for step, t in enumerate(ts):
+            if step == 3:
+                network.deep.doubled = reference.deep.doubled = False  # type: ignore[assignment]
+            found, expected = network(picture(step), t)[0], reference(picture(step), t)[0]
+            assert torch.equal(found, expected) == (step in (0, 2, 4))
+    stats = dcompile.handle(network).stats
+    assert (stats.refresh_steps, stats.reuse_steps, stats.captures) == (3, 3, 2)
+
+
+class Leaving(Plain):
+    """Leaves what it computed where somebody else will look for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = SimpleNamespace(before=torch.zeros(1))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:  # type: ignore[override]
+        result = super().forward(sample, timestep)[0]  # type: ignore[index]
+        self.kept.map, self.kept.before = result * 2, result * 3
+        return (result,)
+
+
+def test_a_tensor_left_for_others_is_refused_and_nothing_of_the_capture_stays() -> None:
+    network = Leaving().eval()
+    before = network.kept.before
+    dcompile.cache_compile(network, backend="eager", verbose=False)
+    with (
+        torch.no_grad(),
+        pytest.raises(dcompile.CaptureError, match=r"SimpleNamespace\.(map|before), for others"),
+    ):
+        network(picture(), timesteps()[0])
+    assert torch.equal(network.kept.before, network.kept.map * 1.5)  # its own forward has run
+    assert type(network.kept.before) is type(before)
+
+
+def test_training_mode_that_makes_no_difference_is_inference() -> None:
+    network = plain().train()
+    network.deep[1].p = 0.0
+    dcompile.cache_compile(network, interval=3, backend="eager", verbose=False)
+    ts = timesteps(6)
+    with torch.no_grad():
+        for t in ts:
+            network(picture(), t)
+    stats = dcompile.handle(network).stats
+    assert (stats.refresh_steps, stats.reuse_steps, stats.uncached_calls) == (2, 4, 0)
+    with pytest.warns(UserWarning, match="training mode"):
+        assert network(picture(), ts[0])[0].requires_grad

@@ -836,7 +836,12 @@ CASES = {
     ),
     "StableDiffusionGLIGENPipeline": Case(
         grounded,
-        lambda: {"gligen_phrases": ["a hat"], "gligen_boxes": [[0.1, 0.2, 0.6, 0.7]]},
+        lambda: {
+            "gligen_phrases": ["a hat"],
+            "gligen_boxes": [[0.1, 0.2, 0.6, 0.7]],
+            "gligen_scheduled_sampling_beta": 0.6,  # of 5 steps: switched off at step 3, a refresh
+        },
+        note="boxes are switched off at the first refresh after their share of the steps",
     ),
     "SemanticStableDiffusionPipeline": Case(
         lambda: pipeline(SemanticStableDiffusionPipeline),

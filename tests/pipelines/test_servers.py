@@ -1,6 +1,7 @@
 """A server around one compiled network: threads and coroutines, each with its own pipeline."""
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,16 @@ def cached(pipe: Any, **settings: Any) -> Any:
 
 
 def beside(pipe: Any, number: int = 0) -> Any:
-    """A pipeline of its own, with a scheduler of its own, around the same network."""
+    """A pipeline of its own, with a scheduler of its own, around the same network.
+
+    And with its own tokenizer: those of transformers mix up prompts of several threads.
+    """
     kind = EulerDiscreteScheduler if number % 2 else type(DDIM)
-    parts = {**pipe.components, "scheduler": kind.from_config(DDIM.config)}
+    parts = {
+        **pipe.components,
+        "scheduler": kind.from_config(DDIM.config),
+        "tokenizer": copy.deepcopy(pipe.tokenizer),
+    }
     other = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other

@@ -407,3 +407,20 @@ def test_a_second_up_path_is_cut_as_well() -> None:
     assert shapes[2:] == [[(1, 32, 4, 4)], [(1, 32, 4, 4)]]
     assert all(skip.deep in skip.boundary for skip in skips)
     check_order(skips)
+
+
+class Doubled(UNet):
+    """Attention whose two variants are one batch (perturbed-attention guidance)."""
+
+    def decode(self, x: Tensor, levels: list[Tensor]) -> Tensor:
+        one, two = x, F.silu(self.middle(x))
+        both = torch.cat([one, two], dim=-4)
+        return super().decode(both.chunk(2)[1], levels)
+
+
+def test_a_joined_batch_is_no_skip_connection() -> None:
+    args = torch.randn(2, 3, 8, 8), torch.tensor(3.0)
+    joined, plain = (
+        torch.export.export(kind().eval(), args).graph_module for kind in (Doubled, UNet)
+    )
+    assert len(find_skip_connections(joined)) == len(find_skip_connections(plain)) == 2

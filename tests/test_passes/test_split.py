@@ -21,6 +21,7 @@ from passes import (
     SkipConnection,
     find_skip_connections,
     split_at,
+    with_outputs,
 )
 
 aten = torch.ops.aten
@@ -319,3 +320,44 @@ def test_a_graph_without_metadata_can_be_cut_by_hand() -> None:
         "call_function",
         "output",
     ]
+
+
+class Residuals(nn.Module):
+    """Three results, each with compute of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)])
+
+    def forward(self, sample: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        for layer in self.layers:
+            sample = layer(sample)
+            found.append(sample * scale)
+        return tuple(found)
+
+
+@pytest.mark.parametrize("chosen", [(0,), (2, 0), (1,), (0, 1, 2), ()])
+def test_a_graph_with_some_of_its_outputs(chosen: tuple[int, ...]) -> None:
+    module, args = Residuals(), (torch.randn(1, 3, 4, 4), torch.tensor(0.5))
+    graph_module = torch.export.export(module, args).graph_module
+    before = len(graph_module.graph.nodes)
+    part = with_outputs(graph_module, chosen)
+    state = {f"p_{name.replace('.', '_')}": p for name, p in module.named_parameters()}
+    names = [str(node.target) for node in part.graph.find_nodes(op="placeholder")]
+    found = part(
+        *(state.get(name, {"sample": args[0], "scale": args[1]}.get(name)) for name in names)
+    )
+    expected = module(*args)
+    assert all(map(torch.equal, found, (expected[number] for number in chosen)))
+    assert len(found) == len(chosen)
+    convolutions = sum(node.target is aten.conv2d.default for node in part.graph.nodes)
+    assert convolutions == max(chosen, default=-1) + 1
+    assert len(graph_module.graph.nodes) == before
+
+
+def test_an_output_that_there_is_not() -> None:
+    args = torch.randn(1, 3, 4, 4), torch.tensor(0.5)
+    graph_module = torch.export.export(Residuals(), args).graph_module
+    with pytest.raises(PreconditionError, match=r"outputs \[3\] of a graph that has 3"):
+        with_outputs(graph_module, [3])
