@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from passes.base import PreconditionError, argument, has_argument
-from passes.cost import Cost, node_cost, total_cost
+from passes.base import PreconditionError, argument, has_argument, is_pure
+from passes.cost import Cost, node_cost, tensor_bytes, total_cost
 
 # The same operation under the names that capture leaves in a graph.
 CONCATENATIONS = frozenset(
@@ -19,6 +19,10 @@ CONCATENATIONS = frozenset(
         torch.ops.aten.hstack.default,
     }
 )
+
+# FLOPs for each byte of a result up to which computing it again costs no more than reading it: a
+# depthwise 3x3 convolution in half precision takes 9, others and matrix products hundreds.
+CHEAP = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class SkipConnection:
         deep: its operand from the up path.
         skips: its other operands, from the down path.
         boundary: what must be cached so that everything behind ``deep`` can be left out. Nearly
-            always ``(deep,)``; more tensors where a network carries a second up path.
+            always ``(deep,)``; where more of the deep region is read outside of it, the fewest
+            bytes from which all of that follows cheaply. More than one tensor where a network
+            carries a second up path.
         module_path: the submodule that reads the concatenation, e.g. ``up_blocks.3.resnets.2``.
         full: cost of the whole graph.
         shallow: cost of the graph without what the boundary replaces.
@@ -228,10 +234,49 @@ class _Dependencies:
             for node in self._members(region)
             if any(not region >> self.index[user] & 1 for user in node.users)
         )
+        if len(boundary) > 1:
+            boundary = self._least(boundary, region)
         left_out = self._left_out(set(boundary))
         if not any(node_cost(node).flops for node in left_out):
             return None
         return _Cut(cat, deep, skips, boundary, left_out)
+
+    def _least(self, boundary: tuple[Node, ...], region: int) -> tuple[Node, ...]:
+        """A boundary of fewest bytes from which ``boundary`` follows cheaply: a minimum cut.
+
+        What lies between is computed at every step: a block's norm, say, whose input goes on as a
+        residual. Of several such boundaries, the one that leaves least to compute.
+        """
+        import networkx
+
+        flow = networkx.DiGraph()
+        waiting, seen = list(boundary), set(boundary)
+        for node in boundary:
+            flow.add_edge((node, "out"), "readers")
+        while waiting:
+            node = waiting.pop()
+            size = tensor_bytes(node.meta.get("val"))
+            kept = {"capacity": size} if size and not _is_view(node) else {}
+            flow.add_edge((node, "in"), (node, "out"), **kept)
+            dear = node_cost(node).flops > CHEAP * size
+            if node.op != "call_function" or dear or not is_pure(node):
+                flow.add_edge("deep", (node, "in"))
+                continue
+            for operand in node.all_input_nodes:
+                if region >> self.index[operand] & 1:
+                    flow.add_edge((operand, "out"), (node, "in"))
+                    if operand not in seen:
+                        seen.add(operand)
+                        waiting.append(operand)
+        if "deep" not in flow:
+            return boundary
+        # Of equal cuts it finds the one nearest to the sink.
+        try:
+            _, (_, near) = networkx.minimum_cut(flow, "deep", "readers")
+        except networkx.NetworkXUnbounded:  # something between that is no tensor
+            return boundary
+        least = {node for node in seen if (node, "out") in near and (node, "in") not in near}
+        return tuple(sorted(least, key=self.index.__getitem__))
 
     def entering(self, left_out: set[Node]) -> tuple[Node, ...]:
         """What depends on the sample, is computed without ``left_out``, and is read there."""
@@ -271,6 +316,13 @@ _READ_NO_VALUES = frozenset(
         torch.ops.aten.zeros_like,
     }
 )
+
+
+def _is_view(node: Node) -> bool:
+    """Whether the result shares an operand's storage: kept, it would keep all of that."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        result.alias_info is not None for result in node.target._schema.returns
+    )
 
 
 def _reads_values(node: Node) -> bool:

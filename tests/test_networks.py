@@ -65,8 +65,8 @@ EXPECTED = {
     "plain": (4, "output_blocks.3"),
 }
 
-# A picture beside the features; a residual beside what its block has normalized.
-TWO_TENSORS = {"ncsnpp", "stable_cascade", "stable_cascade_decoder", "wuerstchen"}
+# A picture beside the features.
+TWO_TENSORS = {"ncsnpp"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

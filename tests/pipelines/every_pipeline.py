@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networks
@@ -97,12 +97,25 @@ from transformers import (
     T5EncoderModel,
 )
 
+from dcompile.api import Handle
 from dcompile.report import DepthReport
+from passes import find_skip_connections
 
 
 def every_third(*steps: int) -> list[bool]:
     """Which steps refresh in generations of these lengths."""
     return [step % 3 == 0 for count in steps for step in range(count)]
+
+
+def outermost(handle: Handle) -> DepthReport:
+    """The cut at depth 0, with the shape of what is concatenated in the place of what is cached.
+
+    Where less than that is cached, it is computed from it.
+    """
+    network = handle._dispatcher.networks()[0]
+    deep = find_skip_connections(network.graph_module, network.sample)[0].deep
+    shape = tuple(deep.meta["val"].shape)
+    return replace(handle.explain().depths[0], boundary_shapes=(shape,))
 
 
 @contextmanager

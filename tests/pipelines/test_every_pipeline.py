@@ -16,6 +16,7 @@ from every_pipeline import (
     CASES,
     Case,
     every_third,
+    outermost,
     pipeline,
     stale_features,
     unet_xl,
@@ -58,7 +59,7 @@ def test_every_pipeline(name: str, compatible: Callable[..., dict[str, Any]]) ->
     assert (stats.refresh_steps, stats.reuse_steps) == (refreshes, calls - refreshes)
     assert stats.uncached_calls == 0
     depths = handle.explain().depths
-    cut = depths[0]
+    cut = outermost(handle)
     row["depths"], row["ratio"] = len(depths), cut.ratio
 
     handle.remove()
@@ -110,7 +111,7 @@ def test_base_and_refiner(shared: bool, compatible: Callable[..., dict[str, Any]
     handles = [dcompile.handle(pipe) for pipe in both]
     assert sum(handle.stats.refresh_steps for handle in handles) == 2 + 2
     assert sum(handle.stats.reuse_steps for handle in handles) == 4 + 2
-    cuts = [handle.explain().depths[0] for handle in handles]
+    cuts = [outermost(handle) for handle in handles]
     for handle in handles:
         handle.remove()
     assert torch.equal(refined(), uncached)
