@@ -337,9 +337,14 @@ def interval_of(values: list[float]) -> tuple[float, float]:
 
 
 def measure(
-    subject: Subject, intervals: list[int], rows: dict[str, Any], deadline: float, save: Any
+    subject: Subject,
+    intervals: list[int],
+    rows: dict[str, Any],
+    deadline: float,
+    timed: bool,
+    save: Any,
 ) -> None:
-    """Add rows for all methods that have none yet."""
+    """Add rows for all methods that have none yet; with times, if those mean anything."""
     missing = [m for m in methods(subject, intervals) if m.name not in rows]
     if not missing:
         return
@@ -360,7 +365,7 @@ def measure(
             "refreshes": round(spent.refreshes, 3),
             "steps": subject.steps,
             "flops_speedup": spent.flops_speedup,
-            "wall_speedup": uncached / seconds,
+            "wall_speedup": uncached / seconds if timed else None,
             **scores(found, expected),
         }
         mean, half = interval_of(rows[method.name]["psnr"])
@@ -376,9 +381,9 @@ def page(results: dict[str, Any]) -> str:
         "# Fidelity",
         "",
         "Made by `bench/fidelity.py`: cached against uncached pictures of the same seeds, on CPU, "
-        "eager. Speed-ups are in FLOPs; measured ones stand beside them. PSNR, SSIM and the "
-        "relative L2 distance of the final latents are means over the pictures with 95 % "
-        "confidence intervals.",
+        "eager. Speed-ups are in FLOPs; measured ones stand beside them, where nothing else used "
+        "the machine. PSNR, SSIM and the relative L2 distance of the final latents are means over "
+        "the pictures with 95 % confidence intervals.",
     ]
     for subject, rows in results.items():
         lines += [
@@ -391,10 +396,11 @@ def page(results: dict[str, Any]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, row in rows.items():
+            measured = f"{row['wall_speedup']:.2f}x" if row["wall_speedup"] else "–"
             psnr, ssim, latents = (interval_of(row[key]) for key in ("psnr", "ssim", "latent_l2"))
             lines.append(
                 f"| {name} | {row['refreshes']:.3g} of {row['steps']} | "
-                f"{row['flops_speedup']:.2f}x | {row['wall_speedup']:.2f}x | "
+                f"{row['flops_speedup']:.2f}x | {measured} | "
                 f"{psnr[0]:.2f} ± {psnr[1]:.2f} | {ssim[0]:.4f} ± {ssim[1]:.4f} | "
                 f"{latents[0]:.4f} ± {latents[1]:.4f} |"
             )
@@ -494,6 +500,7 @@ def main(
     interval: Annotated[list[int] | None, typer.Option(help="Default: 2 to 10.")] = None,
     count: Annotated[int, typer.Option(help="Pictures of each method.")] = 64,
     minutes: Annotated[float, typer.Option(help="Stop in time to go on later.")] = math.inf,
+    timed: Annotated[bool, typer.Option(help="Off: others use this machine, too.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = RESULTS,
 ) -> None:
     deadline = time.monotonic() + 60 * minutes
@@ -513,7 +520,7 @@ def main(
         def save() -> None:
             file.write_text(json.dumps(results, indent=1) + "\n")
 
-        measure(made, interval or list(range(2, 11)), rows, deadline, save)
+        measure(made, interval or list(range(2, 11)), rows, deadline, timed, save)
     results = {name: rows for name, rows in results.items() if rows}
     (out / "fidelity.md").write_text(page(results))
     plot(results, ROOT / "docs/fidelity.png" if out == RESULTS else out / "fidelity.png")

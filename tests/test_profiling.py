@@ -186,7 +186,6 @@ def test_one_equal_sample_does_not_make_up_for_the_others() -> None:
 
 def test_what_is_never_cached_is_said() -> None:
     network = plain().train()
-    network.deep[1].p = 0.0
     for measure in (dcompile.profile, dcompile.tune, dcompile.calibrate):
         more: dict[str, Any] = {} if measure is dcompile.profile else {"speedup": 1.3}
         with pytest.raises(TuneError, match="training mode"):
