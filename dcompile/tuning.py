@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations, pairwise, zip_longest
+from itertools import accumulate, combinations, pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -452,28 +452,62 @@ def nested(
 ) -> list[tuple[Levels, str]]:
     """Schedules with several cuts that take so much less compute, the most promising first.
 
-    One for each choice of depths that begins with the outermost.
+    Two for each choice of depths that begins with the outermost: one with an even beat, one with as
+    many refreshes as the speed-up leaves room for.
     """
     depths = sorted(objectives)
     ratios = {depth: objective.ratio for depth, objective in objectives.items()}
     steps = objectives[depths[0]].steps
     loads = [w**power for w in objectives[depths[0]].weights]
-    found = []
+
+    def first(candidates: Iterable[tuple[Levels | None, str]]) -> list[Any]:
+        """The one whose cuts, as if each were the only one, promise the least error."""
+        return sorted(
+            (sum(objectives[d](resolve_forecast(name), own) for d, own in levels), levels, name)
+            for levels, name in set(candidates)
+            if levels is not None
+        )[:1]
+
+    even, fitted = [], []
     for chain in (c for n in (2, 3) for c in combinations(depths, n) if c[0] == depths[0]):
-        promising = []
-        for split in (s for s in _SPLITS if len(s) == len(chain) - 1):
-            for place in (spread, lambda _, count: placed(loads, count)):
-                levels = _as_many(chain, split, steps, ratios, speedup, place)
-                if levels is None:
-                    continue
-                for name in names:
-                    forecast = resolve_forecast(name)
-                    # Errors of all cuts, as if each were the only one.
-                    error = sum(objectives[depth](forecast, own) for depth, own in levels)
-                    promising.append((error, levels, name))
-        if promising:
-            found.append(min(promising))
-    return [(levels, name) for _, levels, name in sorted(found)]
+        splits = [split for split in _SPLITS if len(split) == len(chain) - 1]
+        even += first(
+            (_beats(chain, split, steps, ratios, speedup), name)
+            for split in splits
+            for name in names
+        )
+        fitted += first(
+            (_as_many(chain, split, steps, ratios, speedup, place), name)
+            for split in splits
+            for place in (spread, lambda _, count: placed(loads, count))
+            for name in names
+        )
+    turns = zip_longest(sorted(even), sorted(fitted))
+    found = [(one[1], one[2]) for turn in turns for one in turn if one is not None]
+    return list(dict.fromkeys(found))
+
+
+def _beats(
+    chain: Sequence[int],
+    split: Sequence[int],
+    steps: int,
+    ratios: Mapping[int, float],
+    speedup: float,
+) -> Levels | None:
+    """As a ``Pyramid``, the most frequent one that is fast enough; None if none is.
+
+    Where features swing from step to step, an unbroken beat is closer than more refreshes.
+    """
+    for outermost in range(2, steps):
+        beats = list(accumulate(split, lambda beat, times: beat * times, initial=outermost))
+        if beats[-1] >= steps:
+            return None
+        levels = tuple(
+            (depth, tuple(range(0, steps, beat))) for depth, beat in zip(chain, beats, strict=True)
+        )
+        if steps / compute_of(levels, steps, ratios) >= speedup:
+            return levels
+    return None
 
 
 def _as_many(
