@@ -346,7 +346,7 @@ def _tuned_table(tuned: Tuned) -> Any:
         "Several depths: each with its own refreshes, as a Pyramid.",
         name="",
     )
-    chosen = ((*tuned.outer, (tuned.depth, tuned.refresh_steps)), tuned.forecast)
+    chosen = (tuned.levels, tuned.forecast)
     deepcache = [trial for trial in tuned.trials if trial.interval is not None]
     kept = {trial.key: trial for trial in (*front(list(tuned.trials)), *deepcache)}
     for key, trial in sorted(kept.items(), key=lambda item: (item[1].speedup, item[1].psnr)):

@@ -119,7 +119,12 @@ class Tuned:
     @property
     def depths(self) -> tuple[int, ...]:
         """Of all cuts, the outermost first."""
-        return (*(depth for depth, _ in self.outer), self.depth)
+        return tuple(depth for depth, _ in self.levels)
+
+    @property
+    def levels(self) -> Levels:
+        """All cuts, the outermost first."""
+        return (*self.outer, (self.depth, self.refresh_steps))
 
     def partly(self, step: int, steps: int | None) -> int:
         """How many of the outer cuts are refreshed at a step that does not refresh all."""

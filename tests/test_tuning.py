@@ -139,8 +139,7 @@ def test_it_beats_the_uniform_schedule_on_other_pictures() -> None:
     assert found.psnr == max(trial.psnr for trial in found.trials)
     ratio = dcompile.handle(dcompile.cache_compile(network, backend="eager", verbose=False))
     depths = ratio.explain(picture(), timesteps()[0], None).depths
-    levels = (*found.outer, (found.depth, found.refresh_steps))
-    spent = compute_of(levels, STEPS, {report.depth: report.ratio for report in depths})
+    spent = compute_of(found.levels, STEPS, {report.depth: report.ratio for report in depths})
     assert STEPS / spent == pytest.approx(found.speedup)
     uniform = [
         quality(9, interval=n, depth=depth)
