@@ -218,13 +218,14 @@ def tune(
     prompt: _Prompts = None,
     steps: _Steps = 50,
     depth: Annotated[
-        list[int] | None, typer.Option(help="A cut to try; repeat for several. Default: 0, 1, 2.")
+        list[int] | None,
+        typer.Option(help="A cut to try; repeat for several. Default: those worth trying."),
     ] = None,
     forecast: Annotated[
         list[str] | None,
         typer.Option(help="To try; repeat for several. Default: reuse, checked, linear, taylor."),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Schedules to try in real runs.")] = 12,
+    trials: Annotated[int, typer.Option(min=1, help="Schedules to try in real runs.")] = 24,
     interval: Annotated[
         list[int] | None,
         typer.Option(help="DeepCache's, to compare with; repeat. Default: 2, 3, 5 and 10."),
@@ -260,7 +261,7 @@ def tune(
             sampler.pictures,
             speedup=2.5 if speedup is None and psnr is None else speedup,
             psnr=psnr,
-            depths=tuple(depth) if depth else (0, 1, 2),
+            depths=tuple(depth) if depth else None,
             forecasts=tuple(forecast) if forecast else FORECASTS,
             trials=trials,
             intervals=tuple(interval) if interval else (2, 3, 5, 10),

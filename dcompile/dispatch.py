@@ -150,7 +150,7 @@ class Refreshed(NamedTuple):
         program: what ran.
         leaves: the call's leaves.
         result: what it gave.
-        boundary: of the outermost cut.
+        cached: what the lane now has cached, as ``program.cached`` orders it.
     """
 
     step: int
@@ -159,7 +159,7 @@ class Refreshed(NamedTuple):
     program: Runner
     leaves: list[Any]
     result: Any
-    boundary: Any
+    cached: Any
 
 
 def dispatcher_of(module: Any) -> Dispatcher | None:
@@ -224,12 +224,18 @@ def _foretold(
 
 
 def _check(lane: Lane, number: int, cut: Cached, claims: Sequence[_Claim]) -> None:
-    """Trust a forecast from now on as far as these claims were right."""
+    """Trust a forecast from now on as far as these claims, and those before, were right."""
     with _steady(lane.cached) as kept:
         values = kept[cut.latest]
         right = sum(((values[c.place].float() - c.base) * c.added).sum() for c in claims)
     claimed = sum(c.added.square().sum() for c in claims)
-    share = (cast(torch.Tensor, right) / claimed).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0)
+    tally = torch.stack([cast(torch.Tensor, right), cast(torch.Tensor, claimed)])
+    tally = tally.nan_to_num(0.0, 0.0, 0.0)  # what overflowed says nothing, now and later
+    before = lane.tally[number]
+    if before is not None:
+        tally = tally + Checked.MEMORY * before
+    lane.tally = (*lane.tally[:number], tally, *lane.tally[number + 1 :])
+    share = (tally[0] / tally[1]).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0)
     news = Readback(share)
     known, waiting = (lane.news[number], news) if news.late else (news, None)
     # Rounded, so that few coefficient tensors are ever made.
@@ -425,6 +431,7 @@ class Dispatcher(StandIn):
         earlier = lane.refreshed if lane.cached else ((),) * len(cached)
         if not lane.cached:
             lane.trust, lane.news = (0.0,) * len(cached), (None,) * len(cached)
+            lane.tally = (None,) * len(cached)
         foretold = [
             _foretold(forecast, lane.cached, cut, step, steps)
             for forecast, cut, steps in zip(
@@ -442,8 +449,8 @@ class Dispatcher(StandIn):
         if any(cut.history > 1 for cut in cached):
             self._look_at(lane, cached, level)
         if self.watch is not None:
-            boundary = getattr(lane.cached, "tensors", lane.cached)[cached[0].latest]
-            self.watch(Refreshed(step, generation.steps, lane, bound, leaves, result, boundary))
+            held = getattr(lane.cached, "tensors", lane.cached)
+            self.watch(Refreshed(step, generation.steps, lane, bound, leaves, result, held))
         return result
 
     def _look_at(self, lane: Lane, cached: Sequence[Cached], level: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 from dcompile.errors import ScheduleError
 
@@ -100,15 +100,18 @@ class Taylor:
 
 @dataclass(frozen=True)
 class Checked:
-    """Another forecast, trusted as far as it would have been right the last time.
+    """Another forecast, trusted as far as it would have been right so far.
 
     A network that corrects what a forecast got wrong makes features swing: extrapolated, they swing
     further, and the result can be far worse than that of plain reuse. So each refresh looks back:
     of what the forecast would have added to the features before, the share that comes closest to
     the new ones, between 0 and 1, is what is added until the next refresh. That share is found by
-    least squares over all features of the call, separately for each cut. On a GPU it is used one
-    refresh later, so that nothing waits for it.
+    least squares over all features of the call, separately for each cut, and over all refreshes so
+    far, each counting half as much as the one after it. On a GPU it is used one refresh later, so
+    that nothing waits for it.
     """
+
+    MEMORY: ClassVar[float] = 0.5
 
     forecast: Forecast = Lagrange(1)
 

@@ -98,8 +98,8 @@ def profile(
 ) -> Profile:
     """Measure how alike a network's deep features are from step to step, at each depth.
 
-    This is the observation that DeepCache rests on, made on your own network and sampler. Takes one
-    uncached run for each sample and depth, and keeps its features until they are compared.
+    This is the observation that DeepCache rests on, made on your own network and sampler. Takes an
+    uncached run for each sample and one more, and keeps their features until they are compared.
 
     Args:
         module: the network, or a pipeline. It is left as it was.
@@ -125,7 +125,7 @@ def profile(
         raise TuneError("depths must not be empty")
     session = Session(module, samples_of(run, samples), backend, scheduler, memory, verbose)
     with session:
-        session.measure(depths, strict=True)
+        session.measure(depths, every=True)
     found = []
     for depth, objective in sorted(session.objectives.items()):
         similar, change = [], []

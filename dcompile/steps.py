@@ -47,8 +47,9 @@ class Lane:
         refreshed: for each cut the steps that made them, the latest first; as many as its forecast
             looks back.
         finite: whether they are, if that is still under way from a device.
-        trust: for each cut, how far a ``forecast.Checked`` was right at the latest refresh.
+        trust: for each cut, how far a ``forecast.Checked`` was right at the latest refreshes.
         news: the same, where it is still under way.
+        tally: what that follows from: two sums for each cut, on its device.
     """
 
     anchors: tuple[tuple[weakref.ref[Any], int], ...]
@@ -59,6 +60,7 @@ class Lane:
     finite: Any = None
     trust: tuple[float, ...] = ()
     news: tuple[Any, ...] = ()
+    tally: tuple[Any, ...] = ()
 
     def contradicts(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
         """Whether a call with this conditioning and signature is certainly not this lane's."""

@@ -1,12 +1,9 @@
-"""Find the refresh steps, depth and forecast that suit one network, sampler and number of steps.
+"""Find the refresh steps, depths and forecast that suit one network, sampler and number of steps.
 
-What a schedule costs in fidelity is predicted before it is tried. One uncached run records the
-boundary at every step, which gives a Gram matrix: the inner products of all pairs of boundaries.
-From it follows how far any forecast from any refreshes would be from the true boundary, without
-another run. Multiplied with how strongly the network's output reacts to its boundary (measured once
-for each step) and with what the sampler makes of an error (``samplers.step_weights``), that is the
-error a step adds to the result. Dynamic programming and local search find the refresh steps that
-make the sum least; the best few are then tried in real runs, and the best of those is returned.
+What a schedule costs in fidelity is predicted before it is tried (``dcompile.prediction``):
+uncached runs record the boundaries of all cuts at every step. The most promising schedules are
+tried in real runs, and every one that was tried makes the predictions of the others better. The
+best that was tried is returned.
 """
 
 from __future__ import annotations
@@ -17,9 +14,9 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, combinations, pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +26,32 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dcompile import schedule as schedules
+from dcompile.build import choose_skip
 from dcompile.dispatch import Dispatcher, Refreshed, dispatcher_of
-from dcompile.errors import DepthError, ScheduleError, TuneError
-from dcompile.forecast import Checked, Forecast, factors, resolve_forecast
+from dcompile.errors import ScheduleError, TuneError
+from dcompile.forecast import Forecast, Reuse, resolve_forecast
+from dcompile.prediction import (
+    Choice,
+    Levels,
+    Objective,
+    Predictor,
+    Recording,
+    choices,
+    compute_of,
+)
 from dcompile.samplers import step_weights
-from dcompile.schedule import Adaptive, Sigma, Steps, Uniform, placed, require_speedup, spread
+from dcompile.schedule import (
+    Adaptive,
+    Pyramid,
+    Sigma,
+    Steps,
+    Uniform,
+    require_speedup,
+    spread,
+)
 
 if TYPE_CHECKING:
     from dcompile.api import Handle
-
-Levels = tuple[tuple[int, tuple[int, ...]], ...]
-"""Cuts, the outermost first: (depth, the steps that refresh it). A step that refreshes one of them
-refreshes all outer ones too."""
 
 FORMAT = 1
 # Beyond any sum of weighted drifts: nothing but max_interval refreshes.
@@ -53,9 +64,14 @@ _UNCACHED = (
     "eval(), and sample under torch.no_grad()"
 )
 _IDENTICAL = 100.0  # dB, of a picture that is equal among others that are not
-_LOCAL_SWEEPS = 12
-# How many times as often as the next deeper cut each cut of several is refreshed.
-_SPLITS = ((2,), (3,), (4,), (2, 2), (2, 3), (3, 2))
+# A cut whose reuse step takes more of a refresh step than this is not tried unless it is asked for,
+# and of the others no more than so many.
+_LARGEST_RATIO = 0.6
+_MOST_DEPTHS = 6
+# Parts of a run whose errors are weighed by themselves.
+_PARTS = 6
+# Speed-ups among which the fastest schedule of a quality is looked for.
+_SPEEDS = 12
 
 
 @dataclass(frozen=True)
@@ -223,66 +239,32 @@ class Tuned:
 schedules.KINDS["Tuned"] = Tuned.of_fields  # so that saved programs may name one
 
 
-# What a recorded run says -------------------------------------------------------------------------
+# Recording ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Recording:
-    """An uncached run at one depth.
+class _Memory:
+    """How many bytes of features are kept before they go to a file."""
 
-    Attributes:
-        gram: inner products of the boundaries, shape (steps, steps).
-        reaction: how much the output moves for one unit of error in the boundary, shape (steps,).
-        ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
-    """
+    def __init__(self, limit: int) -> None:
+        self._left = limit
 
-    gram: np.ndarray[Any, Any]
-    reaction: np.ndarray[Any, Any]
-    ratio: float
-
-    def errors(self, forecast: Forecast, refreshed: Sequence[int]) -> np.ndarray[Any, Any]:
-        """The boundary's squared error at every step if these are the refresh steps."""
-        steps = len(self.gram)
-        found = np.zeros(steps)
-        known = set(refreshed)
-        past: list[int] = []
-        trust = 0.0
-        for step in range(steps):
-            given = factors(forecast, step, past)[: len(past)] if past else ()
-            if step in known:
-                if isinstance(forecast, Checked) and len(past) > 1:
-                    trust = self._share(given, step, past)
-                past = [step, *past][: forecast.history]
-                continue
-            if isinstance(forecast, Checked):
-                given = forecast.share(given, trust)
-            weights, places = np.array([*given, -1.0]), [*past, step]
-            found[step] = max(0.0, weights @ self.gram[np.ix_(places, places)] @ weights)
-        return found
-
-    def _share(self, given: Sequence[float], step: int, past: Sequence[int]) -> float:
-        """How far a forecast was right about a refresh, as ``forecast.Checked`` finds it."""
-        gram = self.gram[np.ix_([*past, step], [*past, step])]
-        added, change = np.array([*given, 0.0]), np.zeros(len(past) + 1)
-        added[0] -= 1.0
-        change[0], change[-1] = -1.0, 1.0
-        claimed = float(added @ gram @ added)
-        return min(1.0, max(0.0, float(change @ gram @ added) / claimed)) if claimed > 0 else 0.0
+    def takes(self, size: int) -> bool:
+        """Whether there is room for so many more, which are then taken."""
+        self._left -= size
+        return self._left >= 0
 
 
 class _Features:
-    """Boundaries of one run: in memory, or in a file if they take more than ``limit`` bytes."""
+    """Boundaries of one run and depth: in memory as far as there is room, then in files."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, memory: _Memory) -> None:
+        self._memory = memory
         self._rows: list[Any] = []
-        self._bytes = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def append(self, tensors: Iterable[torch.Tensor]) -> None:
         row = torch.cat([t.detach().float().flatten() for t in tensors]).cpu().numpy()
-        self._bytes += row.nbytes
-        if self._bytes > self._limit:
+        if not self._memory.takes(row.nbytes):
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="dcompile-tune-")
             file = Path(self._folder.name) / f"{len(self._rows)}.npy"
@@ -306,14 +288,24 @@ class _Features:
             self._folder.cleanup()
 
 
+@dataclass
+class _Watched:
+    """What was seen of one lane: for each depth, boundaries and reactions; all it cached last."""
+
+    lane: Any  # held, so that no other is mistaken for it
+    features: list[_Features]
+    reactions: list[list[float]]
+    cached: Any = None
+
+
 class _Recorder:
     """Watches the refreshes of uncached runs; see ``Dispatcher.watch``."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lanes: dict[int, tuple[_Features, list[float], Any]] = {}
-        self._kept: list[Any] = []  # lanes, so that none is mistaken for another
-        self.ratio = 0.0
+    def __init__(self, depths: int, limit: int) -> None:
+        self._depths = depths
+        self._memory = _Memory(limit)
+        self._lanes: dict[int, _Watched] = {}
+        self._ratios: tuple[float, ...] = ()
         self.steps: set[int] = set()
 
     def __call__(self, seen: Refreshed) -> None:
@@ -324,36 +316,47 @@ class _Recorder:
                 "to tune for them"
             )
         self.steps.add(seen.steps)
-        key = id(seen.lane)
-        if key not in self._lanes:
-            self._kept.append(seen.lane)
-            self._lanes[key] = (_Features(self._limit), [], None)
-        features, reactions, previous = self._lanes[key]
-        boundary = seen.boundary
-        tensors = [b for b in boundary if isinstance(b, torch.Tensor) and b.is_floating_point()]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise TuneError(f"features of step {seen.step} are not finite: nothing can be tuned")
-        reaction = 0.0
-        if previous is not None:
-            stale, _ = seen.program.reuse(seen.leaves, previous)
-            moved = _distance(tree_leaves(stale), tree_leaves(seen.result))
-            changed = _distance(previous, boundary)
-            reaction = math.sqrt(moved / changed) if changed > 0 else 0.0
-        features.append(tensors)
-        reactions.append(reaction)
-        self._lanes[key] = (features, reactions, boundary)
-        self.ratio = seen.program.program.ratio
+        watched = self._lanes.setdefault(
+            id(seen.lane),
+            _Watched(
+                seen.lane,
+                [_Features(self._memory) for _ in range(self._depths)],
+                [[] for _ in range(self._depths)],
+            ),
+        )
+        program = seen.program.program
+        self._ratios = program.ratios
+        for level, cut in enumerate(program.cached):
+            boundary = seen.cached[cut.latest]
+            tensors = [b for b in boundary if isinstance(b, torch.Tensor) and b.is_floating_point()]
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                raise TuneError(
+                    f"features of step {seen.step} are not finite: nothing can be tuned"
+                )
+            reaction = 0.0
+            if watched.cached is not None:
+                if level == 0:
+                    stale, _ = seen.program.reuse(seen.leaves, watched.cached)
+                else:
+                    stale, _ = seen.program.refresh(seen.leaves, watched.cached, level)
+                moved = _distance(tree_leaves(stale), tree_leaves(seen.result))
+                changed = _distance(watched.cached[cut.latest], boundary)
+                reaction = math.sqrt(moved / changed) if changed > 0 else 0.0
+            watched.features[level].append(tensors)
+            watched.reactions[level].append(reaction)
+        watched.cached = seen.cached
 
-    def recordings(self) -> list[Recording]:
-        """One for each lane of each run."""
-        found = []
-        for features, reactions, _ in self._lanes.values():
-            if len(reactions) < 2:
-                continue
-            scale = np.array(reactions)
-            scale[0] = scale[1]
-            found.append(Recording(features.gram(), scale, self.ratio))
-            features.close()
+    def recordings(self) -> list[list[Recording]]:
+        """For each depth, one for each lane of the run."""
+        found: list[list[Recording]] = [[] for _ in range(self._depths)]
+        for watched in self._lanes.values():
+            for level, features in enumerate(watched.features):
+                scale = np.array(watched.reactions[level])
+                if len(scale) < 2:
+                    continue
+                scale[0] = scale[1]
+                found[level].append(Recording(features.gram(), scale, self._ratios[level]))
+                features.close()
         return found
 
 
@@ -364,202 +367,6 @@ def _distance(one: Iterable[Any], other: Iterable[Any]) -> float:
         for a, b in zip(one, other, strict=True)
         if isinstance(a, torch.Tensor) and a.is_floating_point()
     )
-
-
-# Search -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Predicts the error of the result, from recordings at one depth.
-
-    Attributes:
-        recordings: all of them with the same number of steps.
-        weights: what the sampler makes of an error at each step, shape (steps,).
-    """
-
-    recordings: tuple[Recording, ...]
-    weights: np.ndarray[Any, Any]
-
-    @property
-    def steps(self) -> int:
-        return len(self.weights)
-
-    @property
-    def ratio(self) -> float:
-        return self.recordings[0].ratio
-
-    def __call__(self, forecast: Forecast, refreshed: Sequence[int]) -> float:
-        """Predicted squared error, up to a factor: of errors that neither add up nor cancel."""
-        return float(
-            sum(
-                (r.errors(forecast, refreshed) * (self.weights * r.reaction) ** 2).sum()
-                for r in self.recordings
-            )
-        )
-
-    def best_by_dynamic_programming(self, count: int) -> tuple[int, ...]:
-        """The refresh steps, ``count`` of them, that make the error of plain reuse least."""
-        steps = self.steps
-        # cost[j, k]: error of the steps between refreshes at j and k; k = steps is the end.
-        cost = np.zeros((steps, steps + 1))
-        for recording in self.recordings:
-            gram = recording.gram
-            square = np.diag(gram)
-            distance = np.maximum(square[:, None] + square[None, :] - 2 * gram, 0.0)
-            distance = distance * ((self.weights * recording.reaction) ** 2)[None, :]
-            for j in range(steps):
-                cost[j, j + 1 :] += np.concatenate([[0.0], np.cumsum(distance[j, j + 1 :])])
-        cost[np.tril_indices(steps, 0, steps + 1)] = np.inf
-        best = np.full(steps, np.inf)
-        best[0] = 0.0
-        origin = []
-        for _ in range(count - 1):
-            total = best[:, None] + cost[:, :steps]
-            origin.append(total.argmin(axis=0))
-            best = total.min(axis=0)
-        chosen = [int((best + cost[:, steps]).argmin())]
-        for places in reversed(origin):
-            chosen.append(int(places[chosen[-1]]))
-        return tuple(reversed(chosen))
-
-    def improved(self, forecast: Forecast, start: Sequence[int]) -> tuple[int, ...]:
-        """Move single refreshes by a step or a few, as long as that helps."""
-        current = list(start)
-        least = self(forecast, current)
-        for _ in range(_LOCAL_SWEEPS):
-            before = least
-            for place in range(1, len(current)):
-                low = current[place - 1] + 1
-                high = current[place + 1] if place + 1 < len(current) else self.steps
-                for moved in range(max(low, current[place] - 3), min(high, current[place] + 4)):
-                    trial = [*current[:place], moved, *current[place + 1 :]]
-                    error = self(forecast, trial)
-                    if error < least:
-                        least, current = error, trial
-            if least >= before * (1 - 1e-9):
-                break
-        return tuple(current)
-
-
-def compute_of(levels: Levels, steps: int, ratios: Mapping[int, float]) -> float:
-    """FLOPs of a run, in those of a refresh step."""
-    known = [set(own) for _, own in levels]
-    total = 0.0
-    for step in range(steps):
-        refreshed = max((n for n, own in enumerate(known, 1) if step in own), default=0)
-        total += 1.0 if refreshed == len(levels) else ratios[levels[refreshed][0]]
-    return total
-
-
-def nested(
-    objectives: Mapping[int, Objective], names: Sequence[str], speedup: float, power: float
-) -> list[tuple[Levels, str]]:
-    """Schedules with several cuts that take so much less compute, the most promising first.
-
-    Two for each choice of depths that begins with the outermost: one with an even beat, one with as
-    many refreshes as the speed-up leaves room for.
-    """
-    depths = sorted(objectives)
-    ratios = {depth: objective.ratio for depth, objective in objectives.items()}
-    steps = objectives[depths[0]].steps
-    loads = [w**power for w in objectives[depths[0]].weights]
-
-    def first(candidates: Iterable[tuple[Levels | None, str]]) -> list[Any]:
-        """The one whose cuts, as if each were the only one, promise the least error."""
-        return sorted(
-            (sum(objectives[d](resolve_forecast(name), own) for d, own in levels), levels, name)
-            for levels, name in set(candidates)
-            if levels is not None
-        )[:1]
-
-    even, fitted = [], []
-    for chain in (c for n in (2, 3) for c in combinations(depths, n) if c[0] == depths[0]):
-        splits = [split for split in _SPLITS if len(split) == len(chain) - 1]
-        even += first(
-            (_beats(chain, split, steps, ratios, speedup), name)
-            for split in splits
-            for name in names
-        )
-        fitted += first(
-            (_as_many(chain, split, steps, ratios, speedup, place), name)
-            for split in splits
-            for place in (spread, lambda _, count: placed(loads, count))
-            for name in names
-        )
-    turns = zip_longest(sorted(even), sorted(fitted))
-    found = [(one[1], one[2]) for turn in turns for one in turn if one is not None]
-    return list(dict.fromkeys(found))
-
-
-def _beats(
-    chain: Sequence[int],
-    split: Sequence[int],
-    steps: int,
-    ratios: Mapping[int, float],
-    speedup: float,
-) -> Levels | None:
-    """As a ``Pyramid``, the most frequent one that is fast enough; None if none is.
-
-    Where features swing from step to step, an unbroken beat is closer than more refreshes.
-    """
-    for outermost in range(2, steps):
-        beats = list(accumulate(split, lambda beat, times: beat * times, initial=outermost))
-        if beats[-1] >= steps:
-            return None
-        levels = tuple(
-            (depth, tuple(range(0, steps, beat))) for depth, beat in zip(chain, beats, strict=True)
-        )
-        if steps / compute_of(levels, steps, ratios) >= speedup:
-            return levels
-    return None
-
-
-def _as_many(
-    chain: Sequence[int],
-    split: Sequence[int],
-    steps: int,
-    ratios: Mapping[int, float],
-    speedup: float,
-    place: Callable[[int, int], tuple[int, ...]],
-) -> Levels | None:
-    """With as many refreshes as the speed-up leaves room for; None if that is not even two."""
-    for count in range(steps // math.prod(split), 1, -1):
-        own = place(steps, count)
-        levels = [(chain[-1], own)]
-        for depth, times in zip(reversed(chain[:-1]), reversed(split), strict=True):
-            gaps = pairwise((*own, steps))
-            between = [a + round(k * (b - a) / times) for a, b in gaps for k in range(times)]
-            own = tuple(sorted(set(between)))
-            levels.insert(0, (depth, own))
-        if any(len(set(outer)) <= len(inner) for (_, outer), (_, inner) in pairwise(levels)):
-            continue
-        if steps / compute_of(tuple(levels), steps, ratios) >= speedup:
-            return tuple(levels)
-    return None
-
-
-def candidates(
-    objective: Objective, names: Sequence[str], count: int, power: float
-) -> list[tuple[float, str, tuple[int, ...]]]:
-    """Schedules with ``count`` refreshes, those first that promise the least error.
-
-    Returns:
-        Predicted error, forecast, refresh steps.
-    """
-    steps = objective.steps
-    starts = {
-        spread(steps, count),
-        placed([w**power for w in objective.weights], count),
-        objective.best_by_dynamic_programming(count),
-    }
-    found: dict[tuple[str, tuple[int, ...]], float] = {}
-    for name in names:
-        forecast = resolve_forecast(name)
-        for start in sorted(starts):
-            chosen = objective.improved(forecast, start)
-            found[name, chosen] = objective(forecast, chosen)
-    return sorted((error, name, chosen) for (name, chosen), error in found.items())
 
 
 # Real runs ----------------------------------------------------------------------------------------
@@ -622,9 +429,9 @@ def tune(
     speedup: float | None = None,
     psnr: float | None = None,
     samples: int = 4,
-    depths: Sequence[int] = (0, 1, 2, 3),
+    depths: Sequence[int] | None = None,
     forecasts: Sequence[str] = FORECASTS,
-    trials: int = 12,
+    trials: int = 24,
     intervals: Sequence[int] = (),
     backend: str = "eager",
     scheduler: Any = None,
@@ -633,7 +440,7 @@ def tune(
 ) -> Tuned:
     """Find the refresh steps, depths and forecast for one network, sampler and number of steps.
 
-    Takes one uncached run for each sample and depth, and one cached run for each sample and trial.
+    Takes, for each sample, seven runs that cache little or nothing, and one for each trial.
     The same arguments give the same result. Interrupted (Ctrl-C), it returns the best so far.
 
     Args:
@@ -646,10 +453,10 @@ def tune(
         psnr: the fastest whose mean PSNR against the uncached result is at least this, in dB.
         samples: how many there are, if ``run`` takes a number. Use others to judge the result.
         depths: which cuts to try, by themselves and several at once (as a ``Pyramid``); those the
-            network does not have are left out.
+            network does not have are left out. None for the outermost six whose reuse step takes at
+            most 60 % of a refresh step's compute.
         forecasts: which to try.
-        trials: how many schedules to try in real runs; with ``psnr``, at most, for each depth and
-            forecast.
+        trials: how many schedules to try in real runs; with ``psnr``, at most.
         intervals: DeepCache's, tried besides at every depth to compare with, as are the most
             promising schedules with as many refreshes; see ``Tuned.plot``.
         backend: what to try them with. Which is faster does not matter here.
@@ -671,7 +478,7 @@ def tune(
         require_speedup(speedup)
     if not callable(run):
         raise TuneError(f"run: expected a function, got {run!r}")
-    if not depths or not forecasts:
+    if (depths is not None and not depths) or not forecasts:
         raise TuneError("depths and forecasts must not be empty")
     for what, number in (("trials", trials), ("samples", samples)):
         if type(number) is not int or number < 1:
@@ -684,6 +491,7 @@ def tune(
     with session:
         session.measure(depths)
         try:
+            session.weigh()
             if speedup is not None:
                 session.search_at(speedup, forecasts, trials)
             else:
@@ -781,6 +589,7 @@ class Session:
     Attributes:
         network: what is measured.
         objectives: what was recorded, by depth.
+        predictor: of what schedules would cost, by that and by what was tried.
         weighted: whether the sampler told what it makes of errors.
         trials: what was tried.
     """
@@ -801,6 +610,7 @@ class Session:
         self._verbose = verbose
         self._expected: list[torch.Tensor] = []
         self.objectives: dict[int, Objective] = {}
+        self.predictor = Predictor(self.objectives)
         self.weighted = False
         self._power = 0.5
         self._timesteps: set[int] = set()
@@ -850,38 +660,90 @@ class Session:
 
     # Recording
 
-    def measure(self, depths: Sequence[int] | None, *, strict: bool = False) -> None:
-        """Record uncached runs at these depths or at all, and check that they repeat.
+    def measure(self, depths: Sequence[int] | None, *, every: bool = False) -> None:
+        """Record uncached runs, at all these depths at once, and check that they repeat.
+
+        Args:
+            depths: None for those worth trying.
+            every: None stands for all, and no depth may be missing.
 
         Raises:
-            DepthError: the network has none of them; or, if ``strict``, lacks one.
+            DepthError: the network has none of them; or, if ``every``, lacks one.
         """
-        bar = self._progress.add_task("recording", total=None)
-        waiting = [0] if depths is None else list(dict.fromkeys(depths))
-        for place, depth in enumerate(waiting):
-            self._progress.update(bar, total=len(waiting) * len(self._runs))
-            recordings: list[Recording] = []
-            try:
-                for number in range(len(self._runs)):
-                    recordings += self._recorded(depth, number)
-                    self._progress.advance(bar)
-            except DepthError:
-                if strict or (place + 1 == len(waiting) and not self.objectives):
-                    raise
-                self._progress.advance(bar, len(self._runs))
-                continue
+        bar = self._progress.add_task("recording", total=1 + len(self._runs))
+        self._expected.append(self._uncached(0, Uniform(1)))
+        self._progress.advance(bar)
+        there = {row.depth: row.ratio for row in self._handle().explain().depths}
+        chosen = list(there)
+        if depths is not None:
+            chosen = sorted({depth for depth in depths if depth in there})
+            missing = [depth for depth in depths if depth not in there]
+            if missing and (every or not chosen):
+                choose_skip(self._dispatcher().current_networks()[-1], missing[0])  # raises
+        elif not every:
+            worth = [depth for depth in chosen if there[depth] <= _LARGEST_RATIO]
+            chosen = worth[:_MOST_DEPTHS] or chosen[:1]
+        found: list[list[Recording]] = [[] for _ in chosen]
+        for number in range(len(self._runs)):
+            for own, new in zip(found, self._recorded(chosen, number), strict=True):
+                own += new
+            self._progress.advance(bar)
+        for depth, recordings in zip(chosen, found, strict=True):
             self.objectives[depth] = self._objective(recordings)
-            if depths is None and not place:  # now it is known how many there are
-                waiting += range(1, len(self._handle().explain().depths))
-        if len(self.objectives) == 1:
-            self._recorded(next(iter(self.objectives)), 0)
 
-    def _recorded(self, depth: int, number: int) -> list[Recording]:
-        recorder = _Recorder(self._memory)
-        dispatcher = self._compiled(schedule=Uniform(1), depth=depth)
-        dispatcher.watch = recorder
+    def weigh(self) -> None:
+        """Measure what becomes of errors made early or late in a run.
+
+        The sampler's weights say how an error at a step enters the sample, not what the network
+        makes of it at the steps that follow: it corrects most of what goes wrong early. So in one
+        part of the run after the other, every second step reuses, and what that costs is compared
+        with what was predicted. From then on predictions are mean squared errors of the result.
+        """
+        depth, objective = next(iter(self.objectives.items()))
+        steps = objective.steps
+        parts = [part for part in np.array_split(np.arange(steps), _PARTS) if len(part) > 1]
+        centres, factors = [], []
+        bar = self._progress.add_task("weighing", total=len(parts))
+        for part in parts:
+            reused = set(part[1::2].tolist())
+            own = tuple(step for step in range(steps) if step not in reused)
+            error = self._error(self._run(((depth, own),), "reuse"))
+            predicted = objective(Reuse(), own)
+            if predicted > 0:
+                centres.append(part.mean())
+                factors.append(max(error, 1e-12) / predicted)
+            self._progress.advance(bar)
+        if not factors:
+            return
+        along = np.exp(np.interp(np.arange(steps), centres, np.log(factors)))
+        for depth, objective in self.objectives.items():
+            weights = objective.weights * np.sqrt(along)
+            self.objectives[depth] = Objective(objective.recordings, weights)
+
+    def _recorded(self, depths: Sequence[int], number: int) -> list[list[Recording]]:
+        """Of one sample, for each depth."""
+        recorder = _Recorder(len(depths), self._memory)
+        picture = self._uncached(number, Pyramid([(depth, 1) for depth in depths]), recorder)
+        self._timesteps |= recorder.steps
+        if number == len(self._expected):
+            self._expected.append(picture)
+            return recorder.recordings()
+        repeated = psnr_between(picture, self._expected[number])
+        if not repeated >= _LEAST_REPEATABLE:
+            raise TuneError(
+                f"run does not repeat: two uncached runs of sample {number} differ ({repeated:.1f} "
+                "dB). Seed everything it draws: generator=torch.Generator().manual_seed(...)"
+            )
+        return recorder.recordings()
+
+    def _uncached(
+        self, number: int, schedule: Any, watch: Callable[[Refreshed], None] | None = None
+    ) -> torch.Tensor:
+        """What a run gives that refreshes at every step."""
+        dispatcher = self._compiled(schedule=schedule)
+        dispatcher.watch = watch
         try:
-            found = pictures_of(self._runs[number]())
+            picture = pictures_of(self._runs[number]())
         finally:
             dispatcher.watch = None
         stats = dispatcher.stats()
@@ -889,17 +751,7 @@ class Session:
             raise TuneError(_UNCACHED)
         if stats.refresh_steps < 2:
             raise TuneError("run called the network less than twice: there is nothing to cache")
-        self._timesteps |= recorder.steps
-        if number == len(self._expected):
-            self._expected.append(found)
-            return recorder.recordings()
-        repeated = psnr_between(found, self._expected[number])
-        if not repeated >= _LEAST_REPEATABLE:
-            raise TuneError(
-                f"run does not repeat: two uncached runs of sample {number} differ ({repeated:.1f} "
-                "dB). Seed everything it draws: generator=torch.Generator().manual_seed(...)"
-            )
-        return recorder.recordings()
+        return picture
 
     def _objective(self, recordings: list[Recording]) -> Objective:
         lengths = {len(recording.gram) for recording in recordings}
@@ -926,117 +778,110 @@ class Session:
     # Trying
 
     def search_at(self, speedup: float, forecasts: Sequence[str], trials: int) -> None:
-        """Try the most promising schedules of this speed-up, then what lies around the best."""
-        promising: list[tuple[float, int, str, tuple[int, ...]]] = []
-        unreachable: list[ScheduleError] = []
-        plain: list[tuple[Levels, str]] = []
-        for depth, objective in self.objectives.items():
-            try:
-                count = Sigma(speedup=speedup).refreshes(objective.steps, objective.ratio)
-            except ScheduleError as error:
-                unreachable.append(error)
-                continue
-            if not plain:
-                even = spread(objective.steps, count)
-                plain = [(((depth, even),), name) for name in forecasts]
-            promising += [
-                (error, depth, name, chosen)
-                for error, name, chosen in candidates(objective, forecasts, count, self._power)
-            ]
-        if not promising:
-            raise unreachable[0]
+        """Of all schedules with this speed-up, try those that promise most."""
+        pool = choices(self.objectives, forecasts, speedup, self._power)
+        if not pool:  # a run of a few steps gets one refresh at least
+            depth, objective = next(iter(self.objectives.items()))
+            count = Sigma(speedup=speedup).refreshes(objective.steps, objective.ratio)
+            pool = [(((depth, spread(objective.steps, count)),), name) for name in forecasts]
         bar = self._progress.add_task("trying", total=trials)
-        # Predictions compare schedules well within a depth and forecast, less well across them.
-        leaders: dict[tuple[int, str], list[tuple[int, ...]]] = {}
-        for _, depth, name, chosen in sorted(promising):
-            leaders.setdefault((depth, name), []).append(chosen)
-        single: list[tuple[Levels, str]] = []
-        for rank in range(max(map(len, leaders.values()))):
-            single += [
-                (((d, sets[rank]),), n) for (d, n), sets in leaders.items() if rank < len(sets)
-            ]
-        # Predictions know nothing of what errors do to later features: so even refreshes, too.
-        several = nested(self.objectives, forecasts, speedup, self._power)
-        turns = zip_longest(several, single[1:])
-        queue = [*single[:1], *plain, *(one for turn in turns for one in turn if one is not None)]
-        for levels, name in list(dict.fromkeys(queue))[: max(1, 2 * trials // 3)]:
-            self._try(levels, name)
-            self._progress.advance(bar)
         while len(self.trials) < trials:
-            best = max(self.trials, key=lambda trial: trial.psnr)
-            neighbour = self._untried_neighbour(best)
-            if neighbour is None:
+            untried = self._untried(pool)
+            choice = None
+            if 2 * len(self.trials) < trials:  # a bit of everything, to learn how to predict
+                choice = self._unknown(untried, forecasts, self.predictor)
+            elif 4 * len(self.trials) >= 3 * trials:  # what is left: around the best so far
+                choice = self._untried_neighbour(max(self.trials, key=lambda trial: trial.psnr))
+            choice = choice or self.predictor.best(untried)
+            if choice is None:
                 break
-            self._try(neighbour, best.forecast)
+            self._try(choice)
             self._progress.advance(bar)
 
     def search_for(self, psnr: float, forecasts: Sequence[str], trials: int) -> None:
-        """Of each depth and forecast, the fewest refreshes that reach ``psnr``."""
-        pairs = [(depth, name) for depth in self.objectives for name in forecasts]
-        each = min(trials, math.ceil(math.log2(max(o.steps for o in self.objectives.values()))))
-        bar = self._progress.add_task("trying", total=each * len(pairs))
-        for depth, name in pairs:
-            objective = self.objectives[depth]
-            low, high = 1, objective.steps
-            for _ in range(each):
-                if low >= high:
-                    break
-                count = (low + high) // 2
-                _, _, chosen = candidates(objective, [name], count, self._power)[0]
-                self._progress.advance(bar)
-                if self._try(((depth, chosen),), name).psnr >= psnr:
-                    high = count
-                else:
-                    low = count + 1
-        self._search_beyond(psnr, forecasts, trials)
+        """Find the fastest schedule that reaches ``psnr``."""
+        ratios = {depth: objective.ratio for depth, objective in self.objectives.items()}
         depth, objective = next(iter(self.objectives.items()))
-        everything = tuple(range(objective.steps))
+        limit = 1 / max(min(ratios.values()), 1 / objective.steps)
+        speeds = [limit ** ((n + 0.5) / _SPEEDS) for n in range(_SPEEDS)]
+        pool: dict[Choice, float] = {}
+        for speed in speeds:
+            for choice in choices(self.objectives, forecasts, speed, self._power):
+                pool[choice] = objective.steps / compute_of(choice[0], objective.steps, ratios)
+        wanted = 10 ** (-psnr / 10)
+        bar = self._progress.add_task("trying", total=trials)
+
+        def off(choice: Choice) -> float:
+            """How far from the error wanted, if nothing better is known."""
+            return abs(math.log(max(self.predictor(choice), 1e-300) / wanted))
+
+        while len(self.trials) < trials:
+            fastest = max((t.speedup for t in self.trials if t.psnr >= psnr), default=1.0)
+            untried = [c for c in self._untried(pool) if pool[c] > fastest]
+            found = None
+            if not self.trials:
+                middle = [c for c in untried if len(c[0]) == 1 and c[0][0][0] == depth] or untried
+                found = min(middle, key=lambda c: abs(pool[c] - math.sqrt(limit)), default=None)
+            elif 2 * len(self.trials) < trials:
+                found = self._unknown(untried, forecasts, off)
+            if found is None:
+                enough = [c for c in untried if self.predictor(c) <= wanted]
+                found = max(enough, key=pool.__getitem__, default=None)
+            if found is None:
+                break
+            self._try(found)
+            self._progress.advance(bar)
         if not any(trial.psnr >= psnr for trial in self.trials):
+            everything = tuple(range(objective.steps))
             self.trials.append(Trial(everything, depth, "reuse", 1.0, math.inf, 1))
 
-    def _search_beyond(self, psnr: float, forecasts: Sequence[str], trials: int) -> None:
-        """Whether schedules with several cuts are faster still."""
-        bar = self._progress.add_task("trying several cuts", total=trials)
-        fastest = max((t.speedup for t in self.trials if t.psnr >= psnr), default=1.0)
-        least = min(objective.ratio for objective in self.objectives.values())
-        low, high = fastest, 1 / least
-        for _ in range(trials):
-            wanted = math.sqrt(low * high)
-            several = nested(self.objectives, forecasts, wanted, self._power)
-            untried = [one for one in several if one not in {t.key for t in self.trials}]
-            self._progress.advance(bar)
-            if not untried or wanted < low * 1.02:
-                return
-            reached = [self._try(*one) for one in untried[:2]]
-            enough = [trial.speedup for trial in reached if trial.psnr >= psnr]
-            low, high = (max(enough), high) if enough else (low, wanted)
-
     def compare(self, intervals: Sequence[int], forecasts: Sequence[str]) -> None:
-        """Try what DeepCache does, and the most promising with as many refreshes."""
-        tried = {trial.key for trial in self.trials}
+        """Try what DeepCache does, and what promises most of all that is as fast."""
         first, objective = next(iter(self.objectives.items()))
-        counts = [len(range(0, objective.steps, interval)) for interval in dict.fromkeys(intervals)]
-        best = [candidates(objective, forecasts, count, self._power)[0] for count in counts]
-        queue: list[tuple[Levels, str]] = [
-            (((first, chosen),), forecast) for _, forecast, chosen in best
-        ]
-        queue += [
-            (((depth, tuple(range(0, objective.steps, interval))),), "reuse")
-            for depth, objective in self.objectives.items()
-            for interval in dict.fromkeys(intervals)
-        ]
-        queue = [one for one in dict.fromkeys(queue) if one not in tried]
+        ratios = {depth: objective.ratio for depth, objective in self.objectives.items()}
+        queue: list[Choice] = []
+        for interval in dict.fromkeys(intervals):
+            beat = tuple(range(0, objective.steps, interval))
+            queue += [(((depth, beat),), "reuse") for depth in self.objectives]
+            speedup = objective.steps / compute_of(((first, beat),), objective.steps, ratios)
+            pool = choices(self.objectives, forecasts, speedup, self._power)
+            best = self.predictor.best(self._untried(pool))
+            queue += [best] if best is not None else []
+        queue = self._untried(dict.fromkeys(queue))
         bar = self._progress.add_task("comparing", total=len(queue))
-        for levels, forecast in queue:
-            self._try(levels, forecast)
+        for choice in queue:
+            self._try(choice)
             self._progress.advance(bar)
 
-    def _untried_neighbour(self, best: Trial) -> Levels | None:
-        """The most promising schedule that differs from the best in one refresh by one step."""
-        forecast = resolve_forecast(best.forecast)
+    def _untried(self, pool: Iterable[Choice]) -> list[Choice]:
         tried = {trial.key for trial in self.trials}
+        return [choice for choice in pool if choice not in tried]
+
+    def _unknown(
+        self, untried: Sequence[Choice], forecasts: Sequence[str], key: Callable[[Choice], float]
+    ) -> Choice | None:
+        """The best by ``key`` with a depth, a forecast or else a choice of depths never tried."""
+        for depth in (d for d in self.objectives if not self.predictor.knows(d)):
+            having = [c for c in untried if depth in (d for d, _ in c[0])]
+            # With one cut, or else with others that are known, it is clear what an error is from.
+            known = {d for d in self.objectives if self.predictor.knows(d)}
+            for others in (set(), known):
+                clear = [c for c in having if {d for d, _ in c[0]} - {depth} <= others]
+                if clear:
+                    return min(clear, key=key)
+        tried = {trial.forecast for trial in self.trials}
+        for name in (n for n in forecasts if n not in tried):
+            named = [choice for choice in untried if choice[1] == name]
+            if named:
+                return min(named, key=key)
+        chains = {tuple(depth for depth, _ in trial.levels) for trial in self.trials}
+        new = [c for c in untried if tuple(depth for depth, _ in c[0]) not in chains]
+        return min(new, key=key, default=None)
+
+    def _untried_neighbour(self, best: Trial) -> Choice | None:
+        """The most promising schedule that differs from the best in one refresh by one step."""
         steps = self.objectives[best.depth].steps
-        found = []
+        found: list[Choice] = []
         for step in best.levels[0][1][1:]:
             for moved in (step - 1, step + 1):
                 if moved in best.levels[0][1] or moved == steps:
@@ -1045,10 +890,8 @@ class Session:
                     (depth, tuple(sorted(moved if own == step else own for own in steps_of)))
                     for depth, steps_of in best.levels
                 )
-                if (near, best.forecast) not in tried:
-                    error = sum(self.objectives[depth](forecast, own) for depth, own in near)
-                    found.append((error, near))
-        return min(found)[1] if found else None
+                found.append((near, best.forecast))
+        return self.predictor.best(self._untried(found))
 
     def spent(self, **settings: Any) -> float:
         """How much less compute these settings take, over all samples."""
@@ -1062,23 +905,12 @@ class Session:
             raise TuneError("run never called the network: there is nothing to cache")
         return stats.flops_speedup
 
-    def _try(self, levels: Levels, forecast: str) -> Trial:
+    def _try(self, choice: Choice) -> Trial:
+        levels, forecast = choice
         *outer, (depth, chosen) = levels
-        (timesteps,) = self._timesteps
-        schedule = Tuned(
-            chosen, timesteps, depth, forecast, _identity(self.network), 1.0, 0.0, (), tuple(outer)
-        )
-        self._compiled(schedule=schedule)
-        values = [
-            psnr_between(pictures_of(one()), expected)
-            for one, expected in zip(self._runs, self._expected, strict=True)
-        ]
+        mean = self._run(levels, forecast)
         steps = self.objectives[depth].steps
         spent = compute_of(levels, steps, {d: o.ratio for d, o in self.objectives.items()})
-        if all(math.isinf(value) for value in values):
-            mean = math.inf
-        else:  # one equal picture must not make up for all others
-            mean = sum(min(value, _IDENTICAL) for value in values) / len(values)
         interval = (*chosen[1:], steps)[0]
         even = forecast == "reuse" and chosen == tuple(range(0, steps, interval)) and not outer
         trial = Trial(
@@ -1091,7 +923,31 @@ class Session:
             tuple(outer),
         )
         self.trials.append(trial)
+        self.predictor.learn(choice, self._error(mean))
         return trial
+
+    def _run(self, levels: Levels, forecast: str) -> float:
+        """Mean PSNR of real runs with these cuts; infinite if all are exact."""
+        *outer, (depth, chosen) = levels
+        (timesteps,) = self._timesteps
+        identity = _identity(self.network)
+        self._compiled(
+            schedule=Tuned(chosen, timesteps, depth, forecast, identity, 1.0, 0.0, (), tuple(outer))
+        )
+        values = [
+            psnr_between(pictures_of(one()), expected)
+            for one, expected in zip(self._runs, self._expected, strict=True)
+        ]
+        if all(math.isinf(value) for value in values):
+            return math.inf
+        # One equal picture must not make up for all others.
+        return sum(min(value, _IDENTICAL) for value in values) / len(values)
+
+    @staticmethod
+    def _error(psnr: float) -> float:
+        """As a mean squared error, of a range of 1."""
+        error: float = 10 ** (-min(psnr, _IDENTICAL) / 10)
+        return error
 
     def result(self, speedup: float | None, psnr: float | None) -> Tuned:
         """The best that was tried."""

@@ -117,6 +117,7 @@ def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[
 
     past: list[tuple[int, torch.Tensor]] = []
     trust = [0.0, 0.0]  # the latest last; what a GPU measures is used one refresh later
+    right = claimed = 0.0
     for step, t in enumerate(ts):
         if step in refresh:
             output, boundary = call(full, x, t)
@@ -124,8 +125,9 @@ def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[
                 given = forecast.coefficients(step, [s for s, _ in past])
                 added = sum(c * b for c, (_, b) in zip(given, past, strict=True)) - past[0][1]
                 change = boundary - past[0][1]
-                share = float((change * added).sum() / added.square().sum())
-                trust.append(round(min(1.0, max(0.0, share)) * 32) / 32)
+                right = float((change * added).sum()) + right / 2
+                claimed = float(added.square().sum()) + claimed / 2
+                trust.append(round(min(1.0, max(0.0, right / claimed)) * 32) / 32)
             past = [(step, boundary), *past][: forecast.history]
         else:
             given = forecast.coefficients(step, [s for s, _ in past])

@@ -14,15 +14,16 @@ from plain import Plain, picture, plain, sampled, timesteps
 
 import dcompile
 from dcompile import DepthError, NotCompiledError, ScheduleError, Tuned, TuneError
-from dcompile.forecast import Lagrange, Reuse
-from dcompile.tuning import (
+from dcompile.forecast import Checked, Lagrange, Reuse
+from dcompile.prediction import (
     Objective,
+    Predictor,
     Recording,
+    boundary_errors,
+    choices,
     compute_of,
-    nested,
-    pictures_of,
-    psnr_between,
 )
+from dcompile.tuning import pictures_of, psnr_between
 
 STEPS = 12
 
@@ -82,6 +83,19 @@ def test_dynamic_programming_finds_the_best(count: int) -> None:
     assert objective.best_by_dynamic_programming(count) == best
 
 
+def test_a_checked_forecast_is_predicted_as_it_is_checked() -> None:
+    swinging = np.array([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])[:, None] * np.ones((1, 3))
+    refreshed = (0, 1, 2, 3)
+    found = recording(swinging).errors(Checked(), refreshed)
+    assert found == pytest.approx(recording(swinging).errors(Reuse(), refreshed))
+    straight = np.arange(6)[:, None] * np.ones((1, 3))
+    assert recording(straight).errors(Checked(), (0, 1, 2, 3)) == pytest.approx(0, abs=1e-9)
+    both = np.stack([swinging @ swinging.T, straight @ straight.T])
+    errors = boundary_errors(both, Checked(), refreshed)
+    assert errors[0] == pytest.approx(found)
+    assert errors[1] == pytest.approx(0, abs=1e-9)
+
+
 def test_local_search_never_makes_it_worse() -> None:
     features = np.random.default_rng(0).normal(size=(12, 30)).cumsum(axis=0)
     objective = Objective((recording(features),), np.ones(12))
@@ -100,29 +114,58 @@ def test_the_compute_of_several_cuts() -> None:
     assert compute_of(((1, (0, 3)),), 6, {1: 0.5}) == pytest.approx(2 + 4 * 0.5)
 
 
-@pytest.mark.parametrize("speedup", [1.5, 2.5, 4.0])
-def test_several_cuts_are_nested_and_fast_enough(speedup: float) -> None:
+def objectives(steps: int = 20) -> dict[int, Objective]:
     generator = np.random.default_rng(0)
-    objectives = {
+    return {
         depth: Objective(
-            (Recording(np.eye(20) + 1.0, np.ones(20), ratio),), generator.random(20) + 0.1
+            (Recording(np.eye(steps) + 1.0, np.ones(steps), ratio),), generator.random(steps) + 0.1
         )
         for depth, ratio in ((0, 0.05), (1, 0.2), (3, 0.5))
     }
-    ratios = {depth: objective.ratio for depth, objective in objectives.items()}
-    found = nested(objectives, ("reuse", "checked"), speedup, 0.5)
-    assert {tuple(depth for depth, _ in levels) for levels, _ in found} <= {
-        (0, 1),
-        (0, 3),
-        (0, 1, 3),
-    }
-    assert found
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.5, 4.0])
+def test_choices_are_nested_and_fast_enough(speedup: float) -> None:
+    ratios = {depth: objective.ratio for depth, objective in objectives().items()}
+    found = choices(objectives(), ("reuse", "checked"), speedup, 0.5)
+    chains = {tuple(depth for depth, _ in levels) for levels, _ in found}
+    assert {(0,), (0, 1), (0, 3), (0, 1, 3), (1, 3)} >= chains - {(1,), (3,)}
+    assert {(0,), (0, 1), (0, 3)} <= chains
+    assert len(found) == len(set(found))
     for levels, _ in found:
-        assert 20 / compute_of(levels, 20, ratios) >= speedup
+        assert 20 / compute_of(levels, 20, ratios) >= speedup - 1e-9
+        assert levels[-1][1][0] == 0
         for (outer, more), (inner, fewer) in pairwise(levels):
             assert outer < inner
             assert set(more) > set(fewer)
-            assert 0 in fewer
+
+
+def test_no_choice_is_faster_than_a_reuse_step() -> None:
+    assert choices(objectives(), ("reuse",), 21.0, 0.5) == []
+
+
+def test_a_predictor_learns_what_a_depth_a_forecast_and_their_choice_cost() -> None:
+    predictor = Predictor(objectives())
+    one = ((0, (0, 4, 8, 12, 16)),), "reuse"
+    other = ((0, (0, 2, 8, 12, 16)),), "reuse"
+    before = predictor(other) / predictor(one)
+    assert not predictor.knows(0)
+    predictor.learn(one, 1e-3)
+    assert predictor.knows(0)
+    assert predictor(one) == pytest.approx(1e-3)
+    assert predictor(other) == pytest.approx(1e-3 * before)
+    deeper = ((0, (0, 2, 4, 6, 8, 10, 12, 14, 16, 18)), (1, (0, 8, 16))), "reuse"
+    predictor.learn(deeper, 1e-5)  # less than what depth 0 was thought to cost by itself
+    assert predictor.knows(1)
+    assert predictor(deeper) < 1e-3
+    for _ in range(8):
+        predictor.learn(deeper, 1e-5)
+    assert predictor(deeper) == pytest.approx(1e-5, rel=0.1)
+    linear = one[0], "linear"
+    assert predictor.best([one, linear, deeper]) == deeper
+    for _ in range(8):
+        predictor.learn(linear, 1e-9)
+    assert predictor.best([one, linear, deeper]) == linear
 
 
 # Searching ----------------------------------------------------------------------------------------
@@ -181,7 +224,7 @@ def test_interrupted_it_returns_the_best_so_far() -> None:
     def interrupted(number: int) -> Any:
         nonlocal calls
         calls += 1
-        if calls > 2 * 2 + 2 * 3:  # recordings at two depths, three trials
+        if calls > 1 + 2 + 6 * 2 + 2 * 3:  # recordings, six parts of the run, three trials
             raise KeyboardInterrupt
         return run(number)
 
@@ -283,7 +326,7 @@ def test_cuts_that_do_not_go_together(outer: Any, tmp_path: Path) -> None:
 
 
 def test_the_tuner_tries_several_cuts() -> None:
-    found = tuned(speedup=1.2, trials=9)
+    found = tuned(speedup=1.2, trials=9, depths=(0, 1))
     assert any(trial.outer for trial in found.trials)
     assert all(trial.speedup >= 1.2 for trial in found.trials)
 
@@ -372,8 +415,12 @@ def test_features_that_are_not_finite() -> None:
     network = plain()
     with torch.no_grad():
         network.deep[0].weight.fill_(float("nan"))
+    with pytest.raises(TuneError, match="run returned values that are not finite"):
+        tuned(network, speedup=1.2)
+    run = run_of(network)
+    settings: dict[str, Any] = {"speedup": 1.2, "samples": 1, "verbose": False}
     with pytest.raises(TuneError, match="features of step 0 are not finite"):
-        tuned(network, speedup=1.3)
+        dcompile.tune(network, lambda number: run(number).nan_to_num(), **settings)
 
 
 def test_a_run_that_does_not_call_the_network() -> None:
