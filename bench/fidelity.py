@@ -3,10 +3,12 @@
     python bench/fidelity.py                        # everything: hours on two CPU cores
     python bench/fidelity.py --subject ddpm --minutes 9
     python bench/fidelity.py --interval 3 --interval 5    # DeepCache at these intervals only
+    python bench/fidelity.py --times                # afterwards, with nothing else running
 
 Each method draws the same pictures from the same seeds as an uncached run of the same process. What
 is measured is kept in bench/results/fidelity.json after every method, and the same command goes on
-where it stopped. The table and the plots are written anew each time.
+where it stopped. The table and the plots are written anew each time. Times are taken by themselves,
+of one batch of pictures, each method's in turns with the uncached run's.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +42,8 @@ from torchmetrics.functional.image import (
 
 import dcompile
 from dcompile import Pyramid, Sigma, models
+from dcompile.schedule import from_json as schedule_from_json
+from dcompile.schedule import to_json as schedule_to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
@@ -159,10 +163,12 @@ class Method:
     Attributes:
         name: of its row.
         active: switches it on around a run; gives, at the end, what a run took.
+        settings: of ``cache_compile``, if it is one of ours.
     """
 
     name: str
     active: Callable[[Subject], Any]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -173,11 +179,13 @@ class Spent:
         refreshes: full evaluations of the network.
         flops_speedup: FLOPs of an uncached run over those of this one.
         depth: that was cut at, the outermost of several.
+        schedule: what ran, if it had to be found first.
     """
 
     refreshes: float = 0.0
     flops_speedup: float = 1.0
     depth: int = 0
+    schedule: Any = None
 
 
 def deepcache(subject: Subject, interval: int, depth: int) -> Method:
@@ -203,11 +211,14 @@ def ours(name: str, **settings: Any) -> Method:
 
     @contextmanager
     def active(subject: Subject) -> Iterator[Spent]:
-        if callable(chosen.get("schedule")):
+        found = callable(chosen.get("schedule"))
+        if found:
             chosen["schedule"] = chosen["schedule"](subject)
         dcompile.cache_compile(subject.pipe, **{"backend": "eager", "verbose": False, **chosen})
         schedule = chosen.get("schedule")
         spent = Spent(depth=chosen.get("depth", getattr(schedule, "depth", 0)))
+        if found:
+            spent.schedule = schedule
         try:
             yield spent
         finally:
@@ -217,7 +228,21 @@ def ours(name: str, **settings: Any) -> Method:
             spent.flops_speedup = stats.flops_speedup
             dcompile.handle(subject.pipe).disable()
 
-    return Method(name, active)
+    return Method(name, active, settings)
+
+
+def as_json(schedule: Any) -> dict[str, Any] | None:
+    """A schedule without how it was found."""
+    if schedule is None:
+        return None
+    return schedule_to_json(
+        replace(schedule, trials=()) if hasattr(schedule, "trials") else schedule
+    )
+
+
+def as_found(method: Method, schedule: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a method with the schedule that it found."""
+    return {**method.settings, "schedule": schedule_from_json(schedule)}
 
 
 def methods(subject: Subject, intervals: list[int]) -> Iterator[Method]:
@@ -280,7 +305,6 @@ def tuned(speedup: float) -> Callable[[Subject], dcompile.Schedule]:
         subject.pipe,
         lambda: subject.draw(TUNING).pictures,
         speedup=speedup,
-        trials=16,
         verbose=False,
     )
 
@@ -337,39 +361,57 @@ def interval_of(values: list[float]) -> tuple[float, float]:
 
 
 def measure(
-    subject: Subject,
-    intervals: list[int],
-    rows: dict[str, Any],
-    deadline: float,
-    timed: bool,
-    save: Any,
+    subject: Subject, intervals: list[int], rows: dict[str, Any], deadline: float, save: Any
 ) -> None:
-    """Add rows for all methods that have none yet; with times, if those mean anything."""
+    """Add rows for all methods that have none yet."""
     missing = [m for m in methods(subject, intervals) if m.name not in rows]
     if not missing:
         return
     ratios(subject)
-    started = time.perf_counter()
     expected = subject.scored()
-    uncached = time.perf_counter() - started
     for method in missing:
         if time.monotonic() > deadline:
             console.print("out of time; the same command goes on")
             return
         with method.active(subject) as spent:
-            started = time.perf_counter()
             found = subject.scored()
-            seconds = time.perf_counter() - started
         rows[method.name] = {
             "depth": spent.depth,
             "refreshes": round(spent.refreshes, 3),
             "steps": subject.steps,
             "flops_speedup": spent.flops_speedup,
-            "wall_speedup": uncached / seconds if timed else None,
+            "wall_speedup": None,
+            "schedule": as_json(spent.schedule),
             **scores(found, expected),
         }
         mean, half = interval_of(rows[method.name]["psnr"])
         console.print(f"{subject.name}: {method.name}: {mean:.2f} ± {half:.2f} dB")
+        save()
+
+
+def add_times(subject: Subject, intervals: list[int], rows: dict[str, Any], save: Any) -> None:
+    """Wall-clock speed-ups for all rows that have none yet."""
+    batch = list(range(16))
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        subject.draw(batch)
+        return time.perf_counter() - started
+
+    dcompile.cache_compile(subject.pipe, backend="eager", verbose=False)
+    dcompile.handle(subject.pipe).disable()
+    subject.draw(batch)
+    for method in methods(subject, intervals):
+        row = rows.get(method.name)
+        if row is None or row["wall_speedup"] is not None:
+            continue
+        if row.get("schedule"):  # what was found then, not found anew
+            method = ours(method.name, **as_found(method, row["schedule"]))
+        uncached = seconds()
+        with method.active(subject):
+            subject.draw(batch)  # captured, and warm
+            cached = [seconds(), seconds()]
+        row["wall_speedup"] = 0.5 * (uncached + seconds()) / min(cached)
         save()
 
 
@@ -381,9 +423,9 @@ def page(results: dict[str, Any]) -> str:
         "# Fidelity",
         "",
         "Made by `bench/fidelity.py`: cached against uncached pictures of the same seeds, on CPU, "
-        "eager. Speed-ups are in FLOPs; measured ones stand beside them, where nothing else used "
-        "the machine. PSNR, SSIM and the relative L2 distance of the final latents are means over "
-        "the pictures with 95 % confidence intervals.",
+        "eager. Speed-ups are in FLOPs; measured ones, of a batch of 16, stand beside them. PSNR, "
+        "SSIM and the relative L2 distance of the final latents are means over the pictures with "
+        "95 % confidence intervals.",
     ]
     for subject, rows in results.items():
         lines += [
@@ -500,7 +542,7 @@ def main(
     interval: Annotated[list[int] | None, typer.Option(help="Default: 2 to 10.")] = None,
     count: Annotated[int, typer.Option(help="Pictures of each method.")] = 64,
     minutes: Annotated[float, typer.Option(help="Stop in time to go on later.")] = math.inf,
-    timed: Annotated[bool, typer.Option(help="Off: others use this machine, too.")] = True,
+    times: Annotated[bool, typer.Option("--times", help="Only times, of what was scored.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.")] = RESULTS,
 ) -> None:
     deadline = time.monotonic() + 60 * minutes
@@ -517,10 +559,18 @@ def main(
         made = makers[name]()
         rows = results.setdefault(made.name, {})
 
-        def save() -> None:
+        intervals = interval or list(range(2, 11))
+
+        order = {method.name: n for n, method in enumerate(methods(made, list(range(2, 11))))}
+
+        def save(name: str = made.name, rows: Any = rows, order: dict[str, int] = order) -> None:
+            results[name] = dict(sorted(rows.items(), key=lambda row: order.get(row[0], 999)))
             file.write_text(json.dumps(results, indent=1) + "\n")
 
-        measure(made, interval or list(range(2, 11)), rows, deadline, timed, save)
+        if times:
+            add_times(made, intervals, rows, save)
+        else:
+            measure(made, intervals, rows, deadline, save)
     results = {name: rows for name, rows in results.items() if rows}
     (out / "fidelity.md").write_text(page(results))
     plot(results, ROOT / "docs/fidelity.png" if out == RESULTS else out / "fidelity.png")

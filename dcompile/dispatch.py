@@ -486,7 +486,9 @@ class Dispatcher(StandIn):
             if "auto" in forecasts and chosen != Reuse() and not hasattr(schedule, "observe"):
                 steps = generation.steps or 0
                 refreshes = sum(schedule.refresh(step, steps) for step in range(steps))
-                chosen = usual_forecast(stochastic=False, refreshes=refreshes or None)
+                chosen = usual_forecast(
+                    stochastic=False, steps=steps or None, refreshes=refreshes or None
+                )
             forecasts = tuple(chosen if item == "auto" else item for item in forecasts)
         generation.schedule, generation.forecasts = schedule, forecasts
         generation.partly = getattr(schedule, "partly", None)

@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
-from dcompile.forecast import Checked, Forecast, Reuse
+from dcompile.forecast import Checked, Forecast, Lagrange, Reuse
 
 # alpha_bar of a noise schedule that ends in pure noise is 0, where sigma_bar is infinite.
 _LEAST_ALPHA_BAR = 1e-5
 
 
 # Of a run, below which extrapolating features loses: with 10 refreshes a checked forecast was 3 to
-# 4 dB worse than reuse on emoji-sd, from 17 on 5 to 10 dB better (bench/results/fidelity.md).
+# 4 dB worse than reuse on emoji-sd, from 17 on 4 to 10 dB better (bench/results/fidelity.md).
 LEAST_REFRESHES = 12
+# Steps from a refresh to the next, on average, up to which features go straight enough: there a
+# linear forecast was better than a checked one (by 2 dB on emoji-sd), beyond worse (by 1 to 2 dB).
+LONGEST_STRAIGHT = 3.5
 
 
 def step_weights(scheduler: Any) -> list[float] | None:
@@ -102,18 +105,22 @@ def usual_power(scheduler: Any, *, stochastic: bool) -> float:
     return 1.0 if stochastic else 0.5
 
 
-def usual_forecast(*, stochastic: bool, refreshes: int | None = None) -> Forecast:
+def usual_forecast(
+    *, stochastic: bool, steps: int | None = None, refreshes: int | None = None
+) -> Forecast:
     """What ``forecast="auto"`` is for a sampler.
 
-    Fresh noise at every step makes extrapolation worse than plain reuse, and so do long ways from
-    one refresh to the next. Else linear, as far as it was right the last time: unchecked it can be
-    far worse than reuse (bench/results/fidelity.md).
+    Fresh noise at every step makes extrapolation worse than plain reuse, and so do few refreshes.
+    Else linear, where they come often; where not, only as far as that was right so far: unchecked
+    it can be far worse than reuse (bench/results/fidelity.md).
 
     Args:
-        refreshes: in the whole run, if that is known.
+        steps, refreshes: in the whole run, if that is known.
     """
-    few = refreshes is not None and refreshes < LEAST_REFRESHES
-    return Reuse() if stochastic or few else Checked()
+    if stochastic or (refreshes is not None and refreshes < LEAST_REFRESHES):
+        return Reuse()
+    often = steps is not None and refreshes is not None and steps <= LONGEST_STRAIGHT * refreshes
+    return Lagrange(1) if often else Checked()
 
 
 def is_stochastic(scheduler: Any) -> bool:
