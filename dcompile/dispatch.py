@@ -330,9 +330,10 @@ class Dispatcher(StandIn):
         tracker = self._tracker
         generation, lane, step = tracker.enter(timestep, conditioning, signature)
         try:
-            if signature == generation.signature:  # nearly always, and sooner told than hashed
-                bound = generation.bound
-            else:
+            bound = lane.bound
+            if signature != lane.signature:  # hardly ever, and sooner told than hashed
+                bound = None
+            if bound is None:
                 try:
                     bound = generation.programs.get(signature)
                 except TypeError:
@@ -342,7 +343,6 @@ class Dispatcher(StandIn):
                     bound = self._bind(generation, signature, leaves, form)
                 except _TrainingMattersError as error:
                     return self._run_uncached(str(error), args, kwargs)
-            generation.signature, generation.bound = signature, bound
             schedule = generation.schedule
             if schedule is None:
                 schedule = self._planned(generation, bound.program, timestep)
@@ -353,7 +353,6 @@ class Dispatcher(StandIn):
             if level == len(generation.beats) and step and generation.flags.changed():
                 generation.look_again()
                 bound = self._bind(generation, signature, leaves, form)
-                generation.signature, generation.bound = signature, bound
                 if lane.program is not bound.program:
                     lane.cached = ()
             # Autocast, if on, stays on: the graph was captured without its conversions.
@@ -363,7 +362,7 @@ class Dispatcher(StandIn):
             else:
                 result = self._run(bound, generation, lane, step, level, leaves, form)
             if level:
-                lane.program, lane.signature = bound.program, signature
+                lane.program, lane.signature, lane.bound = bound.program, signature, bound
             return result
         except BaseException:  # an interrupt too: nothing of this generation may be used again
             tracker.forget(generation)

@@ -37,11 +37,14 @@ class Lane:
     Unbatched guidance calls the network twice a step, and the two calls must not share a cache.
     Lanes are told apart by their conditioning: tensors a pipeline holds on to for the whole run,
     such as prompt embeddings, and by their signature. Storage that was freed meanwhile proves
-    nothing.
+    nothing, unless it was held from one step to the next: then its run is over.
 
     Attributes:
         anchors: the conditioning's storages, weakly, with offsets.
+        steady: whether a later step came with the same ones.
         program, signature: what made the cached values; None before the first refresh.
+        bound: the program with the module's weights as it was when this lane began: what a pipeline
+            swaps between two calls of a step stays with each.
         cached: they, as ``program.Cached`` orders them, or what holds them
             (``cuda_graphs.HeldBoundary``). The lane owns them: they are freed with the lane.
         refreshed: for each cut the steps that made them, the latest first; as many as its forecast
@@ -55,12 +58,14 @@ class Lane:
     anchors: tuple[tuple[weakref.ref[Any], int], ...]
     program: Program | None = None
     signature: Any = None
+    bound: Any = None
     cached: Any = ()
     refreshed: tuple[tuple[int, ...], ...] = ()
     finite: Any = None
     trust: tuple[float, ...] = ()
     news: tuple[Any, ...] = ()
     tally: tuple[Any, ...] = ()
+    steady: bool = False
 
     def contradicts(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
         """Whether a call with this conditioning and signature is certainly not this lane's."""
@@ -70,9 +75,10 @@ class Lane:
             return True
         for (reference, offset), tensor in zip(self.anchors, conditioning, strict=True):
             storage = reference()
-            if storage is not None and (
-                storage is not tensor.untyped_storage() or offset != tensor.storage_offset()
-            ):
+            if storage is None:
+                if self.steady:
+                    return True
+            elif storage is not tensor.untyped_storage() or offset != tensor.storage_offset():
                 return True
         return False
 
@@ -101,8 +107,7 @@ class Generation:
         steps: number of steps from the first call to the end of the timesteps, if known.
         step: the step of the latest call, counted from this generation's first call.
         beats: for each cut, the latest step at which the schedule wanted it refreshed.
-        programs: what runs this generation, by call signature; filled by the dispatcher.
-        signature, bound: of the latest call.
+        programs: what runs lanes that begin, by call signature; filled by the dispatcher.
         schedule, forecasts: chosen for this run when it began.
         partly: the schedule's method of that name, if it has one.
         flags: the module's switches as they were when its programs were bound.
@@ -112,8 +117,6 @@ class Generation:
     step: int = -1
     beats: list[int] = field(default_factory=lambda: [0])
     programs: dict[Any, Any] = field(default_factory=dict)
-    signature: Any = None
-    bound: Any = None
     schedule: Any = None
     forecasts: Any = ()
     partly: Any = None
@@ -142,12 +145,14 @@ class Generation:
         self.step = step
         for lane in self.lanes:
             if id(lane) not in self._served and not lane.contradicts(conditioning, signature):
+                if not lane.steady and lane.anchors:
+                    lane.steady = all(held() is not None for held, _ in lane.anchors)
                 break
         else:
             lane = Lane(_anchors(conditioning))
             self.lanes.append(lane)
             if step == 0:  # perhaps another run's first step: look at the module again
-                self.look_again()
+                self.programs.clear()
         self._served.add(id(lane))
         return lane
 
@@ -166,7 +171,8 @@ class Generation:
     def look_again(self) -> None:
         """The module may have changed since its programs were bound."""
         self.programs.clear()
-        self.signature = self.bound = None
+        for lane in self.lanes:
+            lane.bound = None
 
     def doubt(self) -> None:
         """Reuse nothing at the next step."""
@@ -325,9 +331,11 @@ class StepTracker:
             )
         ]
         if fits:
-            track = max(fits, key=lambda fit: fit[:3])[3]
-            # A first gap proves little, and so does a track that others were called in between.
-            if track.gap is None or track is not self._by_value[-1]:
+            known, _, _, track = max(fits, key=lambda fit: fit[:3])
+            others = sum(fit[0] == known for fit in fits) > 1
+            # A first gap proves little, and so does a track that others were called in between, or
+            # one of several that the call fits equally well.
+            if track.gap is None or track is not self._by_value[-1] or others:
                 track.generation.doubt()
             track.move_to(value)
             self._by_value.remove(track)

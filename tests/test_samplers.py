@@ -21,7 +21,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dcompile.forecast import Checked, Reuse
+from dcompile.forecast import Checked, Lagrange, Reuse
 from dcompile.samplers import is_stochastic, step_weights, usual_forecast, usual_power
 
 
@@ -171,5 +171,8 @@ def test_what_the_network_predicts_sets_the_power() -> None:
 def test_noise_sets_the_forecast() -> None:
     assert usual_forecast(stochastic=False) == Checked()
     assert usual_forecast(stochastic=True) == Reuse()
-    assert usual_forecast(stochastic=False, refreshes=17) == Checked()
+    assert usual_forecast(stochastic=False, steps=50, refreshes=17) == Lagrange(1)
+    assert usual_forecast(stochastic=False, steps=100, refreshes=17) == Checked()
+    assert usual_forecast(stochastic=True, steps=50, refreshes=17) == Reuse()
+    assert usual_forecast(stochastic=False, steps=20, refreshes=10) == Reuse()
     assert usual_forecast(stochastic=False, refreshes=10) == Reuse()

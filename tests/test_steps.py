@@ -132,6 +132,39 @@ def test_every_interleaving_of_two_shared_runs(start: int) -> None:
         assert all(cache in ("", who) for cache, who in zip(found, order, strict=True)), order
 
 
+@pytest.mark.parametrize("count", [4, 5])
+def test_every_interleaving_of_two_runs_told_by_value(count: int) -> None:
+    from itertools import combinations
+
+    values = timesteps(count).tolist()
+    for places in combinations(range(2 * count), count):
+        order = "".join("a" if place in places else "b" for place in range(2 * count))
+        tracker = StepTracker()
+        runs = {"a": iter(values), "b": iter(values)}
+        found = [call(tracker, next(runs[who]), who) for who in order]
+        assert all(cache in ("", who) for cache, who in zip(found, order, strict=True)), order
+
+
+def test_what_was_held_from_step_to_step_and_is_gone_was_another_run_s() -> None:
+    tracker = StepTracker()
+    values = timesteps(6).tolist()
+    labels = torch.ones(2)
+    for value in values[:3]:  # interrupted
+        call(tracker, value, "first", [labels])
+    del labels
+    gc.collect()
+    labels = torch.ones(2)
+    found = [call(tracker, value, "second", [labels]) for value in values[3:]]
+    assert "first" not in found
+    assert found[-1] == "second"
+
+
+def test_conditioning_made_anew_at_each_step_proves_nothing() -> None:
+    tracker = StepTracker()
+    found = [call(tracker, t, "a", [torch.ones(2)]) for t in timesteps(4)]
+    assert found == ["", "a", "a", "a"]
+
+
 def test_unbatched_guidance_gets_two_lanes() -> None:
     tracker = StepTracker()
     uncond, cond = torch.zeros(4), torch.ones(4)

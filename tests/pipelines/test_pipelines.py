@@ -373,7 +373,7 @@ def test_a_speed_up_is_planned_by_the_pipeline_s_own_scheduler(pipes: tuple[Any,
     pipe = pipes[1]
     run(pipe)
     ratio = dcompile.handle(pipe).explain().depths[0].ratio
-    for steps, forecast in ((12, "reuse"), (30, "checked")):  # few refreshes, and many
+    for steps, forecast in ((12, "reuse"), (30, "linear")):  # few refreshes, and many
         found, stats = picture_of(pipe, steps, speedup=1.8)
         count = Sigma(speedup=1.8).refreshes(steps, ratio)
         assert (stats.refresh_steps, stats.refresh_steps + stats.reuse_steps) == (count, steps)
