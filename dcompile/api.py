@@ -162,13 +162,15 @@ class Handle:
 
     def enable(self) -> None:
         """Cache again, after ``disable`` or after a failed compile."""
-        for standin in (self._dispatcher, *self._dispatcher.beside):
-            standin.enabled = True
+        self._dispatcher.enabled = True
+        for standin in self._dispatcher.beside:
+            standin.follow_users()
 
     def disable(self) -> None:
         """Run uncached, as before ``cache_compile``, and drop what is cached."""
-        for standin in (self._dispatcher, *self._dispatcher.beside):
-            standin.enabled = False
+        self._dispatcher.enabled = False
+        for standin in self._dispatcher.beside:
+            standin.follow_users()
         self._dispatcher.release()
 
     def reset(self) -> None:
@@ -178,9 +180,8 @@ class Handle:
     def remove(self) -> None:
         """Give the module its own forward back. Afterwards it is no longer a compiled one."""
         self.disable()
-        for standin in (self._dispatcher, *self._dispatcher.beside):
-            standin.uninstall()
-        self._dispatcher.beside = []
+        self._dispatcher.uninstall()
+        self._dispatcher.leave(self._dispatcher.beside)
 
     @property
     def signatures(self) -> list[str]:
@@ -536,7 +537,6 @@ def _install_beside(pipeline: Any, dispatcher: Dispatcher) -> None:
     """Have the denoiser's companions, such as a ControlNet, compute only what it reads."""
     settings = dispatcher.settings
     names = [name for name in _timed_components(pipeline) if name != _denoiser_name(pipeline)]
-    dispatcher.beside = []
     for network in (getattr(pipeline, name) for name in names):
         found = standin_of(network)
         if isinstance(found, OnDemand):
@@ -546,7 +546,9 @@ def _install_beside(pipeline: Any, dispatcher: Dispatcher) -> None:
             found = OnDemand(network, getattr(network, slot), settings.backend, settings.verbose)
             found.install(slot)
         if isinstance(found, OnDemand):
-            dispatcher.beside.append(found)
+            found.users.add(dispatcher)
+            if found not in dispatcher.beside:
+                dispatcher.beside.append(found)
 
 
 def _without_torch_compile(module: Any) -> Any:

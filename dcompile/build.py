@@ -46,9 +46,10 @@ def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
     """
     skips = find_skip_connections(network.graph_module, network.sample)
     if not skips:
+        sample = network.sample.removeprefix("kwargs_")
         raise NoSkipConnectionError(
             "found no skip connection: no concatenation whose operands all depend on the sample "
-            f"({network.sample}) and that has compute behind one of them. Diffusion transformers "
+            f"({sample}) and that has compute behind one of them. Diffusion transformers "
             "without long skips are served by diffusers' own caches (diffusers.hooks, e.g. "
             "apply_first_block_cache)"
         )

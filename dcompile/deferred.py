@@ -41,8 +41,9 @@ class Deferred(torch.Tensor):
     """One of the results of a ``Pending`` call.
 
     Has its shape, strides, dtype and device from the start. Any operator that is called with it
-    gets the true tensor, so whoever does not know of it is served rightly: then all results are
-    computed. ``computed`` asks for some of them only.
+    gets the true tensor, and so does whatever reads its memory (``numpy``, DLPack, ``data_ptr``,
+    pickle), so whoever does not know of it is served rightly: then all results are computed.
+    ``computed`` asks for some of them only.
     """
 
     pending: Pending
@@ -70,6 +71,22 @@ class Deferred(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.value())
+
+
+def _of_the_true_tensor(name: str) -> Callable[..., Any]:
+    def method(self: Deferred, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.value(), name)(*args, **kwargs)
+
+    return method
+
+
+# What reads memory without calling an operator, or returns the tensor itself where nothing changes.
+for _name in (
+    *("numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "__dlpack_device__"),
+    *("__deepcopy__", "__reduce_ex__", "share_memory_", "pin_memory"),
+    *("to", "cpu", "cuda", "type", "float", "double", "half", "bfloat16", "contiguous"),
+):
+    setattr(Deferred, _name, _of_the_true_tensor(_name))
 
 
 def computed(values: Sequence[Any]) -> list[Any]:

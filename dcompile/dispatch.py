@@ -529,6 +529,14 @@ class Dispatcher(StandIn):
         forecast = usual_forecast(stochastic=known[1])
         return Run(steps, ratio, tuple(told), power, forecast, self._warn)
 
+    def leave(self, beside: Iterable[OnDemand]) -> None:
+        """Read no more of these networks' results."""
+        gone = list(beside)
+        self.beside = [standin for standin in self.beside if standin not in gone]
+        for standin in gone:
+            standin.users.discard(self)
+            standin.follow_users()
+
     def reset(self) -> None:
         """Drop all that is cached; the next call of each generation refreshes."""
         self._tracker.reset()

@@ -8,6 +8,7 @@ may need gradients has them: it runs uncached, so sample under ``torch.no_grad()
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from dcompile.api import cache_compile
-from dcompile.errors import CaptureError, TimestepError
+from dcompile.errors import BackendError, CaptureError, TimestepError
 
 
 def backend(
@@ -39,12 +40,18 @@ def backend(
     Raises:
         TimestepError: no timestep is among the inputs as a tensor.
         CaptureError: no sample is, or ``mode`` is given.
-        ScheduleError, DepthError, BackendError: see ``cache_compile``.
+        BackendError: an option that ``cache_compile`` does not have, and as there.
+        ScheduleError, DepthError: see ``cache_compile``.
     """
     if mode not in (None, "default"):
         raise CaptureError(f"dcompile has no mode {mode!r}: use options={{'interval': 3, ...}}")
     settings = dict(options or {})
     names = settings.pop("sample", None), settings.pop("timestep", None)
+    known = set(inspect.signature(cache_compile).parameters) - {"module"}
+    unknown = ", ".join(map(repr, sorted(set(settings) - known)))
+    if unknown:
+        listed = ", ".join(sorted(known | {"sample", "timestep"}))
+        raise BackendError(f"options: dcompile does not know {unknown}; it knows {listed}")
     traced = _Traced(graph_module, example_inputs, *names)
     cache_compile(traced, **{"verbose": False, **settings})
     return traced.call

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -66,6 +67,9 @@ class OnDemand(StandIn):
 
     Holds no weights: they are looked up in the live module. Where a network cannot be captured, or
     returns less than two tensors, its own forward runs, as if this were not there.
+
+    Attributes:
+        users: the denoisers' stand-ins that read its results; it goes with the last of them.
     """
 
     __slots__ = (
@@ -81,12 +85,14 @@ class OnDemand(StandIn):
         "_unsuited",
         "_verbose",
         "_written",
+        "users",
     )
 
     def __init__(
         self, module: nn.Module, original: Callable[..., Any], backend: Backend, verbose: bool
     ) -> None:
         super().__init__(module, original)
+        self.users: weakref.WeakSet[StandIn] = weakref.WeakSet()
         self._forms = CallForms(original)
         self._building = threading.RLock()  # capture and compile; never held on a warm call
         self._at_once = threading.local()  # set in a thread that calls the module's own forward
@@ -105,6 +111,22 @@ class OnDemand(StandIn):
         self._constant_numbers = self._unsuited = False
         self.enabled = True
 
+    def follow_users(self) -> None:
+        """Be as they are: switched on as long as one of them is, and gone with the last."""
+        self.enabled = any(user.enabled for user in self.users)
+        if not self.users:
+            self.uninstall()
+
+    def state(self) -> tuple[Any, ...]:
+        """What ``restore`` takes."""
+        return self._backend, self._verbose, self.enabled, self._programs
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Be configured as before, with what was compiled then."""
+        backend, verbose, enabled, programs = state
+        self.configure(backend, verbose)
+        self.enabled, self._programs = enabled, programs
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (
             not self.enabled
@@ -122,6 +144,9 @@ class OnDemand(StandIn):
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
         ):
             return self.original(*args, **kwargs)
+        # A sampling loop may change its sample in place before the results are read.
+        leaves[form.sample] = leaves[form.sample].clone(memory_format=torch.preserve_format)
+        given, versions = list(leaves), _versions(leaves)
         if not self._constant_numbers:  # a scale may be another at every step
             leaves = [
                 torch.tensor(leaf, dtype=torch.float64) if type(leaf) is float else leaf
@@ -141,13 +166,20 @@ class OnDemand(StandIn):
         autocast = _autocast_of(leaves[form.sample].device.type)
 
         def compute(numbers: tuple[int, ...]) -> Sequence[torch.Tensor]:
+            if _versions(given) != versions:
+                raise CaptureError(
+                    f"an argument of {type(self.module).__name__} was changed in place after the "
+                    "call and before its results were read, which are computed only then: change "
+                    "a copy, or call dcompile.handle(pipe).disable()"
+                )
             try:
                 graph = self._graph(bound, numbers, leaves, leaves[form.sample].device)
             except DcompileError as error:
                 self._give_up(str(error).splitlines()[0])
                 graph = None
             if graph is None:
-                return self._called(args, kwargs, numbers)
+                own_args, own_kwargs = tree_unflatten(given, form.spec)
+                return self._called(own_args, own_kwargs, numbers)
             with torch.no_grad(), autocast():
                 made = graph(leaves)
             return [
@@ -267,6 +299,15 @@ class OnDemand(StandIn):
             f"{reason}",
             stacklevel=5,
         )
+
+
+def _versions(leaves: Sequence[Any]) -> list[int]:
+    """What changes when a tensor among them is written to."""
+    return [
+        leaf._version
+        for leaf in leaves
+        if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
+    ]
 
 
 def _is_number(leaf: Any) -> bool:

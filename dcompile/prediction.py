@@ -370,18 +370,22 @@ class Predictor:
         return min(among, key=self, default=None)
 
     def learn(self, choice: Choice, error: float) -> None:
-        """A real run of ``choice`` had this mean squared error."""
+        """A real run of ``choice`` had this mean squared error, more than 0."""
         levels, name = choice
         parts = self._parts(choice)
         new = [n for n, (depth, _) in enumerate(levels) if depth not in self._depths]
         if new:
             rest = error - sum(part for n, part in enumerate(parts) if n not in new)
-            share = max(rest, _LEAST_SHARE * error) / max(sum(parts[n] for n in new), 1e-300)
+            expected = sum(parts[n] for n in new)
+            share = max(rest, _LEAST_SHARE * error) / expected if expected else 1.0
+            typical = self._typical
             for n in new:
-                self._depths[levels[n][0]] = self._typical + math.log(share)
+                self._depths[levels[n][0]] = typical + math.log(share)
             return
-        total = max(sum(parts), 1e-300)
-        surprise = math.log(max(error, 1e-300) / total)
+        total = sum(parts)
+        if not total:  # exact, as was known
+            return
+        surprise = math.log(error / total)
         shares = [part / total for part in parts]
         step = _SHARED * surprise / (1 + sum(share**2 for share in shares))
         for (depth, _), share in zip(levels, shares, strict=True):

@@ -90,7 +90,10 @@ class Steps:
     refresh_steps: tuple[int, ...]
 
     def __init__(self, refresh_steps: Sequence[int]) -> None:
-        chosen = tuple(refresh_steps)
+        try:
+            chosen = tuple(refresh_steps)
+        except TypeError as error:
+            raise ScheduleError(f"Steps: expected a list of ints, got {refresh_steps!r}") from error
         if any(isinstance(step, bool) or not isinstance(step, int) for step in chosen):
             raise ScheduleError(f"Steps: expected ints, got {list(chosen)}")
         if not chosen or chosen[0] != 0:
@@ -135,8 +138,7 @@ class Power:
     def __post_init__(self) -> None:
         _require_int("count", self.count)
         _require_int("center", self.center, least=0)
-        if not self.power >= 1:
-            raise ScheduleError(f"Power: expected power >= 1, got {self.power}")
+        _require_power("Power", self.power, 1, 100)
 
     def refresh(self, step: int, steps: int | None) -> bool:
         if steps is None:
@@ -212,8 +214,8 @@ class Sigma:
             _require_int("count", self.count)
         if self.speedup is not None:
             require_speedup(self.speedup)
-        if self.power is not None and not 0 <= self.power <= 4:
-            raise ScheduleError(f"Sigma: expected a power from 0 to 4, got {self.power!r}")
+        if self.power is not None:
+            _require_power("Sigma", self.power, 0, 4)
 
     def refresh(self, step: int, steps: int | None) -> bool:
         raise ScheduleError(
@@ -307,8 +309,7 @@ class Adaptive:
             _require_int("max_interval", self.max_interval, least=self.min_interval)
         if self.probe not in ("l1", "l2"):
             raise ScheduleError(f'probe: expected "l1" or "l2", got {self.probe!r}')
-        if not 0 <= self.power <= 4:
-            raise ScheduleError(f"Adaptive: expected a power from 0 to 4, got {self.power!r}")
+        _require_power("Adaptive", self.power, 0, 4)
 
     def refresh(self, step: int, steps: int | None) -> bool:
         raise ScheduleError("Adaptive decides within a run: use plan(run), as cache_compile does")
@@ -523,6 +524,12 @@ def placed(loads: Sequence[float], count: int) -> tuple[int, ...]:
 def _require_int(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ScheduleError(f"{name}: expected an int of at least {least}, got {value!r}")
+
+
+def _require_power(name: str, value: object, least: float, most: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least <= cast(float, value) <= most:
+        raise ScheduleError(f"{name}: expected a power from {least} to {most}, got {value!r}")
 
 
 def to_json(schedule: Schedule) -> dict[str, Any] | None:

@@ -26,7 +26,15 @@ class StandIn:
 
     # Only what functools.update_wrapper writes is in __dict__: accelerate's hooks copy that into
     # their own wrapper, and with it would keep and deep-copy all state.
-    __slots__ = ("__dict__", "compiled_call", "enabled", "module", "original", "replaced")
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "compiled_call",
+        "enabled",
+        "module",
+        "original",
+        "replaced",
+    )
 
     def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)

@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves
 from dcompile import schedule as schedules
 from dcompile.build import choose_skip
 from dcompile.dispatch import Dispatcher, Refreshed, dispatcher_of
-from dcompile.errors import ScheduleError, TuneError
+from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.forecast import Forecast, Reuse, resolve_forecast
+from dcompile.ondemand import OnDemand
 from dcompile.prediction import (
     Choice,
     Levels,
@@ -49,6 +50,7 @@ from dcompile.schedule import (
     require_speedup,
     spread,
 )
+from dcompile.standin import standin_of
 
 if TYPE_CHECKING:
     from dcompile.api import Handle
@@ -68,6 +70,7 @@ _IDENTICAL = 100.0  # dB, of a picture that is equal among others that are not
 # and of the others no more than so many.
 _LARGEST_RATIO = 0.6
 _MOST_DEPTHS = 6
+_MOST_PSNR = 1000  # dB; more than any result but an equal one
 # Parts of a run whose errors are weighed by themselves.
 _PARTS = 6
 # Speed-ups among which the fastest schedule of a quality is looked for.
@@ -200,10 +203,10 @@ class Tuned:
         source = Path(file).expanduser()
         try:
             entry = json.loads(source.read_text())
-            if entry.pop("format") != FORMAT:
-                raise ValueError("unknown format")
+            if not isinstance(entry, dict) or entry.pop("format", None) != FORMAT:
+                raise ValueError("another format, or none")
             return Tuned.of_fields(**entry)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ScheduleError(f"{source} holds no tuned schedule: {error}") from error
 
     @staticmethod
@@ -213,27 +216,45 @@ class Tuned:
         Raises:
             ValueError, KeyError, TypeError, AttributeError, ScheduleError: they are none.
         """
-        given = fields.pop("trials")
-        for entry in (fields, *given):
-            entry["psnr"] = math.inf if entry["psnr"] is None else entry["psnr"]
-        for entry in (fields, *given):
-            entry["outer"] = tuple((depth, tuple(own)) for depth, own in entry.get("outer", ()))
-        trials = tuple(
-            Trial(**{**trial, "refresh_steps": tuple(trial["refresh_steps"])}) for trial in given
-        )
-        steps = tuple(fields.pop("refresh_steps"))
+        given = [dict(trial) for trial in fields.pop("trials")]
         name, count = fields.pop("network")
-        Steps(steps)
-        levels = (*fields["outer"], (fields["depth"], steps))
-        for (outer, more), (inner, fewer) in pairwise(levels):
-            Steps(more)
-            if not (0 <= outer < inner and set(more) > set(fewer) and more[-1] < fields["steps"]):
-                raise ValueError(f"the cut at depth {outer} does not go with the one at {inner}")
-        resolve_forecast(fields["forecast"])
-        for key, least in (("steps", steps[-1] + 1), ("depth", 0)):
-            if type(fields[key]) is not int or fields[key] < least:
-                raise ValueError(f"{key} is {fields[key]!r}")
-        return Tuned(refresh_steps=steps, network=(name, count), trials=trials, **fields)
+        if type(name) is not str or type(count) is not int:
+            raise ValueError(f"network is {[name, count]!r}")
+        steps = fields["steps"]
+        if type(steps) is not int:
+            raise ValueError(f"steps is {steps!r}")
+        for entry in (fields, *given):
+            _check_levels(entry, steps)
+        interval = [trial.get("interval") for trial in given]
+        if any(one is not None and type(one) is not int for one in interval):
+            raise ValueError(f"intervals are {interval!r}")
+        trials = tuple(Trial(**trial) for trial in given)
+        return Tuned(network=(name, count), trials=trials, **fields)
+
+
+def _check_levels(entry: dict[str, Any], steps: int) -> None:
+    """Check what a schedule and a trial have in common, as JSON has it, and put it right in place.
+
+    Raises:
+        ValueError, KeyError, TypeError, ScheduleError: it is not that.
+    """
+    entry["psnr"] = math.inf if entry["psnr"] is None else entry["psnr"]
+    for key in ("psnr", "speedup"):
+        if entry[key] != math.inf and not _is_number(entry[key]):
+            raise ValueError(f"{key} is {entry[key]!r}")
+    entry["refresh_steps"] = tuple(entry["refresh_steps"])
+    entry["outer"] = tuple((depth, tuple(own)) for depth, own in entry.get("outer", ()))
+    if type(entry["forecast"]) is not str:
+        raise ValueError(f"forecast is {entry['forecast']!r}")
+    resolve_forecast(entry["forecast"])
+    levels = (*entry["outer"], (entry["depth"], entry["refresh_steps"]))
+    for depth, own in levels:
+        Steps(own)
+        if type(depth) is not int or depth < 0 or own[-1] >= steps:
+            raise ValueError(f"depth {depth!r} at steps {list(own)!r} of {steps}")
+    for (outer, more), (inner, fewer) in pairwise(levels):
+        if not (outer < inner and set(more) > set(fewer)):
+            raise ValueError(f"the cut at depth {outer} does not go with the one at {inner}")
 
 
 schedules.KINDS["Tuned"] = Tuned.of_fields  # so that saved programs may name one
@@ -472,18 +493,28 @@ def tune(
     """
     if (speedup is None) == (psnr is None):
         raise ScheduleError(f"give speedup or psnr, got speedup={speedup!r} and psnr={psnr!r}")
-    if psnr is not None and not math.isfinite(psnr):
-        raise ScheduleError(f"psnr: expected a number of dB, got {psnr!r}")
+    if psnr is not None and not (_is_number(psnr) and 0 <= psnr <= _MOST_PSNR):
+        raise ScheduleError(f"psnr: expected a number of dB, 0 to {_MOST_PSNR}, got {psnr!r}")
     if speedup is not None:
         require_speedup(speedup)
     if not callable(run):
         raise TuneError(f"run: expected a function, got {run!r}")
-    if (depths is not None and not depths) or not forecasts:
-        raise TuneError("depths and forecasts must not be empty")
-    for what, number in (("trials", trials), ("samples", samples)):
-        if type(number) is not int or number < 1:
-            raise TuneError(f"{what}: expected an int of at least 1, got {number!r}")
+    if depths is not None:
+        _require_listed("depths", depths, int)
+        if any(type(depth) is not int or depth < 0 for depth in depths):
+            raise DepthError(f"depths: expected ints of at least 0, got {list(depths)!r}")
+    _require_listed("forecasts", forecasts, str)
+    _require_listed("intervals", intervals, int, empty=True)
+    for what, number, least in (
+        ("trials", trials, 1),
+        ("samples", samples, 1),
+        ("memory", memory, 0),
+    ):
+        if type(number) is not int or number < least:
+            raise TuneError(f"{what}: expected an int of at least {least}, got {number!r}")
     for name in forecasts:
+        if not isinstance(name, str):  # a file could not say which one it was
+            raise ScheduleError(f"forecasts: expected names, got {name!r}")
         resolve_forecast(name)
     for interval in intervals:
         Uniform(interval)
@@ -502,6 +533,18 @@ def tune(
             if not session.trials:
                 raise
     return session.result(speedup, psnr)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_listed(what: str, values: object, kind: type, *, empty: bool = False) -> None:
+    """Raises a TuneError where ``values`` is no list or tuple of something."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TuneError(f"{what}: expected a list of {kind.__name__}, got {values!r}")
+    if not values and not empty:
+        raise TuneError(f"{what} must not be empty")
 
 
 def calibrate(
@@ -627,8 +670,12 @@ class Session:
             name = _denoiser_name(self._module)
             self._component = name, getattr(self._module, name)
         self.network = _network_of(self._module)
+        components = getattr(self._module, "components", {}).values()
+        found = [standin_of(part) for part in components if isinstance(part, nn.Module)]
+        self._beside = {one: one.state() for one in found if isinstance(one, OnDemand)}
         dispatcher = dispatcher_of(self.network)
         self._before = (dispatcher.settings, dispatcher.enabled) if dispatcher else None
+        self._known_beside = list(dispatcher.beside) if dispatcher else []
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -653,10 +700,13 @@ class Session:
         dispatcher.watch = None
         if self._before is None:
             Handle(dispatcher).remove()
-            return
-        settings, enabled = self._before
-        dispatcher.configure(settings)
-        dispatcher.enabled = enabled
+        else:
+            settings, enabled = self._before
+            dispatcher.configure(settings)
+            dispatcher.enabled = enabled
+            dispatcher.leave([one for one in dispatcher.beside if one not in self._known_beside])
+        for one, state in self._beside.items():
+            one.restore(state)
 
     # Recording
 
@@ -808,7 +858,7 @@ class Session:
         for speed in speeds:
             for choice in choices(self.objectives, forecasts, speed, self._power):
                 pool[choice] = objective.steps / compute_of(choice[0], objective.steps, ratios)
-        wanted = 10 ** (-psnr / 10)
+        wanted = 10.0 ** (-psnr / 10)
         bar = self._progress.add_task("trying", total=trials)
 
         def off(choice: Choice) -> float:

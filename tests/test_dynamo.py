@@ -182,6 +182,7 @@ def test_names_tell_sample_and_timestep() -> None:
         ({"interval": 0}, "interval: expected an int of at least 1"),
         ({"depth": 7}, "depth 7 is out of range"),
         ({"backend": "nonsense"}, "unknown backend 'nonsense'"),
+        ({"intervall": 3}, "does not know 'intervall'; it knows .*interval"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

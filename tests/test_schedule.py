@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dcompile import Power, Run, Schedule, ScheduleError, Sigma, Steps, Uniform
+from dcompile import Adaptive, Power, Run, Schedule, ScheduleError, Sigma, Steps, Uniform
 from dcompile.schedule import from_json, spread, to_json
 
 
@@ -73,8 +73,25 @@ def test_power_equals_the_reference(
     assert chosen(Power(count, center, power), steps) == [int(step) for step in expected.split()]
 
 
+@pytest.mark.parametrize("power", ["x", None, float("inf"), float("nan"), 1e9, True])
+def test_powers_are_numbers_within_bounds(power: Any) -> None:
+    with pytest.raises(ScheduleError, match="expected a power from"):
+        Power(3, 1, power)
+    with pytest.raises(ScheduleError, match="expected a power from"):
+        Adaptive(1.0, power=power)
+    if power is not None:
+        with pytest.raises(ScheduleError, match="expected a power from"):
+            Sigma(2, power=power)
+
+
+@pytest.mark.parametrize("steps", [3, None])
+def test_steps_are_a_list(steps: Any) -> None:
+    with pytest.raises(ScheduleError, match="expected a list of ints"):
+        Steps(steps)
+
+
 def test_power_refuses() -> None:
-    with pytest.raises(ScheduleError, match="power >= 1"):
+    with pytest.raises(ScheduleError, match="power from 1 to 100"):
         Power(10, 15, 0.5)
     with pytest.raises(ScheduleError, match="count"):
         Power(0)

@@ -197,6 +197,11 @@ def test_it_repeats() -> None:
     assert tuned(speedup=1.3) == tuned(speedup=1.3)
 
 
+def test_no_speed_up_at_all() -> None:
+    found = tuned(speedup=1)
+    assert found.psnr == np.inf  # refreshing at every step is among what is tried
+
+
 def test_for_a_quality() -> None:
     found = tuned(psnr=30.0, trials=12)
     assert found.psnr >= 30
@@ -331,7 +336,36 @@ def test_the_tuner_tries_several_cuts() -> None:
     assert all(trial.speedup >= 1.2 for trial in found.trials)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "steps": 3}'])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"network": "ab"},
+        {"network": ["Plain", "x"]},
+        {"speedup": "fast"},
+        {"psnr": "good"},
+        {"steps": 3},
+        {"steps": 12.0},
+        {"depth": True},
+        {"forecast": None},
+        {"refresh_steps": "05"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["schedule", "trial"])
+def test_a_file_with_one_wrong_value(change: dict[str, Any], where: str, tmp_path: Path) -> None:
+    if where == "trial" and not set(change) < {"speedup", "psnr", "depth", "forecast"}:
+        change = {"refresh_steps": [0, 40]}
+    file = tuned(speedup=1.3, trials=1, samples=1).save(tmp_path / "tuned.json")
+    entry = json.loads(file.read_text())
+    (entry if where == "schedule" else entry["trials"][0]).update(change)
+    file.write_text(json.dumps(entry))
+    with pytest.raises(ScheduleError, match="holds no tuned schedule"):
+        Tuned.load(file)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 50_000, "", "[]", "{}", '{"format": 2}', '{"format": 1, "steps": 3}']
+)
 def test_what_is_no_tuned_schedule(content: str, tmp_path: Path) -> None:
     file = tmp_path / "tuned.json"
     file.write_text(content)
@@ -457,6 +491,16 @@ def test_nothing_to_compare() -> None:
         ({"speedup": 50}, ScheduleError, "a speed-up of 50 is beyond"),
         ({"speedup": 1.3, "depths": (7,)}, DepthError, "depth 7 is out of range"),
         ({"speedup": 1.3, "depths": ()}, TuneError, "must not be empty"),
+        ({"speedup": 1.3, "depths": 0}, TuneError, "depths: expected a list of int, got 0"),
+        ({"speedup": 1.3, "depths": (0, -1)}, DepthError, r"at least 0, got \[0, -1\]"),
+        ({"speedup": 1.3, "depths": (True,)}, DepthError, "expected ints of at least 0"),
+        ({"speedup": 1.3, "forecasts": "linear"}, TuneError, "expected a list of str"),
+        ({"speedup": 1.3, "forecasts": (Lagrange(3),)}, ScheduleError, "expected names, got Lagr"),
+        ({"speedup": 1.3, "intervals": 3}, TuneError, "intervals: expected a list"),
+        ({"speedup": 1.3, "memory": None}, TuneError, "memory: expected an int of at least 0"),
+        ({"psnr": "30"}, ScheduleError, "psnr: expected a number of dB, 0 to 1000, got '30'"),
+        ({"psnr": float("nan")}, ScheduleError, "psnr: expected a number"),
+        ({"psnr": 4000}, ScheduleError, "psnr: expected a number"),
         ({"speedup": 1.3, "forecasts": ("cubic",)}, ScheduleError, "expected 'reuse'"),
         ({"speedup": 1.3, "trials": 0}, TuneError, "at least 1"),
         ({"speedup": 1.3, "samples": 1.5}, TuneError, "samples: expected an int"),

@@ -1,10 +1,12 @@
 """ControlNets: at every step only the residuals that the denoiser reads are computed, exactly."""
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
@@ -12,10 +14,19 @@ from diffusers import (
     ControlNetModel,
     MultiControlNetModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
 )
 from simulated_graphs import SimulatedRecorder
-from small_pipelines import DDIM, image, text_encoder, tokenizer, unet, vae
+from small_pipelines import (
+    DDIM,
+    image,
+    stable_diffusion,
+    text_encoder,
+    tokenizer,
+    unet,
+    vae,
+)
 from torch import nn
 
 import dcompile
@@ -302,6 +313,112 @@ def test_by_itself_it_returns_what_it_did() -> None:
     training = pipe.controlnet.train()(**call)
     assert not isinstance(training.mid_block_res_sample, Deferred)
     assert training.mid_block_res_sample.requires_grad
+
+
+def promised() -> tuple[Any, list[torch.Tensor], dict[str, Any]]:
+    """A compiled pipeline, what its ControlNet really computes of a call, and the call."""
+    pipe = single()
+    call = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "controlnet_cond": image(),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        down, middle = pipe.controlnet(**call)
+    return cached(pipe, interval=3), [*down, middle], call
+
+
+READERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "numpy": lambda t: t.numpy(),
+    "asarray": np.asarray,
+    "from_dlpack": torch.from_dlpack,
+    "numpy.from_dlpack": np.from_dlpack,
+    "tolist": lambda t: t.tolist(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda t: pickle.loads(pickle.dumps(t)),
+    "cpu": lambda t: t.cpu(),
+    "to": lambda t: t.to("cpu").float().contiguous(),
+    "share_memory_": lambda t: t.share_memory_(),
+    "detach": lambda t: t.detach(),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whatever_reads_a_promise_reads_the_true_tensor(reader: str) -> None:
+    pipe, expected, call = promised()
+    with torch.no_grad():
+        down, _ = pipe.controlnet(**call)
+        found = READERS[reader](down[1])
+        assert not isinstance(found, Deferred)
+        assert torch.equal(torch.as_tensor(found), expected[1])
+        assert down[1].data_ptr() == down[1].data_ptr() != 0
+
+
+def test_a_sample_changed_in_place_before_a_promise_is_read() -> None:
+    pipe, expected, call = promised()
+    with torch.no_grad():
+        down, middle = pipe.controlnet(**call)
+        call["sample"].div_(1.1)
+        assert all(map(torch.equal, [*down, middle], expected))
+
+
+def test_other_arguments_changed_in_place_are_an_error() -> None:
+    pipe, _, call = promised()
+    with torch.no_grad():
+        down, _ = pipe.controlnet(**call)
+        call["encoder_hidden_states"].mul_(2)
+        with pytest.raises(dcompile.CaptureError, match="changed in place after the call"):
+            down[0] + 1
+        assert torch.isfinite(pipe.controlnet(**call)[1]).all()
+
+
+def test_a_controlnet_of_two_pipelines_stays_with_the_other() -> None:
+    one, two = single(), single()
+    two.register_modules(controlnet=one.controlnet)
+    cached(one, interval=3)
+    cached(two, interval=3)
+    expected = run(two)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dcompile.handle(one).remove()
+        assert isinstance(two.controlnet.forward, OnDemand)
+        assert torch.equal(run(two), expected)
+        dcompile.handle(two).remove()
+    assert "forward" not in two.controlnet.__dict__
+
+
+def test_every_controlnet_is_given_back() -> None:
+    pipe = single()
+    first = pipe.controlnet
+    cached(pipe, interval=3)
+    pipe.register_modules(controlnet=controlnet(9))
+    cached(pipe, interval=3)
+    plain = StableDiffusionPipeline(**{**stable_diffusion().components, "unet": pipe.unet})
+    cached(plain, interval=2)  # the same network, and no ControlNet
+    dcompile.handle(plain).remove()
+    for network in (pipe.unet, first, pipe.controlnet):
+        assert "forward" not in network.__dict__
+
+
+@pytest.mark.parametrize("state", ["fresh", "network only", "disabled", "compiled"])
+def test_tuning_leaves_a_controlnet_as_it_was(state: str) -> None:
+    pipe = single()
+    if state == "network only":
+        cached(pipe.unet, interval=3)
+    elif state != "fresh":
+        cached(pipe, interval=3, backend="eager" if state == "disabled" else "inductor")
+    if state == "disabled":
+        dcompile.handle(pipe).disable()
+    before = pipe.controlnet.__dict__.get("forward")
+    seen = before.state() if isinstance(before, OnDemand) else None
+    dcompile.tune(
+        pipe, lambda: run(pipe), speedup=1.3, trials=1, depths=(0,), verbose=False, samples=1
+    )
+    assert pipe.controlnet.__dict__.get("forward") is before
+    if seen is not None:
+        assert before.state() == seen
 
 
 def test_a_wrong_call_raises_the_network_s_own_error() -> None:
