@@ -157,9 +157,35 @@ class Objective:
         squares: Array = (self.weights * reactions) ** 2
         return squares
 
+    @cached_property
+    def _between(self) -> dict[tuple[Forecast, tuple[int, ...], int], float]:
+        """Of refreshes, the latest first, and the step of the next one: the error in between."""
+        return {}
+
     def __call__(self, forecast: Forecast, refreshed: Sequence[int]) -> float:
         """Predicted squared error, up to a factor: of errors that neither add up nor cancel."""
-        return float((boundary_errors(self._gram, forecast, refreshed) * self._scale).sum())
+        if isinstance(forecast, Checked):  # how far it is trusted depends on all that came before
+            return float((boundary_errors(self._gram, forecast, refreshed) * self._scale).sum())
+        total = 0.0
+        for number, (latest, after) in enumerate(pairwise((*refreshed, self.steps)), start=1):
+            past = tuple(refreshed[max(0, number - forecast.history) : number][::-1])
+            key = forecast, past, after
+            if key not in self._between:
+                self._between[key] = self._error_between(forecast, past, latest, after)
+            total += self._between[key]
+        return total
+
+    def _error_between(
+        self, forecast: Forecast, past: tuple[int, ...], latest: int, after: int
+    ) -> float:
+        steps = range(latest + 1, after)
+        if not steps:
+            return 0.0
+        given = np.array([(*factors(forecast, s, past)[: len(past)], -1.0) for s in steps])
+        at = np.array([(*past, s) for s in steps])
+        blocks = self._gram[:, at[:, :, None], at[:, None, :]]
+        squares = np.maximum(0.0, np.einsum("si,rsij,sj->rs", given, blocks, given, optimize=True))
+        return float((squares * self._scale[:, latest + 1 : after]).sum())
 
     def best_by_dynamic_programming(self, count: int) -> tuple[int, ...]:
         """The refresh steps, ``count`` of them, that make the error of plain reuse least."""
@@ -335,8 +361,9 @@ def candidates(
     found: dict[tuple[str, tuple[int, ...]], float] = {}
     for name in names:
         forecast = resolve_forecast(name)
+        searched = forecast.forecast if isinstance(forecast, Checked) else forecast
         for start in sorted(starts):
-            chosen = objective.improved(forecast, start)
+            chosen = objective.improved(searched, start)
             found[name, chosen] = objective(forecast, chosen)
     return sorted((error, name, chosen) for (name, chosen), error in found.items())
 

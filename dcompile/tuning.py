@@ -74,7 +74,7 @@ _MOST_PSNR = 1000  # dB; more than any result but an equal one
 # Parts of a run whose errors are weighed by themselves.
 _PARTS = 6
 # Speed-ups among which the fastest schedule of a quality is looked for.
-_SPEEDS = 12
+_SPEEDS = 8
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from plain import Plain, picture, plain, sampled, timesteps
 
 import dcompile
 from dcompile import DepthError, NotCompiledError, ScheduleError, Tuned, TuneError
-from dcompile.forecast import Checked, Lagrange, Reuse
+from dcompile.forecast import Checked, Lagrange, Reuse, Taylor
 from dcompile.prediction import (
     Objective,
     Predictor,
@@ -94,6 +94,24 @@ def test_a_checked_forecast_is_predicted_as_it_is_checked() -> None:
     errors = boundary_errors(both, Checked(), refreshed)
     assert errors[0] == pytest.approx(found)
     assert errors[1] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("forecast", [Reuse(), Lagrange(1), Lagrange(2), Taylor(2), Checked()])
+def test_an_objective_adds_up_the_errors_of_all_steps(forecast: Any) -> None:
+    generator = np.random.default_rng(1)
+    recordings = tuple(
+        recording(generator.normal(size=(12, 30)).cumsum(axis=0), generator.random(12))
+        for _ in range(2)
+    )
+    weights = generator.random(12)
+    objective = Objective(recordings, weights)
+    for refreshed in ((0,), (0, 3), (0, 1, 2, 5, 9), tuple(range(12))):
+        expected = sum(
+            (one.errors(forecast, refreshed) * (weights * one.reaction) ** 2).sum()
+            for one in recordings
+        )
+        for _ in range(2):  # and again, from what it remembers
+            assert objective(forecast, refreshed) == pytest.approx(expected)
 
 
 def test_local_search_never_makes_it_worse() -> None:
