@@ -748,6 +748,9 @@ class Session:
         makes of it at the steps that follow: it corrects most of what goes wrong early. So in one
         part of the run after the other, every second step reuses, and what that costs is compared
         with what was predicted. From then on predictions are mean squared errors of the result.
+
+        Of what the parts differ by, half is believed (of the logarithm): between two refreshes far
+        apart nothing is corrected.
         """
         depth, objective = next(iter(self.objectives.items()))
         steps = objective.steps
@@ -765,7 +768,9 @@ class Session:
             self._progress.advance(bar)
         if not factors:
             return
-        along = np.exp(np.interp(np.arange(steps), centres, np.log(factors)))
+        logarithms = np.log(factors)
+        believed = 0.5 * (logarithms + logarithms.mean())
+        along = np.exp(np.interp(np.arange(steps), centres, believed))
         for depth, objective in self.objectives.items():
             weights = objective.weights * np.sqrt(along)
             self.objectives[depth] = Objective(objective.recordings, weights)
@@ -910,23 +915,39 @@ class Session:
     def _unknown(
         self, untried: Sequence[Choice], forecasts: Sequence[str], key: Callable[[Choice], float]
     ) -> Choice | None:
-        """The best by ``key`` with a depth, a forecast or else a choice of depths never tried."""
+        """The best by ``key`` with a depth, a forecast or else a choice of depths never tried.
+
+        Of depths and forecasts, one whose refreshes are even: predictions know nothing of what
+        errors do to later features, and overrate what is cleverly placed.
+        """
         for depth in (d for d in self.objectives if not self.predictor.knows(d)):
-            having = [c for c in untried if depth in (d for d, _ in c[0])]
+            having = [c for c in untried if depth in (d for d, _ in c[0]) and self._is_even(c)]
             # With one cut, or else with others that are known, it is clear what an error is from.
             known = {d for d in self.objectives if self.predictor.knows(d)}
             for others in (set(), known):
                 clear = [c for c in having if {d for d, _ in c[0]} - {depth} <= others]
                 if clear:
                     return min(clear, key=key)
-        tried = {trial.forecast for trial in self.trials}
+        outermost = next(iter(self.objectives))
+        plain = [c for c in untried if [d for d, _ in c[0]] == [outermost] and self._is_even(c)]
+        tried = {trial.forecast for trial in self.trials if trial.depth == outermost}
         for name in (n for n in forecasts if n not in tried):
-            named = [choice for choice in untried if choice[1] == name]
+            named = [choice for choice in plain if choice[1] == name]
+            named = named or [choice for choice in untried if choice[1] == name]
             if named:
                 return min(named, key=key)
         chains = {tuple(depth for depth, _ in trial.levels) for trial in self.trials}
         new = [c for c in untried if tuple(depth for depth, _ in c[0]) not in chains]
         return min(new, key=key, default=None)
+
+    def _is_even(self, choice: Choice) -> bool:
+        levels, _ = choice
+        steps = self.objectives[levels[0][0]].steps
+        beats = [range(0, steps, (*own[1:], steps)[0]) for _, own in levels]
+        return all(
+            own in (tuple(beat), spread(steps, len(own)))
+            for (_, own), beat in zip(levels, beats, strict=True)
+        )
 
     def _untried_neighbour(self, best: Trial) -> Choice | None:
         """The most promising schedule that differs from the best in one refresh by one step."""
