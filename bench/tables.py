@@ -186,6 +186,9 @@ def main(results: Annotated[Path, typer.Argument()] = Path("bench/results")) -> 
         "",
         *steps_table(found),
         "",
+        "From dispatch on, measured on "
+        f"{overhead['machine_info']['cpu']['brand_raw']}, {overhead['datetime'][:10]}.",
+        "",
         *bars_table(found),
         "",
     ]
