@@ -71,6 +71,7 @@ _IDENTICAL = 100.0  # dB, of a picture that is equal among others that are not
 _LARGEST_RATIO = 0.6
 _MOST_DEPTHS = 6
 _MOST_PSNR = 1000  # dB; more than any result but an equal one
+_HOPELESS = 10.0  # times the error wanted: such a prediction is not tried
 # Parts of a run whose errors are weighed by themselves.
 _PARTS = 6
 # Speed-ups among which the fastest schedule of a quality is looked for.
@@ -882,8 +883,10 @@ class Session:
             if found is None:
                 enough = [c for c in untried if self.predictor(c) <= wanted]
                 found = max(enough, key=pool.__getitem__, default=None)
-            if found is None:
-                break
+            if found is None:  # predictions err: the least unlikely
+                found = self.predictor.best(c for c in untried if pool[c] >= 1.02 * fastest)
+                if found is None or self.predictor(found) > _HOPELESS * wanted:
+                    break
             self._try(found)
             self._progress.advance(bar)
         if not any(trial.psnr >= psnr for trial in self.trials):
