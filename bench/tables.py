@@ -104,7 +104,8 @@ def bars_table(found: dict[str, dict[str, Any]]) -> list[str]:
         ("extra resident memory, of the weights", "<= 5 %", f"{share:.1%}", share <= 0.05),
         *(
             (
-                f"a reuse step with a {name} forecast over plain reuse, inductor, small SD",
+                f"a reuse step with a {name} forecast over plain reuse, inductor, small SD"
+                f"{', ' + forecast['machine'] if 'machine' in forecast else ''}",
                 "<= 1.03x",
                 f"{forecast[f'{name}_over_reuse']:.3f}x",
                 forecast[f"{name}_over_reuse"] <= 1.03,
