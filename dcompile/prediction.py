@@ -41,7 +41,6 @@ _TIMES = {
     2: tuple((n,) for n in (2, 3, 4, 5, 6, 8)),
     3: tuple(product((2, 3, 4), (2, 3))),
 }
-_MOST_DEPTHS = 8
 # What a prediction is off by is put down by half to depths and forecasts, by half to the choice of
 # depths at hand.
 _SHARED = 0.5
@@ -251,7 +250,7 @@ def choices(
     and by what was recorded. At several, for all choices of two or three depths: an unbroken beat,
     and as many refreshes as there is room for.
     """
-    depths = sorted(objectives)[:_MOST_DEPTHS]
+    depths = sorted(objectives)
     ratios = {depth: objective.ratio for depth, objective in objectives.items()}
     steps = objectives[depths[0]].steps
     found: list[Choice] = []

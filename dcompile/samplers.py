@@ -22,11 +22,12 @@ from dcompile.forecast import Checked, Forecast, Lagrange, Reuse
 _LEAST_ALPHA_BAR = 1e-5
 
 
-# Of a run, below which extrapolating features loses: with 10 refreshes a checked forecast was 3 to
-# 4 dB worse than reuse on emoji-sd, from 17 on 4 to 10 dB better (bench/results/fidelity.md).
+# Of a run, below which extrapolating features loses: with 10 refreshes in 20 steps a checked
+# forecast was 2 dB worse than reuse on emoji-sd, with 17 in 50 steps 4 dB better
+# (bench/results/fidelity.md).
 LEAST_REFRESHES = 12
 # Steps from a refresh to the next, on average, up to which features go straight enough: there a
-# linear forecast was better than a checked one (by 2 dB on emoji-sd), beyond worse (by 1 to 2 dB).
+# linear forecast was better than a checked one (by 3 dB on emoji-sd), beyond worse (by 1 dB).
 LONGEST_STRAIGHT = 3.5
 
 
