@@ -19,11 +19,11 @@ import torch
 
 import dcompile
 from dcompile.backends import resolve
-from dcompile.build import build
-from dcompile.call import CallForms
-from dcompile.display import Display
-from dcompile.forecast import factors, resolve_forecast
-from dcompile.program import Cuts, weights_of
+from dcompile.compiler.build import build
+from dcompile.compiler.program import Cuts, weights_of
+from dcompile.compiler.signature import CallForms
+from dcompile.policy.forecast import factors, resolve_forecast
+from dcompile.progress import Display
 
 REUSE = Cuts((0,), (1,))
 

@@ -20,8 +20,8 @@ import typer
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 
 import dcompile
-from dcompile.ondemand import OnDemand
-from passes import total_cost, with_outputs
+from dcompile.passes import total_cost, with_outputs
+from dcompile.runtime.lazy_network import OnDemand
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL, STEPS, ROUNDS = 3, 12, 3

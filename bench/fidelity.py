@@ -41,9 +41,9 @@ from torchmetrics.functional.image import (
 )
 
 import dcompile
-from dcompile import Pyramid, Sigma, models
-from dcompile.schedule import from_json as schedule_from_json
-from dcompile.schedule import to_json as schedule_to_json
+from dcompile import GainWeighted, MultiLevel, models
+from dcompile.policy.codec import from_json as schedule_from_json
+from dcompile.policy.codec import to_json as schedule_to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
@@ -258,25 +258,25 @@ def ours_at(subject: Subject, interval: int) -> Iterator[Method]:
     """What takes the FLOPs of this interval at depth 0, and Pyramids around them."""
     count = -(-subject.steps // interval)
     varied = interval == VARIED_AT
-    for forecast in ("linear", "checked", "taylor", *(("quadratic",) if varied else ())):
+    for forecast in ("linear", "damped", "taylor", *(("quadratic",) if varied else ())):
         yield ours(f"uniform, {forecast}, N={interval}", interval=interval, forecast=forecast)
-    yield ours(f"speedup=, as N={interval}", schedule=Sigma(count), forecast="auto")
+    yield ours(f"speedup=, as N={interval}", schedule=GainWeighted(count), forecast="auto")
     for power in (0.25, 0.5, 1.0) if varied else ():
         for forecast in ("reuse", "linear"):
-            name = f"Sigma, power {power:g}, {forecast}, as N={interval}"
-            yield ours(name, schedule=Sigma(count, power=power), forecast=forecast)
+            name = f"GainWeighted, power {power:g}, {forecast}, as N={interval}"
+            yield ours(name, schedule=GainWeighted(count, power=power), forecast=forecast)
     for power in (0.0, 1.0) if varied else (1.0,):
-        for forecast in ("linear", "checked"):
+        for forecast in ("linear", "damped"):
             name = f"Adaptive, power {power:g}, {forecast}, as N={interval}"
             yield ours(name, schedule=calibrated(interval, power, forecast), forecast=forecast)
     for depth in DEPTHS[1:]:
-        name = f"uniform, checked, N={interval}, depth {depth}"
-        yield ours(name, interval=interval, forecast="checked", depth=depth)
+        name = f"uniform, damped, N={interval}, depth {depth}"
+        yield ours(name, interval=interval, forecast="damped", depth=depth)
     for levels in PYRAMIDS.get(interval, ()):
         outer, *inner = levels
-        name = f"Pyramid, checked, every {outer[1]} at {outer[0]}"
+        name = f"MultiLevel, damped, every {outer[1]} at {outer[0]}"
         name += "".join(f", {beat} at {depth}" for depth, beat in inner)
-        yield ours(name, schedule=Pyramid(levels), forecast="checked")
+        yield ours(name, schedule=MultiLevel(levels), forecast="damped")
     speedup = speedup_of(subject, interval)
     yield ours(f"tuned, at the FLOPs of N={interval}", schedule=tuned(speedup))
     if interval == 2:
@@ -475,11 +475,11 @@ def bars(rows: dict[str, Any], ddpm: bool) -> Iterator[str]:
         base = psnr(f"DeepCache, N={interval}, depth 0")
         for name in (
             f"uniform, linear, N={interval}",
-            f"uniform, checked, N={interval}",
+            f"uniform, damped, N={interval}",
             f"uniform, taylor, N={interval}",
             f"speedup=, as N={interval}",
             f"Adaptive, power 1, linear, as N={interval}",
-            f"Adaptive, power 1, checked, as N={interval}",
+            f"Adaptive, power 1, damped, as N={interval}",
             f"tuned, at the FLOPs of N={interval}",
         ):
             value = psnr(name)
@@ -505,7 +505,7 @@ def bars(rows: dict[str, Any], ddpm: bool) -> Iterator[str]:
             )
     yield from ["", "| against | at | PSNR gained |", "| --- | --- | --- |"]
     for interval in OURS_AT:
-        for forecast in ("linear", "checked"):
+        for forecast in ("linear", "damped"):
             base = psnr(f"uniform, {forecast}, N={interval}")
             for power in (0, 1):
                 adaptive = f"Adaptive, power {power}, {forecast}, as N={interval}"
@@ -519,7 +519,7 @@ def bars(rows: dict[str, Any], ddpm: bool) -> Iterator[str]:
                     )
     single = {name: row for name, row in rows.items() if name.startswith(("uniform", "speedup="))}
     for name, row in rows.items():
-        if name.startswith("Pyramid"):
+        if name.startswith("MultiLevel"):
             rivals = [n for n, r in single.items() if r["flops_speedup"] >= row["flops_speedup"]]
             if rivals:
                 best = max(rivals, key=lambda n: interval_of(single[n]["psnr"])[0])

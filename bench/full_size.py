@@ -18,9 +18,9 @@ from rich.progress import track
 from shapes import GPU_SHAPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dcompile.call import CallForms
-from dcompile.capture import capture
-from passes import SkipConnection, find_skip_connections
+from dcompile.compiler.capture import capture
+from dcompile.compiler.signature import CallForms
+from dcompile.passes import SkipConnection, find_skip_connections
 
 
 @dataclass(frozen=True)

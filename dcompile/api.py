@@ -14,12 +14,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dcompile.artifact import read, write
 from dcompile.backends import GraphCompiler, resolve
-from dcompile.call import example_of
-from dcompile.capture import DynamicSizes
-from dcompile.dispatch import Dispatcher, Settings, Stats, dispatcher_of
-from dcompile.display import Display
+from dcompile.compiler.capture import DynamicSizes
+from dcompile.compiler.fingerprint import identity_of, portable, structure_of
+from dcompile.compiler.signature import example_of
 from dcompile.errors import (
     BackendError,
     CaptureError,
@@ -29,14 +27,18 @@ from dcompile.errors import (
     NotCompiledError,
     ScheduleError,
 )
-from dcompile.forecast import Forecast, resolve_forecast
-from dcompile.ondemand import OnDemand
-from dcompile.onnx import export, without_autocast
-from dcompile.report import Explanation, explain
-from dcompile.schedule import Schedule, Sigma, Uniform, require_speedup
-from dcompile.standin import free_slot, standin_of
-from dcompile.structure import portable, structure_of
-from dcompile.tuning import Tuned
+from dcompile.policy.checks import require_speedup
+from dcompile.policy.fixed import Uniform
+from dcompile.policy.forecast import Forecast, resolve_forecast
+from dcompile.policy.gain_weighted import GainWeighted
+from dcompile.policy.schedule import RefreshRule, Schedule, as_schedule
+from dcompile.progress import Display
+from dcompile.report.explain import Explanation, explain
+from dcompile.runtime.dispatcher import Dispatcher, Settings, Stats, dispatcher_of
+from dcompile.runtime.lazy_network import OnDemand
+from dcompile.runtime.wrapper import free_slot, standin_of
+from dcompile.storage.artifact import read, write
+from dcompile.storage.onnx import export, without_autocast
 
 M = TypeVar("M")
 
@@ -46,9 +48,9 @@ def cache_compile(
     *,
     interval: int | None = None,
     speedup: float | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | RefreshRule | None = None,
     forecast: str | Forecast | None = None,
-    scheduler: Any = None,
+    sampler: Any = None,
     depth: int = 0,
     backend: str | GraphCompiler = "inductor",
     dynamic: bool | Mapping[str, Sequence[int]] = False,
@@ -72,19 +74,22 @@ def cache_compile(
             ``torch.compile``\\ d module the original is taken, compiled and returned.
         interval: refresh every ``interval``-th step, as DeepCache does; 3 if neither this nor
             ``speedup`` nor ``schedule`` is given.
-        speedup: how much less compute (FLOPs) a run is to take. Refreshes then where the sampler
-            makes most of an error (``Sigma``), and forecasts features for samplers that add no
-            noise: closer to the uncached result than an interval at the same cost.
-        schedule: decides which steps refresh; see ``dcompile.schedule``. A ``Tuned`` one brings
-            its depth and forecast, a ``Pyramid`` its depths.
+        speedup: FLOPs of an uncached run over FLOPs of a cached one. Refreshes are then placed
+            where the sampler's error gain is largest (``GainWeighted``), and features are
+            forecast for samplers that add no noise: closer to the uncached result than an interval
+            at the same cost.
+        schedule: decides which steps refresh: any object with ``refresh(step, steps) -> bool``,
+            or a ``dcompile.Schedule``. A ``Tuned`` one brings its depths and forecast, a
+            ``MultiLevel`` its depths.
         forecast: what a reuse step feeds in for the features it does not compute: "reuse", the
             latest as they are, which is DeepCache's and the default; "linear", "quadratic" or
-            "taylor", extrapolated from the latest refreshes; "checked", linear as far as that was
-            right at the latest refresh; or an object of your own (see ``dcompile.forecast``).
+            "taylor", extrapolated from the latest refreshes; "damped", linear as far as that was
+            right at the latest refreshes; or an object of your own (see
+            ``dcompile.policy.forecast``).
             "auto", the default with ``speedup``: "reuse" if the sampler adds noise or the run has
-            few refreshes, else "checked".
-        scheduler: the sampler, a diffusers scheduler, if ``module`` is no pipeline that has one.
-            Read at the start of each generation by ``speedup``, ``Sigma`` and "auto".
+            few refreshes, else "damped".
+        sampler: a diffusers scheduler, if ``module`` is no pipeline that has one.
+            Read at the start of each generation by ``speedup``, ``GainWeighted`` and "auto".
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to
             the uncached result. Equals DeepCache's ``cache_branch_id``.
         backend: "inductor", "tensorrt", "eager" (exact), any name of
@@ -108,7 +113,7 @@ def cache_compile(
 
     Raises:
         ScheduleError: a bad interval, speedup, schedule or forecast, or several of the first
-            three; ``speedup``, ``Sigma`` or "auto" without a sampler.
+            three; ``speedup``, ``GainWeighted`` or "auto" without a sampler.
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
@@ -117,11 +122,11 @@ def cache_compile(
         TimestepError: the network's forward takes no timestep.
     """
     chosen = _chosen_schedule(interval, schedule, speedup)
-    if isinstance(schedule, Tuned):
-        forecast = _as_tuned(schedule, forecast, depth)
-        schedule.require_fit(_without_torch_compile(_denoiser_of(module)))
-    if forecast is None:
-        forecast = "reuse" if speedup is None else "auto"
+    found = _without_torch_compile(_denoiser_of(module))
+    if isinstance(found, nn.Module):
+        chosen.require_fit(identity_of(found))
+    if forecast is None and speedup is not None:
+        forecast = "auto"
     depths = _chosen_depths(chosen, depth)
     settings = Settings(
         schedule=chosen,
@@ -130,8 +135,8 @@ def cache_compile(
         dynamic=DynamicSizes.of(dynamic),
         verbose=verbose,
         cuda_graphs=_checked_cuda_graphs(cuda_graphs),
-        forecasts=_chosen_forecasts(chosen, [forecast] * len(depths)),
-        sampler=_sampler_of(module, scheduler),
+        forecasts=_chosen_forecasts(chosen, depths, [forecast] * len(depths)),
+        sampler=_sampler_of(module, sampler),
     )
     _require_sampler(settings)
     network = _network_of(module)
@@ -293,7 +298,7 @@ class Handle:
             NotCompiledError: no example, and the network was not called since it last changed.
             ExportError: a package is missing, the folder cannot be written or holds other files,
                 the network is in training mode, its weights have no values, an operator has no
-                ONNX form, or the schedule is a ``Pyramid``, which takes more than two graphs.
+                ONNX form, or the schedule is a ``MultiLevel``, which takes more than two graphs.
             CaptureError: the network cannot be captured.
             NoSkipConnectionError, DepthError: there is nothing to cut at this depth.
         """
@@ -340,9 +345,9 @@ def load(
     *,
     interval: int | None = None,
     speedup: float | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | RefreshRule | None = None,
     forecast: str | Forecast | None = None,
-    scheduler: Any = None,
+    sampler: Any = None,
     verbose: bool = True,
 ) -> M:
     """``cache_compile`` with programs that ``Handle.save`` wrote: nothing is captured or compiled.
@@ -358,7 +363,7 @@ def load(
         folder: what ``Handle.save`` wrote.
         interval, speedup, schedule: see ``cache_compile``; as it was saved if none is given.
         forecast: as it was saved if not given; programs are made for one length of history.
-        scheduler: see ``cache_compile``.
+        sampler: see ``cache_compile``.
         verbose: show on standard error what is done.
 
     Returns:
@@ -393,10 +398,8 @@ def load(
     else:
         chosen = artifact.schedule
     cuts = artifact.cuts
-    if isinstance(chosen, Tuned):
-        chosen.require_fit(network)
-        forecast = _as_tuned(chosen, forecast, 0)
-    depth = 0 if isinstance(chosen, Tuned) else cuts.depths[0]
+    chosen.require_fit(identity_of(network))
+    depth = 0 if chosen.depths is not None else cuts.depths[0]
     if _chosen_depths(chosen, depth) != cuts.depths:
         raise ScheduleError(
             f"{source} was saved at depth {_listed(cuts.depths)}, {chosen!r} cuts at depth "
@@ -415,8 +418,8 @@ def load(
         dynamic=DynamicSizes.of(artifact.dynamic),
         verbose=verbose,
         cuda_graphs=artifact.cuda_graphs,
-        forecasts=_chosen_forecasts(chosen, forecasts),
-        sampler=_sampler_of(module, scheduler),
+        forecasts=_chosen_forecasts(chosen, cuts.depths, forecasts),
+        sampler=_sampler_of(module, sampler),
     )
     _require_sampler(settings)
     if settings.cuts != cuts:
@@ -556,7 +559,7 @@ def _without_torch_compile(module: Any) -> Any:
 
 
 def _chosen_schedule(
-    interval: int | None, schedule: Schedule | None, speedup: float | None = None
+    interval: int | None, schedule: Schedule | RefreshRule | None, speedup: float | None = None
 ) -> Schedule:
     named = {"interval": interval, "speedup": speedup, "schedule": schedule}
     given = {name: value for name, value in named.items() if value is not None}
@@ -564,71 +567,51 @@ def _chosen_schedule(
         listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
         raise ScheduleError(f"give one of interval, speedup and schedule, not {listed}")
     if speedup is not None:
-        return Sigma(speedup=require_speedup(speedup))
+        return GainWeighted(speedup=require_speedup(speedup))
     if schedule is None:
         return Uniform(3 if interval is None else interval)
-    if not callable(getattr(schedule, "refresh", None)):
-        raise ScheduleError(
-            f"schedule: expected an object with refresh(step, steps) -> bool, got {schedule!r}"
-        )
-    needed = {"probe": "observe", "depths": "partly"}
-    for has, needs in needed.items():
-        methods = (getattr(schedule, "plan", None), getattr(schedule, needs, None))
-        if hasattr(schedule, has) and not any(map(callable, methods)):
-            raise ScheduleError(f"schedule: {schedule!r} has {has}, and no method {needs}")
-    try:
-        inspect.signature(schedule.refresh).bind(0, None)
-    except TypeError as error:
-        raise ScheduleError(
-            f"schedule: {schedule!r} must have refresh(step, steps) -> bool; {error}"
-        ) from error
-    return schedule
-
-
-def _as_tuned(tuned: Tuned, forecast: str | Forecast | None, depth: int) -> str | Forecast:
-    """The forecast that belongs to a tuned schedule, which brings its depths as well."""
-    if depth not in (0, tuned.depths[0]) or forecast not in (None, tuned.forecast):
-        raise ScheduleError(
-            f"the schedule was tuned for depth={_listed(tuned.depths)} and "
-            f"forecast={tuned.forecast!r}, got depth={depth!r} and forecast={forecast!r}: leave "
-            "them out"
-        )
-    return tuned.forecast
+    return as_schedule(schedule)
 
 
 def _chosen_depths(schedule: Schedule, depth: int) -> tuple[int, ...]:
     """Where to cut: what the schedule says, or at ``depth``."""
-    depths = getattr(schedule, "depths", None)
+    depths = schedule.depths
     if depths is None:
         return (_checked_depth(depth),)
     if depth not in (0, depths[0]):
         raise DepthError(
-            f"{schedule!r} brings its depths, got depth={depth!r} besides: leave it out"
+            f"{schedule!r} brings its depths, got depth={depth!r} as well: leave it out"
         )
     return tuple(_checked_depth(value) for value in depths)
 
 
 def _chosen_forecasts(
-    schedule: Schedule, given: Sequence[str | Forecast | None]
+    schedule: Schedule, depths: Sequence[int], given: Sequence[str | Forecast | None]
 ) -> tuple[Forecast | Literal["auto"], ...]:
     """One for each cut: the schedule's own where it has one."""
-    own = getattr(schedule, "forecasts", None) or (None,) * len(given)
-    wanted = [one if one is not None else other for one, other in zip(own, given, strict=True)]
-    return tuple("auto" if item == "auto" else resolve_forecast(item) for item in wanted)
+    own = schedule.forecasts or (None,) * len(depths)
+    pairs = list(zip(own, given, strict=True))
+    if None not in own and any(other not in (None, one) for one, other in pairs):
+        raise ScheduleError(
+            f"{schedule!r} brings its forecasts, {_listed(own)}, got {given[0]!r} as well: leave "
+            "it out"
+        )
+    wanted = [one if one is not None else other for one, other in pairs]
+    return tuple("auto" if item == "auto" else resolve_forecast(item or "reuse") for item in wanted)
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _listed(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items))
 
 
-def _sampler_of(module: Any, scheduler: Any) -> Callable[[], Any] | None:
+def _sampler_of(module: Any, given: Any) -> Callable[[], Any] | None:
     """Where to find the sampler when a generation starts; a pipeline's may be replaced."""
-    if scheduler is not None:
-        if not callable(getattr(scheduler, "set_timesteps", None)):
+    if given is not None:
+        if not callable(getattr(given, "set_timesteps", None)):
             raise ScheduleError(
-                f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}"
+                f"sampler: expected a diffusers scheduler, got {type(given).__name__}"
             )
-        return lambda: scheduler
+        return lambda: given
     if not _is_pipeline(module) or not hasattr(module, "scheduler"):
         return None
     pipeline, latest = weakref.ref(module), module.scheduler
@@ -643,12 +626,12 @@ def _sampler_of(module: Any, scheduler: Any) -> Callable[[], Any] | None:
 
 
 def _require_sampler(settings: Settings) -> None:
-    planned = "speedup and Sigma" if isinstance(settings.schedule, Sigma) else None
+    planned = "speedup and GainWeighted" if settings.schedule.needs_sampler else None
     wanted = planned or ('forecast="auto"' if "auto" in settings.forecasts else None)
     if wanted is not None and settings.sampler is None:
         raise ScheduleError(
             f"{wanted} look at the sampler: pass the pipeline instead of its network, or "
-            "cache_compile(unet, scheduler=pipe.scheduler, ...)"
+            "cache_compile(unet, sampler=pipe.scheduler, ...)"
         )
 
 

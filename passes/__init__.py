@@ -7,13 +7,13 @@ ATen ``GraphModule`` as ``torch.export`` makes it and returns another.
     full, shallow = split_at(graph_module, skips[0])
 """
 
-from passes.base import GraphPass, PassError, PostconditionError, PreconditionError
-from passes.canonicalize import Canonicalize
-from passes.cost import Cost, node_cost, total_cost
-from passes.forecast import with_forecast
-from passes.probe import with_drift
-from passes.skips import SkipConnection, find_skip_connections
-from passes.split import SplitGraphs, split_at, split_levels, with_outputs
+from .base import GraphPass, PassError, PostconditionError, PreconditionError
+from .canonicalize import Canonicalize
+from .cost import Cost, node_cost, total_cost
+from .forecast import with_forecast
+from .probe import with_drift
+from .skips import SkipConnection, find_skip_connections
+from .split import SplitGraphs, split_at, split_levels, with_outputs
 
 __all__ = [
     "Canonicalize",

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from passes.base import (
+from .base import (
     GraphPass,
     PostconditionError,
     argument,

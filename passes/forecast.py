@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from passes.base import PreconditionError, call, is_floating, placeholder
+from .base import PreconditionError, call, is_floating, placeholder
 
 _aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from passes.base import PreconditionError, call, is_floating, placeholder
+from .base import PreconditionError, call, is_floating, placeholder
 
 _aten = torch.ops.aten
 

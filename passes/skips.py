@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from passes.base import PreconditionError, argument, has_argument, is_pure
-from passes.cost import Cost, node_cost, tensor_bytes, total_cost
+from .base import PreconditionError, argument, has_argument, is_pure
+from .cost import Cost, node_cost, tensor_bytes, total_cost
 
 # The same operation under the names that capture leaves in a graph.
 CONCATENATIONS = frozenset(

@@ -10,8 +10,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from passes.base import PostconditionError, PreconditionError, call, is_pure, require_functional
-from passes.skips import SkipConnection
+from .base import PostconditionError, PreconditionError, call, is_pure, require_functional
+from .skips import SkipConnection
 
 
 class SplitGraphs(NamedTuple):

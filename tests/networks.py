@@ -31,10 +31,10 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dcompile.call import CallForms
-from dcompile.capture import CapturedNetwork, capture
-from dcompile.program import CompiledGraph, Program, cached_by, convention_of, weights_of
-from passes import SkipConnection, find_skip_connections, split_at
+from dcompile.compiler.capture import CapturedNetwork, capture
+from dcompile.compiler.program import CompiledGraph, Program, cached_by, convention_of, weights_of
+from dcompile.compiler.signature import CallForms
+from dcompile.passes import SkipConnection, find_skip_connections, split_at
 
 BATCH = 2
 TEXT = 16  # width of a text embedding

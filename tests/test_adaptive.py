@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
 
 import dcompile
-from dcompile import Adaptive, Run, ScheduleError
-from dcompile.schedule import from_json, to_json
+from dcompile import Adaptive, RunInfo, ScheduleError
+from dcompile.policy.codec import from_json, to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Adaptive")
 
@@ -37,10 +37,10 @@ class Told:
 def refreshed(schedule: Adaptive, drifts: list[float], late: bool = False, **run: Any) -> list[int]:
     """The refresh steps of a run whose step i drifts by ``drifts[i]``."""
     warned: list[str] = []
-    planned: Any = schedule.plan(Run(len(drifts), warn=warned.append, **run))
+    planned: Any = schedule.plan(RunInfo(len(drifts), warn=warned.append, **run))
     found = []
     for step, drift in enumerate(drifts):
-        if planned.refresh(step, len(drifts)):
+        if planned.level(step):
             found.append(step)
         else:
             planned.observe(step, Told(drift, late))
@@ -64,9 +64,9 @@ def test_intervals_bound_it() -> None:
 def test_the_sampler_weights_the_drifts() -> None:
     # Over their mean, to the power of 1/2: 2/1.5 and 1/1.5.
     weights = (4.0,) * 5 + (1.0,) * 5
-    found = refreshed(Adaptive(2.6, power=0.5), [1.0] * 10, weights=weights)
+    found = refreshed(Adaptive(2.6, power=0.5), [1.0] * 10, gains=weights)
     assert found == [0, 3, 7]
-    assert refreshed(Adaptive(2.6, power=0), [1.0] * 10, weights=weights) == [0, 4, 8]
+    assert refreshed(Adaptive(2.6, power=0), [1.0] * 10, gains=weights) == [0, 4, 8]
     # Without a sampler all steps count alike.
     assert refreshed(Adaptive(2.6), [1.0] * 10) == [0, 4, 8]
 
@@ -78,10 +78,10 @@ def test_what_is_not_finite_is_refreshed_at_once(drift: float) -> None:
 
 
 def test_two_calls_a_step_count_once_and_the_larger_one() -> None:
-    planned: Any = Adaptive(1.0).plan(Run(9))
+    planned: Any = Adaptive(1.0).plan(RunInfo(9))
     found = []
     for step in range(9):
-        decisions = {planned.refresh(step, 9) for _ in range(2)}
+        decisions = {planned.level(step) for _ in range(2)}
         assert len(decisions) == 1
         if decisions.pop():
             found.append(step)
@@ -153,7 +153,7 @@ def test_it_reads_the_sampler(recwarn: pytest.WarningsRecorder) -> None:
         network = dcompile.cache_compile(
             plain(),
             schedule=Adaptive(0.6, power=power),
-            scheduler=scheduler,
+            sampler=scheduler,
             backend="eager",
             verbose=False,
         )
@@ -232,9 +232,9 @@ def test_a_threshold_that_decides_nothing_warns_once(threshold: float, message: 
 )
 def test_warnings_say_what_happened(schedule: Adaptive, late: bool, warning: str | None) -> None:
     warned: list[str] = []
-    planned: Any = schedule.plan(Run(50, warn=warned.append))
+    planned: Any = schedule.plan(RunInfo(50, warn=warned.append))
     for step in range(50):
-        if not planned.refresh(step, 50):
+        if not planned.level(step):
             planned.observe(step, Told(1.0, late))
     assert len(warned) == (warning is not None)
     assert warning is None or warning in warned[0]
@@ -277,7 +277,7 @@ def test_bad_arguments(arguments: dict[str, Any]) -> None:
 
 
 def test_unplanned_use_says_so() -> None:
-    with pytest.raises(ScheduleError, match="within a run"):
+    with pytest.raises(ScheduleError, match="for a whole run"):
         Adaptive(1.0).refresh(0, 9)
 
 

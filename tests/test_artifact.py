@@ -18,7 +18,7 @@ from torch import nn
 
 import dcompile
 from dcompile import ArtifactError, DcompileError, NotCompiledError, ScheduleError
-from dcompile import artifact as artifacts
+from dcompile.storage import artifact as artifacts
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_nothing_is_captured_or_compiled_after_loading(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("captured")
 
-    monkeypatch.setattr(dcompile.dispatch, "capture", never)
-    monkeypatch.setattr(dcompile.dispatch, "build", never)
+    monkeypatch.setattr(dcompile.runtime.dispatcher, "capture", never)
+    monkeypatch.setattr(dcompile.runtime.dispatcher, "build", never)
     network = loaded(saved)
     expected = dcompile.handle(network)
     reference = plain()
@@ -433,7 +433,7 @@ def test_a_schedule_of_ones_own_has_to_be_given_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [dcompile.Uniform(4), dcompile.Steps([0, 2, 5]), dcompile.Power(3, 2, 1.2)]
+    "schedule", [dcompile.Uniform(4), dcompile.Steps([0, 2, 5]), dcompile.NonUniform(3, 2, 1.2)]
 )
 def test_schedules_come_back(tmp_path: Path, schedule: dcompile.Schedule) -> None:
     network = dcompile.cache_compile(plain(), schedule=schedule, backend="eager", verbose=False)

@@ -26,8 +26,8 @@ from typer.testing import CliRunner, Result
 
 import dcompile
 from dcompile import models
-from dcompile.cli import app
-from dcompile.demo import DemoSettings, GridLayout, fidelity, picture_grid, run_demo
+from dcompile.cli.app import app
+from dcompile.cli.demo import DemoSettings, GridLayout, fidelity, picture_grid, run_demo
 
 TEXT_WIDTH = 16
 
@@ -344,7 +344,7 @@ def test_python_m_dcompile() -> None:
 
 
 def test_cli_imports_nothing_heavy_but_torch() -> None:
-    code = "import sys, dcompile.cli; print(*{m.split('.')[0] for m in sys.modules})"
+    code = "import sys, dcompile.cli.app; print(*{m.split('.')[0] for m in sys.modules})"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -420,7 +420,7 @@ def test_profile(ddpm: Path, tmp_path: Path) -> None:
         assert image.format == "PNG"
     content = json.loads(data.read_text())
     assert [depth["depth"] for depth in content["depths"]] == [0, 1, 2, 3]
-    assert len(content["weights"]) == content["steps"] == 6
+    assert len(content["gains"]) == content["steps"] == 6
 
 
 def test_profile_of_one_depth_of_a_text_to_image_model(

@@ -12,9 +12,9 @@ from plain import Plain, picture, plain, sampled, steps_of, timesteps
 from simulated_graphs import SimulatedRecorder
 
 import dcompile
-from dcompile import cuda_graphs
-from dcompile.cuda_graphs import RECORDERS, RecordedProgram
 from dcompile.errors import BackendError
+from dcompile.runtime import cuda_graphs
+from dcompile.runtime.cuda_graphs import RECORDERS, RecordedProgram
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +247,7 @@ def test_an_argument_elsewhere_falls_back(graphs: str) -> None:
 
 
 def test_few_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dcompile.dispatch, "MAX_RECORDED", 2)
+    monkeypatch.setattr(dcompile.runtime.dispatcher, "MAX_RECORDED", 2)
     network = compiled()
     for size in (4, 8, 12, 8, 4):
         x = picture(size=(size, size))

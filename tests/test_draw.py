@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dcompile import DepthError, DepthReport, Explanation, NoSkipConnectionError
-from dcompile.draw import WIDTH, draw_svg
+from dcompile.report.svg import WIDTH, draw_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

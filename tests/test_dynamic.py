@@ -258,8 +258,8 @@ def test_a_warm_network_neither_captures_nor_compiles(
     assert (stats.captures, stats.generations, stats.refresh_steps) == (1, 0, 0)
     assert stats.cache_bytes == 0
     if isinstance(call, tuple) and len(call) == 3:
-        monkeypatch.setattr(dcompile.dispatch, "capture", None)
-        monkeypatch.setattr(dcompile.dispatch, "build", None)
+        monkeypatch.setattr(dcompile.runtime.dispatcher, "capture", None)
+        monkeypatch.setattr(dcompile.runtime.dispatcher, "build", None)
         x = picture()
         assert sampled(network, x, timesteps()).isfinite().all()
 
@@ -267,7 +267,7 @@ def test_a_warm_network_neither_captures_nor_compiles(
 def test_several_signatures_at_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dcompile.display, "SHOWN_FROM", 0.0)
+    monkeypatch.setattr(dcompile.progress, "SHOWN_FROM", 0.0)
     network = compiled(verbose=True)
     calls = [(picture(size=(s, s)), timesteps()[0], None) for s in (6, 8, 12)]
     dcompile.handle(network).warmup(*calls)
@@ -293,8 +293,8 @@ def test_signatures_warm_up_another_process(monkeypatch: pytest.MonkeyPatch) -> 
     other = compiled()
     dcompile.handle(other).warmup(*signatures)
     assert dcompile.handle(other).signatures == signatures
-    monkeypatch.setattr(dcompile.dispatch, "capture", None)
-    monkeypatch.setattr(dcompile.dispatch, "build", None)
+    monkeypatch.setattr(dcompile.runtime.dispatcher, "capture", None)
+    monkeypatch.setattr(dcompile.runtime.dispatcher, "build", None)
     for condition in conditions:
         sampled(other, picture(), timesteps(), condition)
     with torch.autocast("cpu", torch.bfloat16):

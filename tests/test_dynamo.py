@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import dcompile
-from dcompile import dynamo
+from dcompile.integrations import torch_compile as dynamo
 
 EAGER = {"interval": 3, "backend": "eager"}
 

@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 
 import dcompile
 from dcompile import models
-from dcompile.cli import app
-from dcompile.demo import DemoSettings, GridLayout, run_demo
+from dcompile.cli.app import app
+from dcompile.cli.demo import DemoSettings, GridLayout, run_demo
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "dcompile/models/emoji-sd"
@@ -222,7 +222,7 @@ def test_cached_pictures_are_close_and_closer_the_shorter_the_interval(
 # --- the demo -------------------------------------------------------------------------------------
 
 
-def demo(**settings: Any) -> dcompile.demo.DemoResult:
+def demo(**settings: Any) -> dcompile.cli.demo.DemoResult:
     return run_demo(DemoSettings(**{"steps": 2, "intervals": (2,), "device": "cpu", **settings}))
 
 

@@ -11,8 +11,16 @@ from plain import Plain, picture, plain, sampled, steps_of, timesteps
 
 import dcompile
 from dcompile import Forecast, ScheduleError, Steps
-from dcompile.forecast import Checked, Lagrange, Reuse, Taylor, factors, name_of, resolve_forecast
-from passes import find_skip_connections, split_at
+from dcompile.passes import find_skip_connections, split_at
+from dcompile.policy.forecast import (
+    Damped,
+    Lagrange,
+    Reuse,
+    Taylor,
+    factors,
+    name_of,
+    resolve_forecast,
+)
 
 
 def forecasted(forecast: Forecast, values: dict[int, float], step: int) -> float:
@@ -58,7 +66,7 @@ def test_with_too_little_history_it_makes_do(forecast: Forecast) -> None:
 
 
 def test_names() -> None:
-    for name in ("reuse", "linear", "checked", "quadratic", "taylor"):
+    for name in ("reuse", "linear", "damped", "quadratic", "taylor"):
         assert name_of(resolve_forecast(name)) == name
     assert name_of(Lagrange(5)) is None
     assert isinstance(Lagrange(1), Forecast)
@@ -121,7 +129,7 @@ def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[
     for step, t in enumerate(ts):
         if step in refresh:
             output, boundary = call(full, x, t)
-            if isinstance(forecast, Checked) and len(past) > 1:
+            if isinstance(forecast, Damped) and len(past) > 1:
                 given = forecast.coefficients(step, [s for s, _ in past])
                 added = sum(c * b for c, (_, b) in zip(given, past, strict=True)) - past[0][1]
                 change = boundary - past[0][1]
@@ -131,7 +139,7 @@ def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[
             past = [(step, boundary), *past][: forecast.history]
         else:
             given = forecast.coefficients(step, [s for s, _ in past])
-            if isinstance(forecast, Checked):
+            if isinstance(forecast, Damped):
                 given = forecast.share(given, trust[-1 if x.device.type == "cpu" else -2])
             total = sum(c * b for c, (_, b) in zip(given, past, strict=False))
             (output,) = call(shallow, x, t, total)
@@ -155,9 +163,9 @@ def test_a_run_is_what_it_is_by_hand(name: str) -> None:
 def test_a_checked_forecast_by_hand(refresh: set[int]) -> None:
     x, ts = picture(), timesteps(12)
     schedule = Steps(sorted(refresh))
-    found = sampled(compiled("checked", schedule), x, ts)
+    found = sampled(compiled("damped", schedule), x, ts)
     with torch.no_grad():
-        expected = by_hand(Checked(), x, ts, refresh)
+        expected = by_hand(Damped(), x, ts, refresh)
     torch.testing.assert_close(found, expected)
     for other in ("reuse", "linear"):
         assert not torch.allclose(found, sampled(compiled(other, schedule), x, ts), atol=1e-6)
@@ -165,9 +173,9 @@ def test_a_checked_forecast_by_hand(refresh: set[int]) -> None:
 
 def test_what_is_trusted_is_a_share_of_what_is_added() -> None:
     given = factors(Lagrange(1), 5, (3, 0))
-    assert Checked.share(given, 1.0) == pytest.approx(given)
-    assert Checked.share(given, 0.0) == (1.0, 0.0)
-    assert sum(Checked.share(given, 0.3)) == pytest.approx(1.0)
+    assert Damped.share(given, 1.0) == pytest.approx(given)
+    assert Damped.share(given, 0.0) == (1.0, 0.0)
+    assert sum(Damped.share(given, 0.3)) == pytest.approx(1.0)
 
 
 @pytest.mark.usefixtures("each_way")
@@ -184,12 +192,12 @@ def test_features_that_swing_are_reused() -> None:
     network = Swinging().eval().to(device)
     ts = torch.arange(24, 0, -1).to(device)
     found = {}
-    for forecast in ("reuse", "checked", "linear"):
+    for forecast in ("reuse", "damped", "linear"):
         dcompile.cache_compile(
             network, interval=3, forecast=forecast, backend="eager", verbose=False
         )
         found[forecast] = sampled(network, picture(), ts)
-    assert torch.equal(found["checked"], found["reuse"])
+    assert torch.equal(found["damped"], found["reuse"])
     assert not torch.allclose(found["linear"], found["reuse"], atol=1e-5)
 
 

@@ -23,7 +23,7 @@ from plain import Plain, picture, plain, timesteps
 from torch import nn
 
 import dcompile
-import dcompile.onnx
+import dcompile.storage.onnx
 from dcompile import ExportError, NotCompiledError, handle
 
 onnx = pytest.importorskip("onnx")
@@ -119,9 +119,9 @@ def written(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def translated(label: str, *_: object) -> Any:
         model = onnx_ir.load(exported / f"{label}.onnx")
-        return dcompile.onnx._Translated(model, tuple(model.graph.outputs))
+        return dcompile.storage.onnx._Translated(model, tuple(model.graph.outputs))
 
-    monkeypatch.setattr(dcompile.onnx, "_translated", translated)
+    monkeypatch.setattr(dcompile.storage.onnx, "_translated", translated)
     return lambda folder: handle(compiled()).export_onnx(folder, picture(), timesteps()[0])
 
 
@@ -389,7 +389,7 @@ def test_a_failed_export_leaves_the_old_one(
     def full_disk(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dcompile.onnx._WeightsFile, "add", full_disk)
+    monkeypatch.setattr(dcompile.storage.onnx._WeightsFile, "add", full_disk)
     with pytest.raises(ExportError, match="No space left on device; free some space or choose"):
         written(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -474,13 +474,13 @@ class Always:
 @pytest.mark.parametrize(
     ("schedule", "fields"),
     [
-        (dcompile.Power(5, center=10), {"count": 5, "center": 10, "power": 1.4}),
+        (dcompile.NonUniform(5, center=10), {"count": 5, "center": 10, "power": 1.4}),
         (Halves(), {"first": [0, 4], "rule": "<built-in function len>"}),
         (Always(), {}),
     ],
 )
 def test_schedule_in_the_manifest(schedule: Any, fields: Arrays) -> None:
-    described = dcompile.onnx._described_schedule(schedule)
+    described = dcompile.storage.onnx._described_schedule(schedule)
     assert described["class"] == type(schedule).__name__
     assert described["fields"] == fields
     assert described["repr"] == repr(schedule)
@@ -488,7 +488,7 @@ def test_schedule_in_the_manifest(schedule: Any, fields: Arrays) -> None:
 
 
 def test_large_tensors_can_be_mapped(tmp_path: Path) -> None:
-    with dcompile.onnx._WeightsFile(tmp_path / "weights.data") as stored:
+    with dcompile.storage.onnx._WeightsFile(tmp_path / "weights.data") as stored:
         offsets = [stored.add(bytes(3)), stored.add(b"x" * (1 << 20)), stored.add(bytes(3))]
     assert offsets == [0, 1 << 16, 0]
     content = (tmp_path / "weights.data").read_bytes()

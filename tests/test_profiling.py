@@ -13,7 +13,7 @@ from plain import picture, plain, sampled, timesteps
 
 import dcompile
 from dcompile import Adaptive, DcompileError, DepthError, ScheduleError, Trial, Tuned, TuneError
-from dcompile.plots import front
+from dcompile.report.plots import pareto_front
 
 STEPS = 9
 
@@ -36,7 +36,7 @@ def test_profile_measures_every_depth(profiled: Any) -> None:
     assert [depth.depth for depth in profiled.depths] == [row.depth for row in expected]
     assert [depth.ratio for depth in profiled.depths] == [row.ratio for row in expected]
     assert profiled.steps == STEPS
-    assert profiled.weights is None
+    assert profiled.gains is None
 
 
 def test_similarities_are_cosines(profiled: Any) -> None:
@@ -150,7 +150,7 @@ def test_front() -> None:
         return Trial((0,), 0, "reuse", speedup, psnr)
 
     best = [trial(1.0, 40.0), trial(2.0, 35.0), trial(3.0, 20.0)]
-    assert front([*best, trial(1.5, 30.0), trial(2.0, 34.0), trial(3.0, 20.0)]) == best
+    assert pareto_front([*best, trial(1.5, 30.0), trial(2.0, 34.0), trial(3.0, 20.0)]) == best
 
 
 def test_what_is_deepcache(compared: Any) -> None:

@@ -11,11 +11,11 @@ from networks import capture_call
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
 
 import dcompile
-from dcompile import Pyramid, ScheduleError, Steps
+from dcompile import MultiLevel, ScheduleError, Steps
 from dcompile.errors import DepthError, ExportError
-from dcompile.forecast import Taylor, resolve_forecast
-from dcompile.schedule import from_json, to_json
-from passes import find_skip_connections, split_levels
+from dcompile.passes import find_skip_connections, split_levels
+from dcompile.policy.codec import from_json, to_json
+from dcompile.policy.forecast import Taylor, resolve_forecast
 
 LEVELS = [(0, 2), (1, 6)]
 
@@ -28,7 +28,7 @@ def each_way(graphs: str) -> str:
 
 def compiled(levels: Any = LEVELS, **settings: Any) -> Plain:
     settings = {"backend": "eager", "verbose": False, **settings}
-    return dcompile.cache_compile(plain(), schedule=Pyramid(levels), **settings)
+    return dcompile.cache_compile(plain(), schedule=MultiLevel(levels), **settings)
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     ):
         dcompile.load(plain(), folder, schedule=Steps([0]), verbose=False)
     with pytest.raises(ScheduleError, match=r"saved for forecasts from 1, 2 refreshes"):
-        dcompile.load(plain(), folder, schedule=Pyramid(LEVELS), forecast="reuse", verbose=False)
+        dcompile.load(plain(), folder, schedule=MultiLevel(LEVELS), forecast="reuse", verbose=False)
 
 
 @pytest.mark.parametrize("backend", ["inductor"])
@@ -167,9 +167,9 @@ def test_warmup_runs_every_graph(graphs: str) -> None:
         (3, "expected"),
         ([(0,)], "expected"),
         ([0, 2], "expected"),
-        ([(0, 0)], "Pyramid interval"),
-        ([(-1, 2)], "Pyramid depth"),
-        ([(0, True)], "Pyramid interval"),
+        ([(0, 0)], "MultiLevel interval"),
+        ([(-1, 2)], "MultiLevel depth"),
+        ([(0, True)], "MultiLevel interval"),
         ([(1, 2), (0, 4)], "depths have to ascend"),
         ([(0, 4), (1, 2)], "as rarely"),
         ([(0, 2, Taylor(2))], "expected a forecast's name"),
@@ -177,7 +177,7 @@ def test_warmup_runs_every_graph(graphs: str) -> None:
 )
 def test_bad_levels(levels: Any, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
-        Pyramid(levels)
+        MultiLevel(levels)
 
 
 def test_bad_use(tmp_path: Any) -> None:
@@ -193,5 +193,5 @@ def test_bad_use(tmp_path: Any) -> None:
 
 
 def test_as_json() -> None:
-    for schedule in (Pyramid(LEVELS), Pyramid([(0, 2), (1, 6, "linear")])):
+    for schedule in (MultiLevel(LEVELS), MultiLevel([(0, 2), (1, 6, "linear")])):
         assert from_json(json.loads(json.dumps(to_json(schedule)))) == schedule

@@ -21,8 +21,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dcompile.forecast import Checked, Lagrange, Reuse
-from dcompile.samplers import is_stochastic, step_weights, usual_forecast, usual_power
+from dcompile.policy.forecast import Damped, Lagrange, Reuse
+from dcompile.policy.sampler import default_forecast, default_power, error_gains, is_stochastic
 
 
 def at(scheduler: Any, steps: int = 20) -> Any:
@@ -32,7 +32,7 @@ def at(scheduler: Any, steps: int = 20) -> Any:
 
 def test_ddim_s_are_changes_of_sigma_bar() -> None:
     scheduler = at(DDIMScheduler(set_alpha_to_one=False))
-    weights = step_weights(scheduler)
+    weights = error_gains(scheduler)
     assert weights is not None
     alphas = scheduler.alphas_cumprod[[*scheduler.timesteps.tolist(), 0]].double()
     sigmas = ((1 - alphas) / alphas).sqrt()
@@ -42,7 +42,7 @@ def test_ddim_s_are_changes_of_sigma_bar() -> None:
 def test_one_unit_of_error_does_as_it_is_told() -> None:
     """An error added at one step moves DDIM's result by its weight, in x / sqrt(alpha_bar)."""
     scheduler = at(DDIMScheduler(clip_sample=False), 12)
-    weights = step_weights(scheduler)
+    weights = error_gains(scheduler)
     assert weights is not None
 
     def result(wrong: int) -> torch.Tensor:
@@ -58,8 +58,8 @@ def test_one_unit_of_error_does_as_it_is_told() -> None:
 
 
 def test_ways_to_write_the_same_steps_agree() -> None:
-    ddim = step_weights(at(DDIMScheduler(timestep_spacing="trailing", clip_sample=False)))
-    euler = step_weights(
+    ddim = error_gains(at(DDIMScheduler(timestep_spacing="trailing", clip_sample=False)))
+    euler = error_gains(
         at(EulerDiscreteScheduler(timestep_spacing="trailing", beta_schedule="linear"))
     )
     assert ddim is not None
@@ -70,8 +70,8 @@ def test_ways_to_write_the_same_steps_agree() -> None:
 
 
 def test_what_the_network_predicts_counts() -> None:
-    noise = step_weights(at(DDIMScheduler()))
-    velocity = step_weights(at(DDIMScheduler(prediction_type="v_prediction")))
+    noise = error_gains(at(DDIMScheduler()))
+    velocity = error_gains(at(DDIMScheduler(prediction_type="v_prediction")))
     assert noise is not None
     assert velocity is not None
     assert velocity[0] < 0.1 * noise[0]  # sqrt(alpha_bar) is small where there is nothing but noise
@@ -99,7 +99,7 @@ STOCHASTIC = [
 @pytest.mark.parametrize("kind", [*DETERMINISTIC, *STOCHASTIC[:4]])
 def test_every_family_has_a_weight_for_every_step(kind: Any) -> None:
     scheduler = at(kind())
-    weights = step_weights(scheduler)
+    weights = error_gains(scheduler)
     assert weights is not None
     assert len(weights) == len(scheduler.timesteps)
     assert all(w >= 0 for w in weights)
@@ -110,14 +110,14 @@ def test_variance_exploding() -> None:
     scheduler = ScoreSdeVeScheduler()
     scheduler.set_timesteps(20)
     scheduler.set_sigmas(20)
-    weights = step_weights(scheduler)
+    weights = error_gains(scheduler)
     assert weights is not None
     assert len(weights) == 20
     assert weights[0] > weights[-1]
 
 
 def test_pure_noise_has_a_finite_weight() -> None:
-    weights = step_weights(
+    weights = error_gains(
         at(DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"))
     )
     assert weights is not None
@@ -151,28 +151,28 @@ def test_trying_leaves_the_scheduler_alone() -> None:
 
 @pytest.mark.parametrize("thing", [None, object(), DDIMScheduler, "scheduler"])
 def test_what_is_no_scheduler(thing: Any) -> None:
-    assert step_weights(thing) is None
+    assert error_gains(thing) is None
     assert is_stochastic(thing)
 
 
 def test_both_evaluations_of_a_step_count() -> None:
-    weights = step_weights(at(HeunDiscreteScheduler(), 8))
+    weights = error_gains(at(HeunDiscreteScheduler(), 8))
     assert weights is not None
     assert all(w > 0 for w in weights[:-1])
 
 
 def test_what_the_network_predicts_sets_the_power() -> None:
     noise, velocity = DDIMScheduler(), DDIMScheduler(prediction_type="v_prediction")
-    assert usual_power(noise, stochastic=False) == 0.5
-    assert usual_power(noise, stochastic=True) == 1.0
-    assert usual_power(velocity, stochastic=False) == 0.0
+    assert default_power(noise, stochastic=False) == 0.5
+    assert default_power(noise, stochastic=True) == 1.0
+    assert default_power(velocity, stochastic=False) == 0.0
 
 
 def test_noise_sets_the_forecast() -> None:
-    assert usual_forecast(stochastic=False) == Checked()
-    assert usual_forecast(stochastic=True) == Reuse()
-    assert usual_forecast(stochastic=False, steps=50, refreshes=17) == Lagrange(1)
-    assert usual_forecast(stochastic=False, steps=100, refreshes=17) == Checked()
-    assert usual_forecast(stochastic=True, steps=50, refreshes=17) == Reuse()
-    assert usual_forecast(stochastic=False, steps=20, refreshes=10) == Reuse()
-    assert usual_forecast(stochastic=False, refreshes=10) == Reuse()
+    assert default_forecast(stochastic=False) == Damped()
+    assert default_forecast(stochastic=True) == Reuse()
+    assert default_forecast(stochastic=False, steps=50, refreshes=17) == Lagrange(1)
+    assert default_forecast(stochastic=False, steps=100, refreshes=17) == Damped()
+    assert default_forecast(stochastic=True, steps=50, refreshes=17) == Reuse()
+    assert default_forecast(stochastic=False, steps=20, refreshes=10) == Reuse()
+    assert default_forecast(stochastic=False, refreshes=10) == Reuse()

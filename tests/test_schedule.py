@@ -5,8 +5,19 @@ from typing import Any
 
 import pytest
 
-from dcompile import Adaptive, Power, Run, Schedule, ScheduleError, Sigma, Steps, Uniform
-from dcompile.schedule import from_json, spread, to_json
+from dcompile import (
+    Adaptive,
+    GainWeighted,
+    NonUniform,
+    RunInfo,
+    Schedule,
+    ScheduleError,
+    Steps,
+    Uniform,
+)
+from dcompile.policy.codec import from_json, to_json
+from dcompile.policy.placement import evenly
+from dcompile.policy.schedule import as_schedule
 
 
 def chosen(schedule: Schedule, steps: int) -> list[int]:
@@ -70,18 +81,20 @@ def test_steps_beyond_the_run() -> None:
 def test_power_equals_the_reference(
     steps: int, count: int, center: int, power: float, expected: str
 ) -> None:
-    assert chosen(Power(count, center, power), steps) == [int(step) for step in expected.split()]
+    assert chosen(NonUniform(count, center, power), steps) == [
+        int(step) for step in expected.split()
+    ]
 
 
 @pytest.mark.parametrize("power", ["x", None, float("inf"), float("nan"), 1e9, True])
 def test_powers_are_numbers_within_bounds(power: Any) -> None:
     with pytest.raises(ScheduleError, match="expected a power from"):
-        Power(3, 1, power)
+        NonUniform(3, 1, power)
     with pytest.raises(ScheduleError, match="expected a power from"):
         Adaptive(1.0, power=power)
     if power is not None:
         with pytest.raises(ScheduleError, match="expected a power from"):
-            Sigma(2, power=power)
+            GainWeighted(2, power=power)
 
 
 @pytest.mark.parametrize("steps", [3, None])
@@ -92,13 +105,13 @@ def test_steps_are_a_list(steps: Any) -> None:
 
 def test_power_refuses() -> None:
     with pytest.raises(ScheduleError, match="power from 1 to 100"):
-        Power(10, 15, 0.5)
+        NonUniform(10, 15, 0.5)
     with pytest.raises(ScheduleError, match="count"):
-        Power(0)
+        NonUniform(0)
     with pytest.raises(ScheduleError, match="do not fit a run of 8 steps"):
-        Power(10, 15).refresh(0, 8)
+        NonUniform(10, 15).refresh(0, 8)
     with pytest.raises(ScheduleError, match="the number of steps is not known"):
-        Power(10, 15).refresh(0, None)
+        NonUniform(10, 15).refresh(0, None)
 
 
 def test_anything_with_refresh_is_a_schedule() -> None:
@@ -106,33 +119,36 @@ def test_anything_with_refresh_is_a_schedule() -> None:
         def refresh(self, step: int, steps: int | None) -> bool:
             return step % 2 == 0
 
-    assert isinstance(EveryOther(), Schedule)
-    assert isinstance(Uniform(2), Schedule)
+    schedule = as_schedule(EveryOther())
+    plan = schedule.plan(RunInfo(5, cuts=2))
+    assert [plan.level(step) for step in range(5)] == [2, 0, 2, 0, 2]
+    assert plan.refreshes() == 3
+    assert as_schedule(Uniform(2)) == Uniform(2)
 
 
 # By the sampler -----------------------------------------------------------------------------------
 
 
-def planned(schedule: Sigma, steps: int, weights: list[float], **known: Any) -> list[int]:
-    run = Run(steps, weights=tuple(weights), **known)
-    return chosen(schedule.plan(run), steps)
+def planned(schedule: GainWeighted, steps: int, weights: list[float], **known: Any) -> list[int]:
+    plan = schedule.plan(RunInfo(steps, gains=tuple(weights), **known))
+    return [step for step in range(steps) if plan.level(step)]
 
 
 def test_sigma_with_equal_weights_is_about_uniform() -> None:
-    assert planned(Sigma(4), 12, [1.0] * 12) == [0, 3, 6, 9]
+    assert planned(GainWeighted(4), 12, [1.0] * 12) == [0, 3, 6, 9]
 
 
 def test_even_steps_end_with_the_shorter_intervals() -> None:
-    assert spread(10, 3) == (0, 4, 7)
-    assert spread(9, 3) == (0, 3, 6)
-    assert spread(5, 5) == (0, 1, 2, 3, 4)
-    assert planned(Sigma(3, power=0), 10, [3.0] * 5 + [1.0] * 5) == [0, 4, 7]
-    assert planned(Sigma(3, power=1), 10, [1.0] * 10) == [0, 4, 7]
+    assert evenly(10, 3) == (0, 4, 7)
+    assert evenly(9, 3) == (0, 3, 6)
+    assert evenly(5, 5) == (0, 1, 2, 3, 4)
+    assert planned(GainWeighted(3, power=0), 10, [3.0] * 5 + [1.0] * 5) == [0, 4, 7]
+    assert planned(GainWeighted(3, power=1), 10, [1.0] * 10) == [0, 4, 7]
 
 
 def test_sigma_refreshes_where_weights_are_large() -> None:
     weights = [9.0] * 5 + [1.0] * 15
-    found = planned(Sigma(6, power=1), 20, weights)
+    found = planned(GainWeighted(6, power=1), 20, weights)
     assert found[0] == 0
     assert found == [0, 1, 2, 3, 4, 10]  # 45 of 60 lie in the first five
 
@@ -141,7 +157,7 @@ def test_sigma_refreshes_where_weights_are_large() -> None:
 @pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0, 4.0])
 def test_sigma_has_as_many_refreshes_as_asked(count: int, power: float) -> None:
     weights = [10.0 ** (-i / 3) for i in range(20)]
-    found = planned(Sigma(count, power=power), 20, weights)
+    found = planned(GainWeighted(count, power=power), 20, weights)
     assert len(found) == count
     assert found[0] == 0
     assert found == sorted(set(found))
@@ -149,21 +165,23 @@ def test_sigma_has_as_many_refreshes_as_asked(count: int, power: float) -> None:
 
 def test_sigma_of_a_run_that_starts_late() -> None:
     weights = [100.0, 100.0, *[1.0] * 6]
-    assert planned(Sigma(2), 6, weights) == [0, 3]
+    assert planned(GainWeighted(2), 6, weights) == [0, 3]
 
 
 def test_the_sampler_says_which_power() -> None:
     weights = [16.0] * 4 + [1.0] * 16
     for power in (0.0, 0.5, 1.0):
-        expected = planned(Sigma(8, power=power), 20, weights)
-        assert planned(Sigma(8), 20, weights, power=power) == expected
-    assert planned(Sigma(8, power=1), 20, weights) != planned(Sigma(8, power=0), 20, weights)
+        expected = planned(GainWeighted(8, power=power), 20, weights)
+        assert planned(GainWeighted(8), 20, weights, power=power) == expected
+    assert planned(GainWeighted(8, power=1), 20, weights) != planned(
+        GainWeighted(8, power=0), 20, weights
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.07, 0.3])
 @pytest.mark.parametrize("speedup", [1.0, 1.5, 2.0, 2.5])
 def test_a_speed_up_is_at_least_what_was_asked(ratio: float, speedup: float) -> None:
-    count = Sigma(speedup=speedup).refreshes(50, ratio)
+    count = GainWeighted(speedup=speedup).refreshes(50, ratio)
     spent = count + (50 - count) * ratio
     assert 50 / spent >= speedup - 1e-9
     one_more = spent + (1 - ratio)
@@ -172,8 +190,8 @@ def test_a_speed_up_is_at_least_what_was_asked(ratio: float, speedup: float) -> 
 
 def test_a_speed_up_beyond_reach() -> None:
     with pytest.raises(ScheduleError, match=r"12 is beyond this network .* so the limit is 4\.55"):
-        Sigma(speedup=12).refreshes(50, 0.22)
-    assert Sigma(speedup=2.5).refreshes(2, 0.08) == 1  # a run too short for it
+        GainWeighted(speedup=12).refreshes(50, 0.22)
+    assert GainWeighted(speedup=2.5).refreshes(2, 0.08) == 1  # a run too short for it
 
 
 @pytest.mark.parametrize(
@@ -190,21 +208,21 @@ def test_a_speed_up_beyond_reach() -> None:
 )
 def test_sigma_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
-        Sigma(**arguments)
+        GainWeighted(**arguments)
 
 
 def test_sigma_needs_a_sampler_and_enough_steps() -> None:
     with pytest.raises(ScheduleError, match=r"pass the pipeline to cache_compile"):
-        chosen(Sigma(3).plan(Run(9)), 9)
+        GainWeighted(3).plan(RunInfo(9))
     with pytest.raises(ScheduleError, match="12 refreshes in a run of 9 steps"):
-        planned(Sigma(12), 9, [1.0] * 9)
+        planned(GainWeighted(12), 9, [1.0] * 9)
 
 
 def test_sigma_of_a_run_of_unknown_length() -> None:
-    schedule = Sigma(2).plan(Run(None, weights=(1.0,) * 6))
-    assert [step for step in range(9) if schedule.refresh(step, None)] == [0, 3, 6, 7, 8]
+    plan = GainWeighted(2).plan(RunInfo(None, gains=(1.0,) * 6))
+    assert [step for step in range(9) if plan.level(step)] == [0, 3, 6, 7, 8]
 
 
 def test_sigma_in_json() -> None:
-    schedule = Sigma(speedup=2.5, power=0.25)
+    schedule = GainWeighted(speedup=2.5, power=0.25)
     assert from_json(json.loads(json.dumps(to_json(schedule)))) == schedule

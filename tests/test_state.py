@@ -18,7 +18,7 @@ N = 3
 SETTINGS: dict[str, Any] = {"backend": "eager", "verbose": False}
 
 
-@pytest.fixture(autouse=True, params=["reuse", "linear", "checked"])
+@pytest.fixture(autouse=True, params=["reuse", "linear", "damped"])
 def each_way(graphs: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of this with plain calls, recorded graphs and on a GPU, without and with a forecast."""
     monkeypatch.setitem(SETTINGS, "forecast", request.param)
@@ -222,7 +222,7 @@ def test_two_samplers_share_one_network(network: Plain) -> None:
 def test_the_cache_is_freed_with_the_timesteps(network: Plain) -> None:
     ts = timesteps()
     sampled(network, picture(), ts)
-    boundaries = dcompile.forecast.resolve_forecast(SETTINGS["forecast"]).history
+    boundaries = dcompile.policy.forecast.resolve_forecast(SETTINGS["forecast"]).history
     assert dcompile.handle(network).stats.cache_bytes == boundaries * 2 * 8 * 8 * 8 * 4
     del ts
     gc.collect()

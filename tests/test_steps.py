@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from dcompile.steps import Lane, StepTracker
+from dcompile.runtime.tracking import Lane, StepTracker
 
 NOTHING: list[torch.Tensor] = []
 

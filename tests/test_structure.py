@@ -9,7 +9,7 @@ from plain import Plain, picture, plain, timesteps
 from torch import nn
 
 import dcompile
-from dcompile.structure import changed_by_running, difference, portable, structure_of
+from dcompile.compiler.fingerprint import changed_by_running, difference, portable, structure_of
 
 
 def set_attribute(module: Plain) -> None:

@@ -29,12 +29,12 @@ from torch.export import ExportedProgram
 import dcompile
 from dcompile.backends import resolve, tensorrt
 from dcompile.backends.tensorrt import Engine, TensorRT
-from dcompile.build import choose_skip, with_weights
-from dcompile.call import CallForms
-from dcompile.capture import capture
+from dcompile.compiler.build import choose_skip, with_weights
+from dcompile.compiler.capture import capture
+from dcompile.compiler.program import weights_of
+from dcompile.compiler.signature import CallForms
 from dcompile.errors import BackendError
-from dcompile.program import weights_of
-from passes import split_at
+from dcompile.passes import split_at
 
 
 class Compiled(nn.Module):

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from dcompile.backends.sizes import Profile, profiles_of
 from dcompile.errors import BackendError
-from passes import Canonicalize
+from dcompile.passes import Canonicalize
 
 DEVICE_TYPE = "cuda"  # what TensorRT runs on
 INSTALL = 'pip install "dcompile[tensorrt]"'

@@ -98,8 +98,8 @@ from transformers import (
 )
 
 from dcompile.api import Handle
-from dcompile.report import DepthReport
-from passes import find_skip_connections
+from dcompile.passes import find_skip_connections
+from dcompile.report.explain import DepthReport
 
 
 def every_third(*steps: int) -> list[bool]:

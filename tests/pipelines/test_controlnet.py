@@ -30,10 +30,10 @@ from small_pipelines import (
 from torch import nn
 
 import dcompile
-from dcompile import Adaptive, Pyramid
-from dcompile.cuda_graphs import RECORDERS
-from dcompile.deferred import Deferred, Pending, computed
-from dcompile.ondemand import OnDemand
+from dcompile import Adaptive, MultiLevel
+from dcompile.compiler.lazy import Deferred, Pending, computed
+from dcompile.runtime.cuda_graphs import RECORDERS
+from dcompile.runtime.lazy_network import OnDemand
 
 RESIDUALS = 7  # two levels of three, and the deepest
 
@@ -205,7 +205,7 @@ def test_another_scale_is_no_new_capture(pipes: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (Pyramid([(0, 2), (3, 4)]), [7, 1, 4, 1, 7, 1, 4, 1, 7]),
+        (MultiLevel([(0, 2), (3, 4)]), [7, 1, 4, 1, 7, 1, 4, 1, 7]),
         (Adaptive(1e-9, max_interval=4), None),
     ],
     ids=["pyramid", "adaptive"],
@@ -217,7 +217,7 @@ def test_any_schedule(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a threshold that always refreshes
         for each in (reference.unet, pipe):
-            cached(each, schedule=schedule, scheduler=pipe.scheduler)
+            cached(each, schedule=schedule, sampler=pipe.scheduler)
         found = run(pipe)
         assert torch.equal(found, run(reference))
     stats = dcompile.handle(pipe).stats

@@ -28,7 +28,7 @@ from small_pipelines import DDIM, image, run, stable_diffusion, unconditional, u
 from torch import Tensor
 
 import dcompile
-from dcompile import Sigma
+from dcompile import GainWeighted
 
 STEPS = 8
 
@@ -237,7 +237,7 @@ def test_every_scheduler(
     warned = [str(one.message) for one in heard if str(one.message).startswith("dcompile")]
     assert len(warned) == (name in UNTOLD), warned
     assert all("does not say how noisy its steps are" in message for message in warned)
-    assert stats.refresh_steps == Sigma(speedup=1.5).refreshes(calls, cut.ratio)
+    assert stats.refresh_steps == GainWeighted(speedup=1.5).refreshes(calls, cut.ratio)
 
 
 @pytest.mark.parametrize("name", IN_PIXELS)

@@ -26,10 +26,10 @@ from simulated_graphs import SimulatedRecorder
 from small_pipelines import DDIM, PIPELINES, run, stable_diffusion
 
 import dcompile
-from dcompile import Sigma
-from dcompile.cuda_graphs import RECORDERS
-from dcompile.samplers import step_weights
-from dcompile.schedule import placed
+from dcompile import GainWeighted
+from dcompile.policy.placement import by_load
+from dcompile.policy.sampler import error_gains
+from dcompile.runtime.cuda_graphs import RECORDERS
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEPTHS = 6  # two levels of three skip connections
@@ -375,23 +375,23 @@ def test_a_speed_up_is_planned_by_the_pipeline_s_own_scheduler(pipes: tuple[Any,
     ratio = dcompile.handle(pipe).explain().depths[0].ratio
     for steps, forecast in ((12, "reuse"), (30, "linear")):  # few refreshes, and many
         found, stats = picture_of(pipe, steps, speedup=1.8)
-        count = Sigma(speedup=1.8).refreshes(steps, ratio)
+        count = GainWeighted(speedup=1.8).refreshes(steps, ratio)
         assert (stats.refresh_steps, stats.refresh_steps + stats.reuse_steps) == (count, steps)
-        same, _ = picture_of(pipe, steps, schedule=Sigma(count), forecast=forecast)
+        same, _ = picture_of(pipe, steps, schedule=GainWeighted(count), forecast=forecast)
         assert torch.equal(found, same)
-    weights = step_weights(pipe.scheduler)
+    weights = error_gains(pipe.scheduler)
     assert weights is not None
-    chosen = dcompile.Steps(placed([w**0.5 for w in weights], count))
+    chosen = dcompile.Steps(by_load([w**0.5 for w in weights], count))
     assert torch.equal(found, picture_of(pipe, steps, schedule=chosen, forecast=forecast)[0])
     assert not torch.equal(found, picture_of(pipe, steps, interval=3)[0])
 
 
 def test_a_new_scheduler_is_seen(pipes: tuple[Any, Any]) -> None:
     pipe = pipes[1]
-    cached(pipe, schedule=Sigma(4), forecast="auto")
+    cached(pipe, schedule=GainWeighted(4), forecast="auto")
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(DDIM.config)
     found = run(pipe, num_inference_steps=12)  # it adds noise: nothing is extrapolated
-    expected, stats = picture_of(pipe, schedule=Sigma(4), forecast="reuse")
+    expected, stats = picture_of(pipe, schedule=GainWeighted(4), forecast="reuse")
     assert torch.equal(found, expected)
     assert stats.refresh_steps == 4
 
@@ -399,11 +399,13 @@ def test_a_new_scheduler_is_seen(pipes: tuple[Any, Any]) -> None:
 def test_without_a_pipeline_the_scheduler_is_given(pipes: tuple[Any, Any]) -> None:
     pipe = pipes[1]
     expected, _ = picture_of(pipe, speedup=1.5)
-    with pytest.raises(dcompile.ScheduleError, match="speedup and Sigma look at the sampler"):
+    with pytest.raises(
+        dcompile.ScheduleError, match="speedup and GainWeighted look at the sampler"
+    ):
         cached(pipe.unet, speedup=1.5)
     with pytest.raises(dcompile.ScheduleError, match="expected a diffusers scheduler, got str"):
-        cached(pipe.unet, speedup=1.5, scheduler="ddim")
-    cached(pipe.unet, speedup=1.5, scheduler=pipe.scheduler)
+        cached(pipe.unet, speedup=1.5, sampler="ddim")
+    cached(pipe.unet, speedup=1.5, sampler=pipe.scheduler)
     assert torch.equal(run(pipe, num_inference_steps=12), expected)
 
 
@@ -419,7 +421,7 @@ def test_a_run_of_another_sampler_is_not_planned_by_this_one(pipes: tuple[Any, A
     pipe = pipes[1]
     other = stable_diffusion(scheduler=DDIM)
     other.unet = pipe.unet
-    cached(pipe, schedule=Sigma(4), forecast="auto")
+    cached(pipe, schedule=GainWeighted(4), forecast="auto")
     run(pipe, num_inference_steps=20)
     with pytest.warns(UserWarning, match="timesteps are not those of the DDIMScheduler"):
         run(other, num_inference_steps=12)
@@ -432,13 +434,13 @@ def test_a_run_told_by_values_may_start_late() -> None:
     network, scheduler = plain(), DDIM.from_config(DDIM.config)
     scheduler.set_timesteps(20)
     late = scheduler.timesteps.tolist()[12:]
-    weights = step_weights(scheduler)
+    weights = error_gains(scheduler)
     assert weights is not None
-    refreshed = placed([w**0.5 for w in weights[12:]], 3)
+    refreshed = by_load([w**0.5 for w in weights[12:]], 3)
     expected = dcompile.cache_compile(
         plain(), schedule=dcompile.Steps(refreshed), backend="eager", verbose=False
     )
-    cached(network, schedule=Sigma(3), scheduler=scheduler)
+    cached(network, schedule=GainWeighted(3), sampler=scheduler)
     x = y = torch.randn(2, 3, 8, 8)
     for timestep in late:
         x = x - 0.1 * network(x, timestep)[0]
@@ -449,7 +451,7 @@ def test_a_run_told_by_values_may_start_late() -> None:
 
 
 def test_the_sampler_outlives_its_pipeline() -> None:
-    pipe = cached(stable_diffusion(), schedule=Sigma(4), forecast="auto")
+    pipe = cached(stable_diffusion(), schedule=GainWeighted(4), forecast="auto")
     successor = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     successor.set_progress_bar_config(disable=True)
     handle = dcompile.handle(pipe)

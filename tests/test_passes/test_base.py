@@ -11,8 +11,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.fx.passes.infra.pass_base import PassResult
 
-from passes import GraphPass, PassError, PostconditionError, PreconditionError
-from passes.base import (
+from dcompile.passes import GraphPass, PassError, PostconditionError, PreconditionError
+from dcompile.passes.base import (
     argument,
     has_argument,
     is_assertion,

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from passes import Canonicalize, PostconditionError, PreconditionError
+from dcompile.passes import Canonicalize, PostconditionError, PreconditionError
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ from torch.export import Dim
 from torch.fx import Graph, Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes import Cost, node_cost, total_cost
-from passes.cost import tensor_bytes, tensor_sizes
+from dcompile.passes import Cost, node_cost, total_cost
+from dcompile.passes.cost import tensor_bytes, tensor_sizes
 
 aten = torch.ops.aten
 

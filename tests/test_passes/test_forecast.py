@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from passes import PreconditionError, with_forecast
+from dcompile.passes import PreconditionError, with_forecast
 
 
 def graph_of(dtype: torch.dtype = torch.float32, extra: object = None) -> GraphModule:

@@ -9,7 +9,7 @@ from plain import picture, plain
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from passes import (
+from dcompile.passes import (
     PreconditionError,
     SkipConnection,
     find_skip_connections,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 
-from passes import (
+from dcompile.passes import (
     Canonicalize,
     Cost,
     PreconditionError,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
-from passes import (
+from dcompile.passes import (
     Canonicalize,
     Cost,
     PostconditionError,

@@ -1,0 +1,1 @@
+"""The command line: ``dcompile demo``, ``explain``, ``profile`` and ``tune``."""

@@ -1,0 +1,269 @@
+"""Turn a captured network into a program: cut it, compile the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from dcompile.backends import Backend, Refittable
+from dcompile.backends.sizes import TOLD
+from dcompile.compiler.capture import CapturedNetwork
+from dcompile.compiler.program import (
+    BakedWeights,
+    Cached,
+    CompiledGraph,
+    Convention,
+    Cuts,
+    Program,
+    cached_by,
+    convention_of,
+    graph_label,
+    weights_of,
+)
+from dcompile.errors import BackendError, DepthError, NoSkipConnectionError, ScheduleError
+from dcompile.passes import (
+    SkipConnection,
+    find_skip_connections,
+    split_levels,
+    with_drift,
+    with_forecast,
+)
+from dcompile.passes.base import is_floating
+from dcompile.progress import Display
+
+
+def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
+    """The skip connection at ``depth``.
+
+    Raises:
+        NoSkipConnectionError: there is none at any depth.
+        DepthError: there is none at this depth; lists those there are.
+    """
+    skips = find_skip_connections(network.graph_module, network.sample)
+    if not skips:
+        sample = network.sample.removeprefix("kwargs_")
+        raise NoSkipConnectionError(
+            "found no skip connection: no concatenation whose operands all depend on the sample "
+            f"({sample}) and that has compute behind one of them. Diffusion transformers "
+            "without long skips are served by diffusers' own caches (diffusers.hooks, e.g. "
+            "apply_first_block_cache)"
+        )
+    if depth >= len(skips):
+        listed = "\n".join(
+            f"  {skip.depth:2d}  {skip.module_path:40s} a reuse step saves {1 - skip.ratio:5.1%}"
+            for skip in skips
+        )
+        raise DepthError(f"depth {depth} is out of range; this network has\n{listed}")
+    return skips[depth]
+
+
+def graphs_of(
+    network: CapturedNetwork, cuts: Cuts
+) -> tuple[tuple[GraphModule, ...], tuple[Cached, ...], tuple[SkipConnection, ...]]:
+    """Cut ``network``: its graphs, what each cut caches, and the cuts themselves.
+
+    Raises:
+        NoSkipConnectionError, DepthError: see ``choose_skip``.
+        ScheduleError: what is to be probed cannot be.
+    """
+    skips = tuple(choose_skip(network, depth) for depth in cuts.depths)
+    probed = []
+    if cuts.probe is not None:
+        probed = [node for node in skips[0].entering if is_floating(node.meta.get("val"))]
+        if not probed:
+            raise ScheduleError(
+                "Adaptive: nothing of the sample enters the deep region as floating-point numbers, "
+                "so there is no drift to follow"
+            )
+    graphs = list(split_levels(network.graph_module, skips, probed))
+    sizes = [len(skip.boundary) for skip in skips]
+    if cuts.probe is not None:
+        graphs[0] = with_drift(graphs[0], len(probed), cuts.probe)
+        sizes[0] += len(probed)
+    for number, (size, history) in enumerate(zip(sizes, cuts.histories, strict=True)):
+        if history > 1:
+            graphs[number] = with_forecast(graphs[number], size, history)
+    return tuple(graphs), cached_by(sizes, cuts.histories), skips
+
+
+def build(
+    network: CapturedNetwork,
+    cuts: Cuts,
+    backend: Backend,
+    module: nn.Module,
+    leaves: Sequence[Any],
+    display: Display,
+    full: CompiledGraph | None = None,
+) -> Program:
+    """Cut ``network`` and compile all graphs for a call like ``leaves``.
+
+    Args:
+        full: the full graph, if a program with other histories has it.
+
+    Raises:
+        NoSkipConnectionError, DepthError, ScheduleError: see ``graphs_of``.
+        BackendError: the backend failed; the original error is its cause.
+    """
+    with display.stage("cutting"):
+        graphs, cached, skips = graphs_of(network, cuts)
+    weights = weights_of(module)
+    if full is None:
+        full = compile_graph(graphs[-1], network, backend, weights, leaves, (), "full", display)
+    made: tuple[Any, ...] = ()
+    if backend.needs_examples:
+        # A backend may lay its outputs out as it likes; the other graphs are compiled for that.
+        with display.stage("running the full graph once"), torch.no_grad():
+            made = tuple(full.bind(weights)(leaves))[network.out_spec.num_leaves :]
+    compiled: list[CompiledGraph] = []
+    for number, (graph_module, cut) in enumerate(zip(graphs, cached, strict=False)):
+        examples: tuple[Any, ...] = ()
+        if backend.needs_examples:
+            boundary, made = made[: cut.size], made[cut.size :]
+            examples = boundary * cut.history
+            if cut.history > 1:
+                tensor = next(value for value in boundary if isinstance(value, torch.Tensor))
+                zeros = torch.zeros(cut.history, dtype=torch.float32, device=tensor.device)
+                examples = (*examples, zeros)
+        label = graph_label(number, len(cached))
+        graph = compile_graph(
+            graph_module, network, backend, weights, leaves, examples, label, display
+        )
+        compiled.append(graph)
+    return Program(
+        network.out_spec,
+        (*compiled, full),
+        cached,
+        tuple(skip.ratio for skip in skips),
+        cuts.probe is not None,
+    )
+
+
+def renewed(
+    program: Program,
+    network: CapturedNetwork,
+    cuts: Cuts,
+    module: nn.Module,
+    leaves: Sequence[Any],
+    display: Display,
+) -> Program | None:
+    """``program`` if it fits the module's weights and a call like ``leaves``, else one with the
+    weights put in anew, without compiling. None if it takes a ``build``.
+
+    Args:
+        network, cuts: what ``program`` was built from.
+    """
+    weights = weights_of(module)
+    for half in program.graphs:
+        inputs = [leaves[i] for i in half.convention.inputs]
+        if isinstance(half.run, Refittable) and not half.run.accepts(inputs):
+            display.note("other sizes than the backend compiled for")
+            return None
+    if program.matches(weights):
+        return program
+    if not all(isinstance(half.run, Refittable) for half in program.graphs):
+        display.note("weights changed that the backend had folded into its code")
+        return None
+    graphs, cached, _ = graphs_of(network, cuts)
+    refitted: list[CompiledGraph] = []
+    for number, (half, graph_module) in enumerate(zip(program.graphs, graphs, strict=True)):
+        label = graph_label(number, len(cached))
+        try:
+            with display.stage(f"refitting the {label} graph"), torch.no_grad():
+                half.run.refit(with_weights(graph_module, network, weights))  # type: ignore[attr-defined]
+        except Exception as error:  # whatever it is, compiling anew puts it right
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            display.note(f"the {label} graph cannot be refitted: {first}")
+            return None
+        baked = BakedWeights.of(convention_of(graph_module, network), weights)
+        refitted.append(replace(half, baked=baked))
+    # Another program, though the code is the same object: what was cached or recorded with the
+    # old weights is not used again.
+    return replace(program, graphs=tuple(refitted))
+
+
+def compile_graph(
+    graph_module: GraphModule,
+    network: CapturedNetwork,
+    backend: Backend,
+    weights: Mapping[str, torch.Tensor],
+    leaves: Sequence[Any],
+    cached: tuple[Any, ...],
+    label: str,
+    display: Display,
+) -> CompiledGraph:
+    """Compile one graph that was made of ``network``'s.
+
+    Args:
+        weights: from ``weights_of`` the live module.
+        leaves: an example call's.
+        cached: examples of what comes after them.
+        label: what messages call it.
+
+    Raises:
+        BackendError: the backend failed; the original error is its cause.
+    """
+    convention = convention_of(graph_module, network)
+    _tell_sizes(graph_module, network)
+    baked = None
+    if backend.bakes_weights:
+        graph_module = with_weights(graph_module, network, weights)
+        baked = BakedWeights.of(convention, weights)
+        convention = Convention((), convention.inputs)
+    tensors = convention.weight_tensors(weights)
+    inputs = [*tensors, *(leaves[i] for i in convention.inputs), *cached]
+    with display.stage(f"compiling the {label} graph ({backend.name})"), torch.no_grad():
+        try:
+            run = backend.compile(graph_module, inputs if backend.needs_examples else ())
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BackendError(
+                f"backend {backend.name!r} failed on the {label} graph: "
+                f"{type(error).__name__}: {first}\nThe network still runs, uncached; "
+                "backend='eager' needs no compiler"
+            ) from error
+    if not callable(run):
+        raise BackendError(
+            f"backend {backend.name!r} returned {run!r} for the {label} graph, expected a callable"
+        )
+    return CompiledGraph(run, convention, baked)
+
+
+def _tell_sizes(graph_module: GraphModule, network: CapturedNetwork) -> None:
+    """Mark placeholders with the ranges of sizes that the user asked for."""
+    ranges = network.guard.ranges if network.guard else ()
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        leaf = network.inputs.get(str(node.target))
+        told = {axis: (low, high) for where, axis, low, high in ranges if where == leaf}
+        if told:
+            node.meta[TOLD] = told  # see Backend.compile
+
+
+def with_weights(
+    graph_module: GraphModule, network: CapturedNetwork, weights: Mapping[str, torch.Tensor]
+) -> GraphModule:
+    """The graph with its weights as attributes instead of inputs. Copies no tensor."""
+    root = nn.Module()
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in graph_module.graph.nodes:
+        name = str(node.target)
+        tensor = (
+            weights[network.parameters[name]]
+            if name in network.parameters
+            else network.constants.get(name)
+        )
+        if node.op == "placeholder" and tensor is not None:
+            if isinstance(tensor, nn.Parameter):
+                root.register_parameter(name, tensor)
+            else:
+                root.register_buffer(name, tensor)
+            copies[node] = graph.get_attr(name)
+            copies[node].meta = dict(node.meta)
+        else:
+            copies[node] = graph.node_copy(node, lambda operand: copies[operand])
+    return GraphModule(root, graph)

@@ -1,0 +1,617 @@
+"""A module and an example call become a functional ATen graph."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import GraphModule
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from dcompile.errors import CaptureError
+from dcompile.passes import Canonicalize
+from dcompile.passes.base import is_mutating
+
+# torch.compiler.is_compiling() is true in all threads while one of them captures.
+capturing_threads: set[int] = set()
+
+_PACKAGES = (Path(torch.__file__).parent, Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class DynamicSizes:
+    """Which sizes of the sample one capture leaves open: each None, or (least, greatest).
+
+    Sizes of the other inputs (prompt embeddings, residuals) vary along where they have to.
+
+    Attributes:
+        free: leave all of them open, within no range.
+        batch: of the sample's first dimension.
+        height, width: of its last two, in the sample's own units (latents, not pixels).
+
+    Raises:
+        CaptureError: a range is not two ascending positive ints.
+    """
+
+    free: bool = True
+    batch: tuple[int, int] | None = None
+    height: tuple[int, int] | None = None
+    width: tuple[int, int] | None = None
+
+    @staticmethod
+    def of(dynamic: bool | Mapping[str, Sequence[int]]) -> DynamicSizes | None:
+        """From what ``cache_compile`` takes. None for fixed sizes."""
+        if isinstance(dynamic, bool):
+            return DynamicSizes() if dynamic else None
+        if not isinstance(dynamic, Mapping) or not dynamic:
+            raise CaptureError(
+                f"dynamic: expected True, False or sizes such as {_EXAMPLE_SIZES}, got {dynamic!r}"
+            )
+        ranges: dict[str, tuple[int, int]] = {}
+        for name, bounds in dynamic.items():
+            if name not in ("batch", "height", "width"):
+                raise CaptureError(
+                    f"dynamic: unknown size {name!r}; expected batch, height or width"
+                )
+            numbers = tuple(bounds) if isinstance(bounds, Sequence) else ()
+            if (
+                len(numbers) != 2
+                or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers)
+                or not 1 <= numbers[0] <= numbers[1]
+            ):
+                raise CaptureError(
+                    f"dynamic: {name} must be (least, greatest), two ascending ints of at least "
+                    f"1, got {bounds!r}"
+                )
+            ranges[name] = (numbers[0], numbers[1])
+        return DynamicSizes(free=False, **ranges)
+
+    def as_argument(self) -> bool | dict[str, tuple[int, int]]:
+        """What ``of`` takes."""
+        named = {"batch": self.batch, "height": self.height, "width": self.width}
+        return True if self.free else {name: r for name, r in named.items() if r is not None}
+
+    def ranges(self, leaf: int, dimensions: int) -> tuple[tuple[int, int, int, int], ...]:
+        """(leaf, dimension, least, greatest) of a sample with so many dimensions."""
+        places = ((0, self.batch), (dimensions - 2, self.height), (dimensions - 1, self.width))
+        return tuple((leaf, place, *bounds) for place, bounds in places if bounds is not None)
+
+    def covers(self, sample: torch.Tensor) -> bool:
+        """Whether a sample's sizes lie within the ranges."""
+        return all(
+            low <= sample.shape[d] <= high for _, d, low, high in self.ranges(0, sample.dim())
+        )
+
+    def of_call(
+        self, leaves: Sequence[Any], spec: TreeSpec, sample_leaf: int, bounded: bool
+    ) -> Any:
+        """``dynamic_shapes`` for ``torch.export``, with or without the ranges in it."""
+
+        def sizes(leaf: int, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or not value.dim():
+                return None
+            hints: dict[int, Any] = dict.fromkeys(range(value.dim()), Dim.AUTO)
+            if leaf == sample_leaf and not self.free:
+                hints = dict.fromkeys(hints, Dim.STATIC)
+                for _, place, low, high in self.ranges(leaf, value.dim()):
+                    # torch.export treats sizes 0 and 1 as constants, because they broadcast.
+                    if value.shape[place] > 1:
+                        hints[place] = Dim.AUTO(min=max(low, 2), max=high) if bounded else Dim.AUTO
+            return hints
+
+        return tree_unflatten([sizes(i, leaf) for i, leaf in enumerate(leaves)], spec)
+
+
+_EXAMPLE_SIZES = '{"batch": (2, 8), "height": (64, 128), "width": (64, 128)}'
+
+
+def _known_size(size: int | torch.SymInt) -> int | None:
+    """None if it may vary. A symbol may have been tied to a number since it was made."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else None
+
+
+class TensorPattern(NamedTuple):
+    """What a dynamic capture wants of a tensor; a size of None may vary."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    device: torch.device
+    contiguous: bool
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorPattern:
+        shape = tuple(map(_known_size, tensor.shape))
+        return TensorPattern(shape, tensor.dtype, tensor.device, tensor.is_contiguous())
+
+    def fits(self, given: Any) -> bool:
+        return (
+            isinstance(given, torch.Tensor)
+            and given.dtype == self.dtype
+            and given.device == self.device
+            and given.dim() == len(self.shape)
+            and given.is_contiguous() == self.contiguous
+            and all(
+                size in (None, actual) for size, actual in zip(self.shape, given.shape, strict=True)
+            )
+        )
+
+
+def _autocast(tensors: Sequence[torch.Tensor]) -> str | None:
+    """The dtype of autocast where the tensors are, if it is on."""
+    for kind in {tensor.device.type for tensor in tensors} - {"meta"}:
+        if torch.is_autocast_enabled(kind):
+            return str(torch.get_autocast_dtype(kind))
+    return None
+
+
+@dataclass(frozen=True)
+class SizeGuard:
+    """The calls that a dynamic capture is right for.
+
+    Attributes:
+        leaves: position among the call's leaves, and the pattern of a tensor or a constant.
+        expression: further conditions on sizes, as Python over ``L["t0"]``, ``L["t1"]``, ..., the
+            tensors among the leaves in order; from torch's ``ShapeEnv``.
+        ranges: leaf, dimension, least and greatest size that the user asked for.
+        autocast: its dtype if it was on.
+    """
+
+    leaves: tuple[tuple[int, Any], ...]
+    expression: str | None
+    ranges: tuple[tuple[int, int, int, int], ...] = ()
+    autocast: str | None = None
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether a call with these leaves can run the captured graph."""
+        tensors: list[torch.Tensor] = []
+        for leaf, wanted in self.leaves:
+            given = leaves[leaf]
+            if isinstance(wanted, TensorPattern):
+                if not wanted.fits(given):
+                    return False
+                tensors.append(given)
+            elif type(given) is not type(wanted) or given != wanted:
+                return False
+        if _autocast(tensors) != self.autocast:
+            return False
+        if any(not low <= leaves[leaf].shape[d] <= high for leaf, d, low, high in self.ranges):
+            return False
+        if self.expression is None:
+            return True
+        from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP  # imports sympy
+
+        # As ShapeEnv.evaluate_guards_expression does, without its ShapeEnv.
+        known = {"L": {f"t{number}": tensor for number, tensor in enumerate(tensors)}}
+        return bool(eval(self.expression, SYMPY_INTERP, known))
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedNetwork:
+    """A network's graph, without its weights.
+
+    Attributes:
+        graph_module: functional and canonical; parameters, buffers and constants are inputs.
+        parameters: placeholder -> fully qualified name of the parameter or buffer.
+        constants: placeholder -> tensor that is part of the code, not of the state.
+        constant_names: placeholder -> the attribute it was found in, or a made-up name.
+        inputs: placeholder -> position of the input among the call's leaves.
+        sample: the placeholder of the noisy sample.
+        out_spec: the structure of what the network returns.
+        in_spec: the structure of the call.
+        guard: for a dynamic capture, the calls it is right for.
+        renewed_guard: the same, as it is known now.
+    """
+
+    graph_module: GraphModule
+    parameters: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    constant_names: dict[str, str]
+    inputs: dict[str, int]
+    sample: str
+    out_spec: TreeSpec
+    in_spec: TreeSpec
+    guard: SizeGuard | None = None
+    renewed_guard: Callable[[], SizeGuard] | None = None
+
+    def tighten(self) -> None:
+        """Take in what a compiler has taken for granted about sizes since the capture."""
+        if self.renewed_guard is not None:
+            object.__setattr__(self, "guard", self.renewed_guard())
+
+    def accepts(self, spec: TreeSpec, leaves: Sequence[Any]) -> bool:
+        """Whether this graph, captured with ``dynamic``, is right for another call."""
+        return self.guard is not None and spec == self.in_spec and self.guard.fits(leaves)
+
+
+class _Network(nn.Module):
+    """The module with its own forward, whatever stands in that attribute now."""
+
+    def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        if getattr(forward, "__self__", None) is network:
+            # torch.export follows calls of the modules it is given, in whatever thread. Others
+            # may call the network meanwhile; this one is called here only.
+            network = _twin_of(network)
+            forward = types.MethodType(forward.__func__, network)  # type: ignore[attr-defined]
+        self.network = network
+        self.training = network.training  # not .train(): that would reach into the network
+        self.__dict__["_call"] = forward
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Two named parameters: torch.export mixes up dynamic sizes of *args, **kwargs.
+        return self.__dict__["_call"](*args, **kwargs)
+
+
+def _twin_of(module: nn.Module) -> nn.Module:
+    """Another object with the same submodules, parameters and attributes."""
+    twin = object.__new__(type(module))
+    twin.__dict__ = {
+        name: dict(value) if name in ("_modules", "_parameters", "_buffers") else value
+        for name, value in module.__dict__.items()
+    }
+    return twin
+
+
+def _take_over_writes(module: nn.Module, twin: Any, before: Mapping[str, Any]) -> None:
+    """What the network's forward wrote to itself, such as a counter, it wrote to the twin.
+
+    Args:
+        before: the module's attributes before that.
+    """
+    for name, value in twin.__dict__.items():
+        if name not in ("_modules", "_parameters", "_buffers") and (
+            name not in before or value is not before[name]
+        ):
+            module.__dict__[name] = value
+
+
+def _holders(module: nn.Module) -> Iterator[Any]:
+    """Submodules, and the objects in their attributes, such as attention processors."""
+    for submodule in module.modules():
+        yield submodule
+        for value in submodule.__dict__.values():
+            plain = isinstance(value, (nn.Module, torch.Tensor, type, types.FunctionType))
+            if not plain and type(getattr(value, "__dict__", None)) is dict:
+                yield value
+
+
+def _put_back(held: Sequence[tuple[Any, dict[str, Any]]]) -> str | None:
+    """Undo what capture left in them of its own tensors. Returns where the first was."""
+    first = None
+    for thing, before in held:
+        for name, value in list(thing.__dict__.items()):
+            if isinstance(value, FakeTensor) and value is not before.get(name):
+                first = first or f"{type(thing).__name__}.{name}"
+                if name in before:
+                    thing.__dict__[name] = before[name]
+                else:
+                    del thing.__dict__[name]
+    return first
+
+
+_PREFIX = "network."
+
+
+def capture(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    leaves: Sequence[Any],
+    spec: TreeSpec,
+    sample_leaf: int,
+    dynamic: DynamicSizes | None = None,
+) -> CapturedNetwork:
+    """Capture one call of ``forward``, the original forward of ``module``.
+
+    Args:
+        leaves, spec: the call's ``(args, kwargs)``, flattened by ``torch.utils._pytree``.
+        sample_leaf: which of the leaves is the noisy sample.
+        dynamic: let these sizes vary as far as the network's code allows (``Dim.AUTO``).
+
+    Raises:
+        CaptureError: ``torch.export`` cannot follow the code; names the line.
+    """
+    _require_all_weights(module)
+    # One tensor given twice would be one input.
+    distinct = [
+        leaf.clone() if isinstance(leaf, torch.Tensor) and _is_among(leaf, leaves[:i]) else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    args, kwargs = tree_unflatten(distinct, spec)
+    before = dict(module.__dict__)
+    held = [(thing, dict(thing.__dict__)) for thing in _holders(module)]
+    network = _Network(module, forward)
+    # Ranges let backends tune for them. Code that treats a size within the range specially makes
+    # torch.export refuse the range; then it finds the widest one by itself.
+    hints = (
+        [dynamic.of_call(leaves, spec, sample_leaf, b) for b in (True, False)]
+        if dynamic
+        else [None]
+    )
+    capturing_threads.add(threading.get_ident())
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _casts_in_graph(module), _kernels():
+            exported = _exported(network, (args, kwargs), hints)
+            if not _is_functional(exported.graph_module):
+                exported = exported.run_decompositions({})
+    except Exception as error:
+        raise CaptureError(_capture_message(module, error)) from error
+    finally:
+        capturing_threads.discard(threading.get_ident())
+        _take_over_writes(module, network.network, before)
+        kept = _put_back(held)
+    if kept is not None:
+        raise CaptureError(
+            f"{type(module).__name__} leaves a tensor that it computes in {kept}, for others to "
+            "read; a reuse step would leave that out. It runs uncached"
+        )
+    ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
+    return _from_exported(exported, spec, sample_leaf, ranges)
+
+
+def _require_all_weights(module: nn.Module) -> None:
+    """Refuse hooks that bring the weights of one part after another, before they are disturbed.
+
+    Raises:
+        CaptureError: diffusers' group offload is on.
+    """
+    for path, submodule in module.named_modules():
+        hooks = getattr(getattr(submodule, "_diffusers_hook", None), "hooks", {})
+        for name in hooks:
+            if "offload" in name:
+                raise CaptureError(
+                    f"{type(module).__name__} cannot be captured: a hook ({name}) on "
+                    f"{path or 'it'} moves the weights of one part after another, and a graph "
+                    "reads all of them. It runs uncached. enable_model_cpu_offload() moves the "
+                    "network as a whole, and is fine"
+                )
+
+
+@contextmanager
+def _casts_in_graph(module: nn.Module) -> Iterator[None]:
+    """Layerwise casting, as casts that capture can follow.
+
+    Its hooks write other weights over a layer's own before and after each call. Meanwhile they put
+    casts of them in their place.
+    """
+    replaced = []
+    for submodule in module.modules():
+        registry = getattr(submodule, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}).values():
+            if hasattr(hook, "storage_dtype") and hasattr(hook, "compute_dtype"):
+                where = hook.fn_ref
+                replaced.append((where, where.pre_forward, where.post_forward))
+                where.pre_forward, where.post_forward = _casting_to(hook.compute_dtype)
+    try:
+        yield
+    finally:
+        for where, before, after in replaced:
+            where.pre_forward, where.post_forward = before, after
+
+
+class _Kernels:
+    """Keeps torch.export from turning oneDNN, NNPACK and cuDNN off while it traces.
+
+    It does so for the whole process, and other threads would compute by other kernels meanwhile:
+    slower, and not the same to the last bit. The operators of a graph are ATen's either way.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._captures = 0
+        self._own: Any = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        trace: Any = sys.modules.get("torch.export._trace")
+        name = "_ignore_backend_decomps"
+        if not hasattr(trace, name):
+            yield
+            return
+        with self._lock:
+            if not self._captures:
+                self._own = getattr(trace, name)
+                setattr(trace, name, nullcontext)
+            self._captures += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._captures -= 1
+                if not self._captures:
+                    setattr(trace, name, self._own)
+
+
+_kernels = _Kernels()
+
+
+def _casting_to(dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What to do before and after a layer's forward."""
+    own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+
+    def before(layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for part in layer.modules():
+            tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_floating_point():
+                        own.append((table, name, tensor))
+                        table[name] = tensor.to(dtype)
+        return args, kwargs
+
+    def after(layer: nn.Module, output: Any) -> Any:
+        while own:
+            table, name, tensor = own.pop()
+            table[name] = tensor
+        return output
+
+    return before, after
+
+
+def _is_among(leaf: Any, others: Sequence[Any]) -> bool:
+    return any(leaf is other for other in others)
+
+
+def _exported(network: nn.Module, call: tuple[Any, ...], hints: list[Any]) -> ExportedProgram:
+    """Export with the first of ``hints`` about dynamic sizes, or with the next if it fails."""
+    for shapes in hints[:-1]:
+        try:
+            return _export(network, call, shapes)
+        except ValueError:
+            continue
+    return _export(network, call, hints[-1])
+
+
+def _export(network: nn.Module, call: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    """Export; once more if another thread called the network meanwhile.
+
+    torch.export follows calls of modules in all threads, and loses its way. The others have come
+    to wait for this capture by then.
+    """
+    try:
+        return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
+    except (AssertionError, KeyError):
+        if threading.active_count() == 1:
+            raise
+    return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
+
+
+def _is_functional(graph_module: GraphModule) -> bool:
+    """No operator writes to its arguments, and no part is tucked away in a subgraph."""
+    return not any(
+        is_mutating(node) or isinstance(node.target, torch._ops.HigherOrderOperator)
+        for node in graph_module.graph.nodes
+    )
+
+
+def _from_exported(
+    exported: ExportedProgram,
+    in_spec: TreeSpec,
+    sample_leaf: int,
+    ranges: tuple[tuple[int, int, int, int], ...] | None,
+) -> CapturedNetwork:
+    for output in exported.graph_signature.output_specs:
+        if output.kind is not OutputKind.USER_OUTPUT:
+            what = (output.target or "an input").removeprefix(_PREFIX)
+            raise CaptureError(
+                f"the network writes to {what} when it is called; a reuse step would leave that "
+                "out. Compute it without changing state, or call the network uncached"
+            )
+    parameters: dict[str, str] = {}
+    constants: dict[str, torch.Tensor] = {}
+    constant_names: dict[str, str] = {}
+    inputs: dict[str, int] = {}
+    for spec in exported.graph_signature.input_specs:
+        name = str(getattr(spec.arg, "name", ""))
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert spec.target is not None
+            parameters[name] = spec.target.removeprefix(_PREFIX)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            assert spec.target is not None
+            constants[name] = exported.constants[spec.target]
+            constant_names[name] = spec.target.removeprefix(_PREFIX)
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs[name] = len(inputs)
+        else:
+            raise CaptureError(
+                f"the network takes {spec.arg} as {spec.kind}, which has no graph form"
+            )
+    sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
+    _strip_prefix(exported.graph_module)
+    guard = _size_guard(exported, inputs, ranges) if ranges is not None else None
+    graph_module = Canonicalize()(exported.graph_module).graph_module
+    return CapturedNetwork(
+        graph_module=graph_module,
+        parameters=parameters,
+        constants=constants,
+        constant_names=constant_names,
+        inputs=inputs,
+        sample=sample,
+        out_spec=exported.call_spec.out_spec,
+        in_spec=in_spec,
+        guard=guard() if guard is not None else None,
+        renewed_guard=guard,
+    )
+
+
+def _strip_prefix(graph_module: GraphModule) -> None:
+    """Name submodules as the user does, without the wrapper they were captured in."""
+    for node in graph_module.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (path.removeprefix(_PREFIX.rstrip(".")).removeprefix("."), kind)
+            for key, (path, kind) in stack.items()
+        }
+
+
+def _size_guard(
+    exported: ExportedProgram,
+    inputs: dict[str, int],
+    ranges: tuple[tuple[int, int, int, int], ...],
+) -> Callable[[], SizeGuard] | None:
+    """What the code takes for granted about sizes, as far as it is known when asked.
+
+    None if nothing can vary. Holds on to shapes only: the program has the example call in it.
+    """
+    examples: dict[int, Any] = {}
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if str(node.target) in inputs:
+            examples[inputs[str(node.target)]] = node.meta.get("val")
+    tensors = [value for value in examples.values() if isinstance(value, torch.Tensor)]
+    symbols = [
+        size for tensor in tensors for size in tensor.shape if isinstance(size, torch.SymInt)
+    ]
+    if not symbols:
+        return None
+    shape_env = cast(Any, symbols[0]).node.shape_env
+    autocast = _autocast(tensors)
+
+    def guard() -> SizeGuard:
+        leaves = tuple(
+            (leaf, TensorPattern.of(value) if isinstance(value, torch.Tensor) else value)
+            for leaf, value in examples.items()
+        )
+        return SizeGuard(leaves, shape_env.produce_guards_expression(tensors), ranges, autocast)
+
+    return guard
+
+
+def _capture_message(module: nn.Module, error: Exception) -> str:
+    where = _user_line(error)
+    return (
+        f"{type(module).__name__} cannot be captured as a graph"
+        + (f": {where}" if where else "")
+        + f"\n  {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        + "\nThe network still runs, uncached. A graph needs code whose path does not depend on "
+        "tensor values: replace `if tensor:` and `.item()` by torch.where or by a Python argument, "
+        "and remove hooks that move weights around. `torch.export.export(module, args, kwargs, "
+        "strict=False)` shows the same error by itself."
+    )
+
+
+def _user_line(error: Exception) -> str:
+    """The innermost line of code that belongs neither to torch nor to dcompile."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(Path(frame.filename).is_relative_to(package) for package in _PACKAGES)
+        and not frame.filename.startswith("<")
+    ]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"

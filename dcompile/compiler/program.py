@@ -1,0 +1,337 @@
+"""The compiled graphs for one call signature, and how to call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from dcompile.compiler.capture import CapturedNetwork
+from dcompile.compiler.lazy import Deferred, computed
+
+
+class Constant(NamedTuple):
+    """A tensor that is part of a network's code: an attribute that is no buffer, or a literal."""
+
+    name: str
+    value: torch.Tensor
+
+
+class Convention(NamedTuple):
+    """What a graph's placeholders stand for, in order: weights, then inputs, then the boundary.
+
+    Attributes:
+        weights: a parameter's or buffer's fully qualified name, or a constant.
+        inputs: positions among the call's leaves.
+    """
+
+    weights: tuple[str | Constant, ...]
+    inputs: tuple[int, ...]
+
+    def weight_tensors(self, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            weights[item] if isinstance(item, str) else item.value for item in self.weights
+        )
+
+
+def convention_of(graph_module: GraphModule, network: CapturedNetwork) -> Convention:
+    """Look up every placeholder of a graph that was split from ``network``'s."""
+    weights: list[str | Constant] = []
+    inputs: list[int] = []
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        name = str(node.target)
+        if name in network.parameters:
+            weights.append(network.parameters[name])
+        elif name in network.constants:
+            weights.append(Constant(network.constant_names[name], network.constants[name]))
+        elif name in network.inputs:
+            inputs.append(network.inputs[name])
+    return Convention(tuple(weights), tuple(inputs))
+
+
+class Bound(NamedTuple):
+    """A compiled graph with its weights: call ``run(*weights, *inputs, *cached)``."""
+
+    run: Callable[..., Any]
+    weights: tuple[torch.Tensor, ...]
+    inputs: tuple[int, ...]
+
+    def __call__(
+        self, leaves: Sequence[Any], cached: Sequence[Any] = (), coefficients: Any = None
+    ) -> Any:
+        inputs = [leaves[i] for i in self.inputs]
+        for value in inputs:
+            if type(value) is Deferred:
+                inputs = computed(inputs)
+                break
+        if coefficients is None:
+            return self.run(*self.weights, *inputs, *cached)
+        return self.run(*self.weights, *inputs, *cached, coefficients)
+
+
+@dataclass(frozen=True, eq=False)
+class BakedWeights:
+    """Which weights a backend folded into its code, and how they looked then."""
+
+    seen: dict[str, tuple[object, ...]]
+
+    @staticmethod
+    def of(convention: Convention, weights: Mapping[str, torch.Tensor]) -> BakedWeights:
+        names = [item for item in convention.weights if isinstance(item, str)]
+        return BakedWeights({name: _fingerprint(weights[name]) for name in names})
+
+    def match(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the weights are still those."""
+        return all(_fingerprint(weights[name]) == seen for name, seen in self.seen.items())
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Changes when the tensor does: by its version, and for writes through ``.data``, which bear
+    none, by a sample of its values.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+    sample = flat[:: max(1, flat.numel() // 64)].tolist()
+    return version, tuple(sample)
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledGraph:
+    """One compiled graph and its calling convention.
+
+    Attributes:
+        baked: the weights that are part of its code; None, as it should be, if it holds none.
+    """
+
+    run: Callable[..., Any]
+    convention: Convention
+    baked: BakedWeights | None = None
+
+    def bind(
+        self, weights: Mapping[str, torch.Tensor], order: Sequence[int] | None = None
+    ) -> Bound:
+        """With these weights, for leaves in this order (see ``StandardCall``)."""
+        inputs = self.convention.inputs
+        if order is not None:
+            inputs = tuple(order[position] for position in inputs)
+        return Bound(self.run, self.convention.weight_tensors(weights), inputs)
+
+
+class Cuts(NamedTuple):
+    """Where a program is cut, and what its reuse steps do besides.
+
+    Attributes:
+        depths: of the cuts, ascending. Nearly always one; more for a ``MultiLevel``.
+        histories: for each cut, how many boundaries are extrapolated from; 1 is plain reuse.
+        probe: how the outermost cut's graph measures the drift of its cache (see
+            ``passes.with_drift``); None if it does not.
+    """
+
+    depths: tuple[int, ...]
+    histories: tuple[int, ...]
+    probe: str | None = None
+
+
+class Cached(NamedTuple):
+    """What is cached for one cut, as part of all that a lane caches.
+
+    For each of the latest ``history`` refreshes, the latest first: the boundary, and for the first
+    cut what a probe compares with.
+
+    Attributes:
+        start: where it begins among the cached values.
+        size: how many values one refresh makes.
+        history: how many refreshes are kept.
+    """
+
+    start: int
+    size: int
+    history: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size * self.history
+
+    @property
+    def latest(self) -> slice:
+        """The values of the latest refresh."""
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def all(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The graphs for one call signature: the full one, and a smaller one for each cut.
+
+    Attributes:
+        out_spec: the structure of what the network returns.
+        graphs: the outermost cut's first, the full graph last. Number k reads what is cached for
+            cut k, and returns, after the network's results, the boundaries of all outer cuts; the
+            full graph those of all. If a cut extrapolates from several boundaries, its graph takes
+            the forecast's coefficients after them. If it measures its cache's drift, it returns
+            that after all else.
+        cached: one for each cut.
+        ratios: of each cut, r: FLOPs of its graph over FLOPs of the full graph.
+        probed: whether the first graph returns a drift.
+    """
+
+    out_spec: TreeSpec
+    graphs: tuple[CompiledGraph, ...]
+    cached: tuple[Cached, ...]
+    ratios: tuple[float, ...] = (0.0,)
+    probed: bool = False
+
+    @property
+    def full(self) -> CompiledGraph:
+        return self.graphs[-1]
+
+    @property
+    def ratio(self) -> float:
+        """r of the outermost cut."""
+        return self.ratios[0]
+
+    def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the weights folded into the code, if any were, are still the module's."""
+        return all(graph.baked is None or graph.baked.match(weights) for graph in self.graphs)
+
+    def bind(
+        self, weights: Mapping[str, torch.Tensor], order: Sequence[int] | None = None
+    ) -> BoundProgram:
+        """With these weights, from ``weights_of`` the live module. Fast: references only.
+
+        Args:
+            order: where the program's leaves are among those it will be called with.
+        """
+        return BoundProgram(self, tuple(graph.bind(weights, order) for graph in self.graphs))
+
+
+def cached_by(sizes: Sequence[int], histories: Sequence[int]) -> tuple[Cached, ...]:
+    """One after the other, cuts whose refreshes make so many values each."""
+    found: list[Cached] = []
+    for size, history in zip(sizes, histories, strict=True):
+        found.append(Cached(found[-1].stop if found else 0, size, history))
+    return tuple(found)
+
+
+def graph_label(number: int, cuts: int) -> str:
+    """What to call graph ``number`` of a program with so many cuts."""
+    if number == cuts:
+        return "full"
+    return "shallow" if cuts == 1 else f"level {number}"
+
+
+class BoundProgram:
+    """A program with the weights of one module, for one generation.
+
+    Attributes:
+        graphs: as in the program.
+        results: how many of a graph's outputs the module returns.
+    """
+
+    __slots__ = ("_aliased", "_outermost", "_spec", "_tuple", "graphs", "program", "results")
+
+    def __init__(self, program: Program, graphs: tuple[Bound, ...]) -> None:
+        self.program = program
+        self.graphs = graphs
+        self._outermost = program.cached[0].all
+        self._aliased = False
+        self._spec = program.out_spec
+        self.results = self._spec.num_leaves
+        self._tuple = self._spec.type is tuple and self._spec.num_children == self.results
+
+    def refresh(
+        self,
+        leaves: Sequence[Any],
+        previous: Any = (),
+        level: int | None = None,
+        coefficients: Any = None,
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Compute boundaries anew: those of all cuts, by the full graph, or only of outer ones.
+
+        Args:
+            leaves: the call's leaves.
+            previous: what the same lane has cached, which a forecast goes on from; empty if there
+                is nothing.
+            level: how many cuts, at least 1; fewer than all read what is cached for the next one.
+            coefficients: of that one's forecast.
+
+        Returns:
+            The result, and what to cache. In the place of earlier boundaries that there are not,
+            the latest again.
+        """
+        cached = self.program.cached
+        if level is None or level == len(cached):
+            level = len(cached)
+            values = tuple(self.graphs[level](leaves))
+        else:
+            values = tuple(self.graphs[level](leaves, previous[cached[level].all], coefficients))
+        results, made = values[: self.results], values[self.results :]
+        if _share_storage(results, made):  # what the caller does to a result must not reach them
+            self._aliased = True
+            made = tuple(_own(value) for value in made)
+        kept: list[Any] = []
+        for cut in cached[:level]:
+            boundary, made = made[: cut.size], made[cut.size :]
+            kept += boundary
+            earlier = cut.size * (cut.history - 1)
+            if earlier:
+                kept += (
+                    previous[cut.start :][:earlier] if previous else boundary * (cut.history - 1)
+                )
+        for cut in cached[level:]:
+            kept += previous[cut.all]
+        return self.packed(results), tuple(kept)
+
+    def reuse(
+        self, leaves: Sequence[Any], cached: tuple[Any, ...], coefficients: Any = None
+    ) -> tuple[Any, Any]:
+        """Run the smallest graph from what is cached.
+
+        Args:
+            leaves: the call's leaves.
+            cached: what ``refresh`` returned.
+            coefficients: of the forecast, shape (history,); None without one.
+
+        Returns:
+            What the module returns, and the cache's drift; None if that is not measured.
+        """
+        values = tuple(self.graphs[0](leaves, cached[self._outermost], coefficients))
+        drift = None
+        if self.program.probed:
+            values, drift = values[:-1], values[-1]
+        return self.packed(tuple(map(_own, values)) if self._aliased else values), drift
+
+    def packed(self, values: tuple[Any, ...]) -> Any:
+        """The graph's results in the form in which the module returns them."""
+        return values if self._tuple else tree_unflatten(list(values), self._spec)
+
+
+def _share_storage(results: Sequence[Any], boundary: Sequence[Any]) -> bool:
+    def storages(values: Sequence[Any]) -> set[int]:
+        return {id(x.untyped_storage()) for x in values if isinstance(x, torch.Tensor)}
+
+    return not storages(results).isdisjoint(storages(boundary))
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by every name they go by."""
+    found: dict[str, torch.Tensor] = {}
+    for path, submodule in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for table in (submodule._parameters, submodule._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found[prefix + name] = tensor
+    return found

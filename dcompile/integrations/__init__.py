@@ -1,0 +1,1 @@
+"""What knows other libraries' conventions: diffusers' pipelines, ``torch.compile``."""

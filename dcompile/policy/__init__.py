@@ -1,0 +1,1 @@
+"""Decides what each step runs: schedules, plans, forecasts, error gains of samplers."""

@@ -1,0 +1,154 @@
+"""``explain()``: where a network can be cut, and what that saves."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dcompile.compiler.capture import CapturedNetwork
+from dcompile.passes import find_skip_connections
+from dcompile.passes.cost import tensor_bytes, tensor_sizes
+
+INTERVALS = (2, 3, 5, 10)
+LITTLE_GAIN = 0.9  # a reuse step that takes more than this of a refresh step is hardly worth it
+
+
+@dataclass(frozen=True)
+class DepthReport:
+    """One depth of one network.
+
+    Attributes:
+        depth: what to pass to ``cache_compile``.
+        module_path: the submodule that reads the skip connection.
+        boundary_shapes: shapes of the cached tensors.
+        cache_bytes: what they take, for one call.
+        ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
+        speed_limits: N -> highest possible speed-up, N / (1 + (N - 1) r).
+    """
+
+    depth: int
+    module_path: str
+    boundary_shapes: tuple[tuple[int, ...], ...]
+    cache_bytes: int
+    ratio: float
+    speed_limits: dict[int, float]
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What a network beside the denoiser, such as a ControlNet, computes on a reuse step.
+
+    Attributes:
+        network: name of its class.
+        results, of: how many of its results, and how many there are.
+        ratio: FLOPs of computing them over FLOPs of computing all.
+    """
+
+    network: str
+    results: int
+    of: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All depths of a network. ``print`` it, hand it to rich, or take ``as_dict()``.
+
+    Attributes:
+        network: name of the network's class.
+        chosen: the depth in use.
+        flops: FLOPs of one uncached call.
+        depths: one report for each depth, outermost first.
+        beside: one report for each network beside it, once it took part in a reuse step.
+    """
+
+    network: str
+    chosen: int
+    flops: int
+    depths: tuple[DepthReport, ...]
+    beside: tuple[PartReport, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return asdict(self)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.network}: {self.flops / 2e9:,.4g} GMACs per call",
+            caption="\n".join(self._notes()),
+        )
+        table.add_column("depth", justify="right")
+        table.add_column("cut at", overflow="fold")
+        table.add_column("cached")
+        table.add_column("KiB", justify="right")
+        table.add_column("r", justify="right")
+        for interval in INTERVALS:
+            table.add_column(f"N={interval}", justify="right")
+        for row in self.depths:
+            shapes = ", ".join("×".join(map(str, shape)) for shape in row.boundary_shapes)
+            table.add_row(
+                f"{'▸' if row.depth == self.chosen else ''}{row.depth}",
+                row.module_path,
+                shapes,
+                f"{row.cache_bytes / 1024:,.0f}",
+                f"{row.ratio:.3f}",
+                *(f"{limit:.2f}×" for limit in row.speed_limits.values()),
+                style="bold" if row.depth == self.chosen else "",
+            )
+        return table
+
+    def _notes(self) -> list[str]:
+        notes = ["r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r)."]
+        notes += [
+            f"On a reuse step {part.network} computes {part.results} of {part.of} results, in "
+            f"{part.ratio:.3f} of its FLOPs."
+            for part in self.beside
+        ]
+        if self.depths and min(row.ratio for row in self.depths) > LITTLE_GAIN:
+            notes.append(
+                "Nearly all compute is outside of every cut: caching will not make this faster."
+            )
+        return notes
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=110).print(self)
+        return text.getvalue().rstrip()
+
+
+def explain(
+    network: CapturedNetwork, chosen: int, name: str, beside: tuple[PartReport, ...] = ()
+) -> Explanation:
+    """Report on every skip connection of a captured network."""
+    skips = find_skip_connections(network.graph_module, network.sample)
+    rows = tuple(
+        DepthReport(
+            depth=skip.depth,
+            module_path=skip.module_path,
+            boundary_shapes=tuple(tensor_sizes(value) for value in _tensors(skip.boundary)),
+            cache_bytes=sum(tensor_bytes(value) for value in _tensors(skip.boundary)),
+            ratio=skip.ratio,
+            speed_limits={interval: skip.speed_limit(interval) for interval in INTERVALS},
+        )
+        for skip in skips
+    )
+    return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows, beside)
+
+
+def gains_little(network: CapturedNetwork) -> bool:
+    """Whether a reuse step takes nearly as much compute as a full one, wherever it is cut."""
+    skips = find_skip_connections(network.graph_module, network.sample)
+    return bool(skips) and min(skip.ratio for skip in skips) > LITTLE_GAIN
+
+
+def _tensors(nodes: tuple[Node, ...]) -> list[torch.Tensor]:
+    values = [node.meta.get("val") for node in nodes]
+    return [value for value in values if isinstance(value, torch.Tensor)]

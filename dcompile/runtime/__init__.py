@@ -1,0 +1,1 @@
+"""Runs one step: dispatcher, run tracking, lanes, planning, counters, CUDA graphs."""

@@ -1,0 +1,356 @@
+"""Which generation, step and lane a call of the network belongs to.
+
+The timestep's *value* is never read where that can be avoided: on a GPU reading it waits for the
+device, and second-order samplers visit the same value twice. Samplers iterate over
+``scheduler.timesteps``, so each ``t`` is a view of it: the storage behind the view identifies the
+generation, the view's offset the step. A timestep that is a number, or a tensor of its own, is
+told by value instead (see ``_ValueTrack``).
+
+One rule governs all that is uncertain: when in doubt, refresh. A wrong refresh costs time, a
+wrong reuse costs the picture.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dcompile.compiler.program import Program
+
+# Value-told generations kept at a time; interleaving more than this only refreshes more often.
+MAX_VALUE_TRACKS = 8
+# Calls at one timestep that are told apart; no sampler makes more.
+MAX_LANES = 8
+# Of a value-told generation's first value: a second one further away begins another generation.
+FIRST_GAP = 0.3
+
+
+@dataclass(eq=False)
+class Lane:
+    """One of several calls at the same timestep, and what it cached.
+
+    Unbatched guidance calls the network twice a step, and the two calls must not share a cache.
+    Lanes are told apart by their conditioning: tensors a pipeline holds on to for the whole run,
+    such as prompt embeddings, and by their signature. Storage that was freed meanwhile proves
+    nothing, unless it was held from one step to the next: then its run is over.
+
+    Attributes:
+        anchors: the conditioning's storages, weakly, with offsets.
+        steady: whether a later step came with the same ones.
+        program, signature: what made the cached values; None before the first refresh.
+        bound: the program with the module's weights as it was when this lane began: what a pipeline
+            swaps between two calls of a step stays with each.
+        cached: they, as ``program.Cached`` orders them, or what holds them
+            (``cuda_graphs.HeldBoundary``). The lane owns them: they are freed with the lane.
+        refreshed: for each cut the steps that made them, the latest first; as many as its forecast
+            looks back.
+        finite: whether they are, if that is still under way from a device.
+        trust: for each cut, how far a ``forecast.Damped`` was right at the latest refreshes.
+        news: the same, where it is still under way.
+        tally: what that follows from: two sums for each cut, on its device.
+    """
+
+    anchors: tuple[tuple[weakref.ref[Any], int], ...]
+    program: Program | None = None
+    signature: Any = None
+    bound: Any = None
+    cached: Any = ()
+    refreshed: tuple[tuple[int, ...], ...] = ()
+    finite: Any = None
+    trust: tuple[float, ...] = ()
+    news: tuple[Any, ...] = ()
+    tally: tuple[Any, ...] = ()
+    steady: bool = False
+
+    def contradicts(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
+        """Whether a call with this conditioning and signature is certainly not this lane's."""
+        if signature is not None and self.signature is not None and signature != self.signature:
+            return True
+        if len(conditioning) != len(self.anchors):
+            return True
+        for (reference, offset), tensor in zip(self.anchors, conditioning, strict=True):
+            storage = reference()
+            if storage is None:
+                if self.steady:
+                    return True
+            elif storage is not tensor.untyped_storage() or offset != tensor.storage_offset():
+                return True
+        return False
+
+    def resembles(self, other: Lane) -> bool:
+        """Whether a call might be taken for either lane's."""
+        if None not in (self.signature, other.signature) and self.signature != other.signature:
+            return False
+        return len(self.anchors) == len(other.anchors) and not any(
+            one[0]() is not None and two[0]() is not None and one != two
+            for one, two in zip(self.anchors, other.anchors, strict=True)
+        )
+
+
+def _anchors(conditioning: Sequence[torch.Tensor]) -> tuple[tuple[weakref.ref[Any], int], ...]:
+    return tuple(
+        (weakref.ref(tensor.untyped_storage()), int(tensor.storage_offset()))
+        for tensor in conditioning
+    )
+
+
+@dataclass(eq=False)
+class Generation:
+    """One pass over a sampler's timesteps.
+
+    Attributes:
+        steps: number of steps from the first call to the end of the timesteps, if known.
+        step: the step of the latest call, counted from this generation's first call.
+        beats: for each cut, the latest step at which the schedule wanted it refreshed.
+        programs: what runs lanes that begin, by call signature; filled by the dispatcher.
+        plan, forecasts: chosen for this run when it began.
+        flags: the module's switches as they were when its programs were bound.
+    """
+
+    steps: int | None
+    step: int = -1
+    beats: list[int] = field(default_factory=lambda: [0])
+    programs: dict[Any, Any] = field(default_factory=dict)
+    plan: Any = None
+    forecasts: Any = ()
+    flags: Any = None
+    lanes: list[Lane] = field(default_factory=list)
+    _served: set[int] = field(default_factory=set)
+    # Two generations may walk over one timesteps tensor (a loop that is begun again, or a server
+    # that interleaves requests). Then the next call may belong to either, and until it is clear,
+    # nothing is reused. _open_ends are the steps at which an abandoned walk might go on.
+    _doubtful: bool = False
+    _open_ends: set[int] = field(default_factory=set)
+
+    def enter(self, step: int, conditioning: Sequence[torch.Tensor], signature: Any = None) -> Lane:
+        """Register a call and return its lane; a lane without a program has to be refreshed."""
+        if step == self.step:
+            # Another lane, if its conditioning says so; else it may as well be another run.
+            if len(self.lanes) >= MAX_LANES or any(
+                id(lane) in self._served and not lane.contradicts(conditioning, signature)
+                for lane in self.lanes
+            ):
+                self._begin_again(step)
+        elif step == self.step + 1 and step not in self._open_ends:
+            self._advance()
+        elif self.step >= 0:
+            self._begin_again(step)
+        self.step = step
+        for lane in self.lanes:
+            if id(lane) not in self._served and not lane.contradicts(conditioning, signature):
+                if not lane.steady and lane.anchors:
+                    lane.steady = all(held() is not None for held, _ in lane.anchors)
+                break
+        else:
+            lane = Lane(_anchors(conditioning))
+            self.lanes.append(lane)
+            if step == 0:  # perhaps another run's first step: look at the module again
+                self.programs.clear()
+        self._served.add(id(lane))
+        return lane
+
+    def knows(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
+        """Whether a lane may be of such a call."""
+        return any(not lane.contradicts(conditioning, signature) for lane in self.lanes)
+
+    def takes_another(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
+        """Whether a call at this generation's step may be a lane that was not called yet."""
+        return all(
+            lane.contradicts(conditioning, signature)
+            for lane in self.lanes
+            if id(lane) in self._served
+        )
+
+    def look_again(self) -> None:
+        """The module may have changed since its programs were bound."""
+        self.programs.clear()
+        for lane in self.lanes:
+            lane.bound = None
+
+    def doubt(self) -> None:
+        """Reuse nothing at the next step."""
+        self._doubtful = True
+
+    def drop(self) -> None:
+        """Free all that is cached; the run itself goes on."""
+        self.lanes = []
+        self._served = set()
+        self.look_again()
+
+    def inherit_doubts(self, earlier: Generation, shift: int) -> None:
+        """Another walk over the same timesteps, ``shift`` steps behind, may go on at any time."""
+        self._open_ends = {end + shift for end in (*earlier._open_ends, earlier.step + 1)}
+        self._doubtful = True
+
+    def _advance(self) -> None:
+        """Keep the lanes that the step before went through, and nothing that is doubtful."""
+        if len(self._served) == len(self.lanes) and not self._doubtful:
+            self._served.clear()
+            return
+        gone = [lane for lane in self.lanes if id(lane) not in self._served]
+        self.lanes = [
+            lane
+            for lane in self.lanes
+            if id(lane) in self._served
+            and not self._doubtful
+            and not any(lane.resembles(other) for other in gone)
+        ]
+        self._served = set()
+        self._doubtful = False
+
+    def _begin_again(self, step: int) -> None:
+        self._open_ends.add(self.step + 1)
+        self.lanes = []
+        self.look_again()
+        self._served = set()
+        self._doubtful = True
+        self.beats = [min(beat, step) for beat in self.beats]
+
+
+@dataclass(eq=False)
+class _ValueTrack:
+    """A generation told by timestep values: they go one way, in steps of similar size.
+
+    A new run that begins just where an interrupted one would have gone on cannot be told from
+    it by values; its conditioning tells, where there is any.
+    """
+
+    generation: Generation
+    value: float
+    step: int = 0
+    gap: float | None = None
+
+    def misfit(self, value: float) -> float | None:
+        """How far ``value`` is from this track's next one; None if it cannot be that."""
+        if value == self.value:
+            return 0.0
+        gap = value - self.value
+        if self.gap is None:
+            return abs(gap) if abs(gap) <= FIRST_GAP * abs(self.value) else None
+        if gap * self.gap < 0 or abs(gap) > 2 * abs(self.gap):
+            return None
+        return abs(gap - self.gap)
+
+    def move_to(self, value: float) -> None:
+        if value != self.value:
+            self.gap = value - self.value
+            self.value = value
+            self.step += 1
+
+
+class StepTracker:
+    """Finds the generation and lane of each call. Safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held for bookkeeping only, never while anything computes
+        self._by_storage: dict[int, tuple[weakref.ref[Any], Generation, int]] = {}
+        self._by_value: list[_ValueTrack] = []
+        self.generations = 0
+
+    def enter(
+        self, timestep: Any, conditioning: Sequence[torch.Tensor], signature: Any = None
+    ) -> tuple[Generation, Lane, int]:
+        """The generation, lane and step of a call.
+
+        Args:
+            timestep: as the network got it: a tensor or a number.
+            conditioning: the call's other tensors, without the sample.
+            signature: the call's; calls of one step that differ in it are different lanes.
+        """
+        with self._lock:
+            if isinstance(timestep, torch.Tensor):
+                storage = timestep.untyped_storage()
+                if storage.nbytes() > timestep.element_size() * _own_elements(timestep):
+                    generation, step = self._step_by_storage(timestep, storage)
+                    if step == 0 < generation.step:  # another run over the same timesteps
+                        self.generations += 1
+                    return generation, generation.enter(step, conditioning, signature), step
+            generation, step = self._step_by_value(_value(timestep), conditioning, signature)
+            return generation, generation.enter(step, conditioning, signature), step
+
+    def forget(self, generation: Generation) -> None:
+        """Drop a generation: something went wrong in the middle of it."""
+        with self._lock:
+            self._by_value = [t for t in self._by_value if t.generation is not generation]
+            for key, (_, known, _) in list(self._by_storage.items()):
+                if known is generation:
+                    del self._by_storage[key]
+
+    def reset(self) -> None:
+        """Drop all that is cached; runs go on, and refresh at their next step."""
+        with self._lock:
+            for _, generation, _ in list(self._by_storage.values()):
+                generation.drop()
+            self._by_value.clear()
+
+    def cached(self) -> list[Any]:
+        """What is held at present."""
+        with self._lock:
+            known = [generation for _, generation, _ in list(self._by_storage.values())]
+            known += [track.generation for track in self._by_value]
+            return [lane.cached for generation in known for lane in generation.lanes]
+
+    def _step_by_storage(self, timestep: torch.Tensor, storage: Any) -> tuple[Generation, int]:
+        key = id(storage)
+        offset = int(timestep.storage_offset())
+        entry = self._by_storage.get(key)
+        if entry is None or entry[0]() is not storage or offset < entry[2]:
+            steps = storage.nbytes() // timestep.element_size() - offset
+            generation = Generation(steps)
+            if entry is not None and entry[0]() is storage:
+                generation.inherit_doubts(entry[1], entry[2] - offset)
+            # The storage dies with scheduler.timesteps, and its generation with it. Dictionary
+            # operations are atomic, so the callback needs no lock (it may run inside of one).
+            table = self._by_storage
+            entry = (weakref.ref(storage, lambda _: table.pop(key, None)), generation, offset)
+            table[key] = entry
+            self.generations += 1
+        _, generation, first = entry
+        return generation, offset - first
+
+    def _step_by_value(
+        self, value: float, conditioning: Sequence[torch.Tensor], signature: Any
+    ) -> tuple[Generation, int]:
+        # A run that is over stays where it ended. A value it was called with is its own again only
+        # if the call is another lane's; of equal fits, the latest.
+        fits = [
+            (track.generation.knows(conditioning, signature), -misfit, position, track)
+            for position, track in enumerate(self._by_value)
+            if (misfit := track.misfit(value)) is not None
+            and (
+                value != track.value
+                or track is self._by_value[-1]
+                or track.generation.takes_another(conditioning, signature)
+            )
+        ]
+        if fits:
+            known, _, _, track = max(fits, key=lambda fit: fit[:3])
+            others = sum(fit[0] == known for fit in fits) > 1
+            # A first gap proves little, and so does a track that others were called in between, or
+            # one of several that the call fits equally well.
+            if track.gap is None or track is not self._by_value[-1] or others:
+                track.generation.doubt()
+            track.move_to(value)
+            self._by_value.remove(track)
+            self._by_value.append(track)
+            return track.generation, track.step
+        track = _ValueTrack(Generation(None), value)
+        self._by_value = [*self._by_value[-(MAX_VALUE_TRACKS - 1) :], track]
+        self.generations += 1
+        return track.generation, 0
+
+
+def _own_elements(timestep: torch.Tensor) -> int:
+    """How many different elements a timestep addresses: 1 for ``t`` and ``t.expand(batch)``."""
+    return 1 if not any(timestep.stride()) else timestep.numel()
+
+
+def _value(timestep: Any) -> float:
+    if isinstance(timestep, torch.Tensor):
+        return float(timestep.reshape(-1)[0])
+    return float(timestep)

@@ -1,0 +1,1 @@
+"""Programs and graphs on disk: artefacts, ONNX."""

@@ -1,0 +1,563 @@
+"""Compiled programs on disk: build once, ship, load in seconds without capturing or compiling.
+
+A folder holds ``manifest.json`` and one folder of data that it names. The data folder is written
+under another name and renamed when it is complete; then the manifest, replaced in one step, points
+to it. So whoever reads finds the old programs or the new ones, and two writers cannot mix theirs.
+Weights are not part of it: a program is bound to the weights of the module it is loaded into.
+
+Compiled programs are code. Load them only from where you would install a package from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
+
+from dcompile.backends import Backend
+from dcompile.compiler.capture import SizeGuard, TensorPattern
+from dcompile.compiler.program import (
+    Cached,
+    CompiledGraph,
+    Constant,
+    Convention,
+    Cuts,
+    Program,
+    graph_label,
+)
+from dcompile.errors import ArtifactError
+from dcompile.policy import codec
+from dcompile.policy.schedule import Schedule
+from dcompile.version import __version__
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+_LOCK = ".lock"
+_SHOWN = 160  # characters of a value that an error message quotes
+
+
+@runtime_checkable
+class Saveable(Protocol):
+    """A backend whose callables can be written to files and come back, in another process too."""
+
+    def dump(self, run: Callable[..., Any]) -> dict[str, bytes]:
+        """What ``restore`` needs, by name. Names that are equal have equal content."""
+        ...
+
+    def restore(self, files: Mapping[str, bytes]) -> Callable[..., Any]:
+        """The callable of what ``dump`` returned."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SavedProgram:
+    """A program and the calls it serves.
+
+    Attributes:
+        calls: the call signatures it was used for, as ``portable_signature`` writes them.
+        in_spec: the structure of such a call.
+        guard: if sizes may vary, the calls it serves besides.
+        program: its graphs.
+    """
+
+    calls: tuple[str, ...]
+    in_spec: TreeSpec
+    guard: SizeGuard | None
+    program: Program
+
+    def serves(self, call: str | None, spec: TreeSpec, leaves: Sequence[Any]) -> bool:
+        """Whether a call can run it."""
+        if call in self.calls:
+            return True
+        return self.guard is not None and spec == self.in_spec and self.guard.fits(leaves)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """All that a folder holds.
+
+    Attributes:
+        network: name of the module's class.
+        backend: its name and options.
+        cuts: where the programs are cut.
+        dynamic, cuda_graphs: see ``cache_compile``.
+        schedule: None if it was a user's own class.
+        forecasts: one for each cut; None in the place of a user's own class.
+        structure: the module's, from ``structure.portable``.
+        written: attributes that the network's own forward writes; see ``structure_of``.
+        programs: each with the call signatures it serves.
+    """
+
+    network: str
+    backend: tuple[str, dict[str, Any]]
+    cuts: Cuts
+    dynamic: Any
+    cuda_graphs: Any
+    schedule: Schedule | None
+    forecasts: tuple[str | None, ...]
+    structure: dict[str, dict[str, Any]]
+    written: tuple[str, ...]
+    programs: tuple[SavedProgram, ...]
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.device) -> None:
+    """Write an artefact; one that is there already is replaced when the new one is complete.
+
+    Raises:
+        ArtifactError: the backend's programs cannot be saved, or the folder cannot be written.
+    """
+    if not isinstance(backend, Saveable):
+        raise ArtifactError(
+            f"programs of backend {backend.name!r} cannot be saved; those of 'inductor' and "
+            "'eager' can"
+        )
+    if backend.bakes_weights:
+        raise ArtifactError(
+            "the backend folded the weights into its code (freezing), and saved programs hold no "
+            "weights: compile without"
+        )
+    from safetensors.torch import save as write_tensors
+
+    files: dict[str, bytes] = {}
+    libraries: dict[str, bytes] = {}
+    constants: dict[str, torch.Tensor] = {}
+    try:
+        programs = [
+            _program_entry(number, saved, backend, files, libraries, constants)
+            for number, saved in enumerate(artifact.programs)
+        ]
+    except (TypeError, NotImplementedError) as error:
+        raise ArtifactError(
+            f"what the network takes or returns cannot be written to a file: {error}"
+        ) from error
+    files["structure.json.zip"] = _zipped(
+        {"structure.json": json.dumps(artifact.structure).encode()}
+    )
+    files["libraries.zip"] = _zipped(libraries)
+    files["constants.safetensors"] = write_tensors(constants)
+    name, options = artifact.backend
+    manifest = {
+        "format": FORMAT,
+        "dcompile": __version__,
+        "network": artifact.network,
+        "machine": machine(device),
+        "backend": {"name": name, "options": options},
+        "cuts": artifact.cuts._asdict(),
+        "dynamic": artifact.dynamic,
+        "cuda_graphs": artifact.cuda_graphs,
+        "schedule": codec.to_json(artifact.schedule) if artifact.schedule else None,
+        "forecasts": list(artifact.forecasts),
+        "written": list(artifact.written),
+        "programs": programs,
+        "files": {name: _digest(content) for name, content in sorted(files.items())},
+    }
+    try:
+        _replace(folder, manifest, files)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What compiled code depends on besides the module."""
+    found = {"torch": torch.__version__, "device": device.type, "platform": platform.machine()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["diffusers"] = importlib.metadata.version("diffusers")  # whose code was captured
+    if device.type == "cuda":
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    else:
+        found["capability"] = torch.backends.cpu.get_cpu_capability()
+    return found
+
+
+def _program_entry(
+    number: int,
+    saved: SavedProgram,
+    backend: Saveable,
+    files: dict[str, bytes],
+    libraries: dict[str, bytes],
+    constants: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    """The manifest's part about one program; its files are added to those given."""
+    graphs = []
+    cuts = len(saved.program.cached)
+    for graph_number, half in enumerate(saved.program.graphs):
+        label = graph_label(graph_number, cuts)
+        try:
+            dumped = backend.dump(half.run)
+        except Exception as error:
+            raise ArtifactError(f"the {label} graph cannot be saved: {error}") from error
+        file = f"{number}-{label.replace(' ', '-')}"
+        files[file] = dumped.pop("graph")
+        libraries |= dumped
+        weights: list[Any] = []
+        for weight in half.convention.weights:
+            if isinstance(weight, Constant):
+                value = weight.value.detach().cpu().contiguous()
+                # Captures may give one name to different literals.
+                key = f"{weight.name}#{_digest_of(value)}"
+                constants[key] = value.clone()
+                weights.append({"constant": key})
+            else:
+                weights.append(weight)
+        graphs.append(
+            {
+                "file": file,
+                "libraries": sorted(dumped),
+                "weights": weights,
+                "inputs": list(half.convention.inputs),
+            }
+        )
+    return {
+        "calls": list(saved.calls),
+        "in_spec": treespec_dumps(saved.in_spec),
+        "out_spec": treespec_dumps(saved.program.out_spec),
+        "guard": _guard_entry(saved.guard),
+        "cached": [list(cut) for cut in saved.program.cached],
+        "ratios": list(saved.program.ratios),
+        "probed": saved.program.probed,
+        "graphs": graphs,
+    }
+
+
+def _guard_entry(guard: SizeGuard | None) -> Any:
+    if guard is None:
+        return None
+    leaves: list[Any] = []
+    for leaf, wanted in guard.leaves:
+        if isinstance(wanted, TensorPattern):
+            pattern = [list(wanted.shape), str(wanted.dtype), wanted.contiguous]
+            leaves.append([leaf, {"tensor": pattern}])
+        else:
+            leaves.append([leaf, {"value": wanted}])
+    return {
+        "leaves": leaves,
+        "expression": guard.expression,
+        "autocast": guard.autocast,
+        "ranges": [list(item) for item in guard.ranges],
+    }
+
+
+def _replace(folder: Path, manifest: dict[str, Any], files: Mapping[str, bytes]) -> None:
+    from filelock import FileLock  # torch's own dependency
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_own(folder)
+    data = f"data-{uuid.uuid4().hex[:16]}"
+    draft = folder / f".{data}"
+    draft.mkdir()
+    try:
+        for name, content in files.items():
+            (draft / name).write_bytes(content)
+        content = _sealed({**manifest, "data": data})
+        (draft / MANIFEST).write_bytes(content)
+        # Writers take turns for the moment in which one set of files takes the other's place.
+        with FileLock(folder / _LOCK):
+            os.replace(draft / MANIFEST, folder / f".{data}.json")
+            os.replace(draft, folder / data)
+            os.replace(folder / f".{data}.json", folder / MANIFEST)
+            for item in folder.iterdir():
+                if _DATA.fullmatch(item.name) and item.name != data:
+                    shutil.rmtree(item, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+_DATA = re.compile(r"data-[0-9a-f]{16}")
+_DRAFT = re.compile(r"\.data-[0-9a-f]{16}(\.json)?")
+
+
+def _require_own(folder: Path) -> None:
+    """The folder holds saved programs, whole or damaged, and nothing else: they will be removed."""
+    for item in folder.iterdir():
+        ours = _DATA.fullmatch(item.name) or _DRAFT.fullmatch(item.name)
+        known = item.name == _LOCK or ours is not None
+        if item.name == MANIFEST:
+            try:
+                content = json.loads(item.read_bytes())
+            except ValueError:
+                content = {"seal": "damaged"}
+            known = isinstance(content, dict) and "seal" in content
+        if not known:
+            raise ArtifactError(
+                f"{folder} holds other files ({item.name}): give a folder of its own"
+            )
+
+
+def _data_folder_of(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / MANIFEST).read_bytes())["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """JSON that notices a changed byte."""
+    body = json.dumps(manifest, sort_keys=True)
+    seal = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**manifest, "seal": seal}, indent=1, sort_keys=True).encode()
+
+
+def _digest_of(tensor: torch.Tensor) -> str:
+    content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content)[:16]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _zipped(files: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in sorted(files.items()):
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read(
+    folder: Path,
+    module: nn.Module,
+    device: torch.device,
+    backend_of: Callable[[str, dict[str, Any]], Backend],
+    structure_of_module: Callable[[Sequence[str]], dict[str, dict[str, Any]]],
+) -> tuple[Artifact, Backend]:
+    """Read an artefact for ``module``, and check that it was made for one like it.
+
+    Args:
+        folder: what ``write`` wrote.
+        module: constants that are its attributes are compared and taken from it.
+        device: where the module is.
+        backend_of: a backend from its name and options.
+        structure_of_module: the module's portable structure, leaving out the attributes given.
+
+    Raises:
+        ArtifactError: missing, damaged, or made for another torch, machine or module; names the
+            first difference.
+    """
+    from safetensors.torch import load as read_tensors
+
+    manifest, files = _read_files(folder)
+    _compare("machine", manifest["machine"], machine(device))
+    with _as_damage(folder):
+        structure = json.loads(_unzipped(files["structure.json.zip"])["structure.json"])
+    _compare_structure(structure, structure_of_module(manifest["written"]))
+    with _as_damage(folder):
+        libraries = _unzipped(files["libraries.zip"])
+        constants = read_tensors(files["constants.safetensors"])
+    for key, value in constants.items():
+        constants[key] = _checked_constant(module, key.rpartition("#")[0], value, device)
+    name, options = manifest["backend"]["name"], manifest["backend"]["options"]
+    backend = backend_of(name, options)
+    assert isinstance(backend, Saveable)
+    with _as_damage(folder):
+        programs = tuple(
+            SavedProgram(
+                calls=tuple(entry["calls"]),
+                in_spec=treespec_loads(entry["in_spec"]),
+                guard=_guard_of(entry["guard"], device),
+                program=Program(
+                    treespec_loads(entry["out_spec"]),
+                    tuple(
+                        _graph_of(graph, backend, files, libraries, constants)
+                        for graph in entry["graphs"]
+                    ),
+                    tuple(Cached(*cut) for cut in entry["cached"]),
+                    tuple(entry["ratios"]),
+                    entry["probed"],
+                ),
+            )
+            for entry in manifest["programs"]
+        )
+        artifact = Artifact(
+            network=manifest["network"],
+            backend=(name, options),
+            cuts=Cuts(
+                tuple(manifest["cuts"]["depths"]),
+                tuple(manifest["cuts"]["histories"]),
+                manifest["cuts"]["probe"],
+            ),
+            dynamic=manifest["dynamic"],
+            cuda_graphs=manifest["cuda_graphs"],
+            schedule=codec.from_json(manifest["schedule"]) if manifest["schedule"] else None,
+            forecasts=tuple(manifest["forecasts"]),
+            structure=structure,
+            written=tuple(manifest["written"]),
+            programs=programs,
+        )
+    return artifact, cast(Backend, backend)
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest and the files it lists, all of them whole."""
+    for attempt in range(3):
+        manifest = _read_manifest(folder)
+        try:
+            files = {
+                name: (folder / manifest["data"] / name).read_bytes() for name in manifest["files"]
+            }
+        except FileNotFoundError as error:
+            # Somebody may have replaced the artefact since the manifest was read.
+            if attempt < 2 and _data_folder_of(folder) != manifest["data"]:
+                continue
+            raise ArtifactError(f"{folder} is damaged: {error.filename} is missing") from error
+        except OSError as error:
+            raise ArtifactError(f"cannot read {folder}: {error}") from error
+        break
+    for name, digest in manifest["files"].items():
+        if _digest(files[name]) != digest:
+            raise ArtifactError(
+                f"{folder} is damaged: {name} is not what was written (SHA-256 differs); "
+                "save it again"
+            )
+    return manifest, files
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} holds no saved programs: {MANIFEST} cannot be read "
+            f"({error.strerror or error}). handle(module).save(folder) writes them"
+        ) from error
+    try:
+        manifest = json.loads(content)
+        seal = manifest.pop("seal")
+        body = json.dumps(manifest, sort_keys=True)
+        whole = hashlib.sha256(body.encode()).hexdigest() == seal
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ArtifactError(f"{folder} is damaged: {MANIFEST} cannot be parsed") from error
+    if not whole:
+        raise ArtifactError(f"{folder} is damaged: {MANIFEST} is not what was written")
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{folder} has format {manifest.get('format')!r}, this is dcompile {__version__}, "
+            f"which reads format {FORMAT}: save it again"
+        )
+    return cast(dict[str, Any], manifest)
+
+
+def _compare(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    for name in saved.keys() | here.keys():
+        if saved.get(name) != here.get(name):
+            raise ArtifactError(
+                f"saved for another {what}: {name} is {here.get(name)!r} here, "
+                f"{saved.get(name)!r} there. Compiled code fits only where it was made for: "
+                "compile and save it here"
+            )
+
+
+def _compare_structure(saved: dict[str, dict[str, Any]], here: dict[str, dict[str, Any]]) -> None:
+    for path in [*saved, *(path for path in here if path not in saved)]:
+        where = path or "the network itself"
+        if path not in here or path not in saved:
+            place = "the saved one" if path in saved else "this module"
+            raise ArtifactError(f"saved for another module: only {place} has {where}")
+        for name in [*saved[path], *(name for name in here[path] if name not in saved[path])]:
+            one, two = saved[path].get(name, "absent"), here[path].get(name, "absent")
+            if one != two:
+                raise ArtifactError(
+                    f"saved for another module: {name} of {where} is {_short(two)} here, "
+                    f"{_short(one)} there"
+                )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _checked_constant(
+    module: nn.Module, name: str, value: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """The module's own tensor of that name, if it has one; it must be the one that was saved."""
+    try:
+        live: Any = module
+        for part in name.split("."):
+            live = getattr(live, part)
+    except AttributeError:
+        live = None
+    if not isinstance(live, torch.Tensor):
+        return value.to(device)
+    if live.shape != value.shape or not torch.equal(live.detach().cpu(), value):
+        raise ArtifactError(
+            f"saved for another module: the values of {name}, a constant of the graph, differ"
+        )
+    return live
+
+
+def _graph_of(
+    entry: dict[str, Any],
+    backend: Saveable,
+    files: Mapping[str, bytes],
+    libraries: Mapping[str, bytes],
+    constants: Mapping[str, torch.Tensor],
+) -> CompiledGraph:
+    content = {"graph": files[entry["file"]]}
+    content |= {name: libraries[name] for name in entry["libraries"]}
+    weights = tuple(
+        Constant(item["constant"].rpartition("#")[0], constants[item["constant"]])
+        if isinstance(item, dict)
+        else item
+        for item in entry["weights"]
+    )
+    return CompiledGraph(backend.restore(content), Convention(weights, tuple(entry["inputs"])))
+
+
+def _guard_of(entry: Any, device: torch.device) -> SizeGuard | None:
+    if entry is None:
+        return None
+    leaves: list[tuple[int, Any]] = []
+    for leaf, wanted in entry["leaves"]:
+        if "tensor" in wanted:
+            shape, dtype, contiguous = wanted["tensor"]
+            dtype = getattr(torch, dtype.removeprefix("torch."))
+            leaves.append((leaf, TensorPattern(tuple(shape), dtype, device, contiguous)))
+        else:
+            leaves.append((leaf, wanted["value"]))
+    return SizeGuard(
+        tuple(leaves),
+        entry["expression"],
+        tuple(tuple(item) for item in entry["ranges"]),
+        entry["autocast"],
+    )
+
+
+def _unzipped(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@contextlib.contextmanager
+def _as_damage(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while files are taken apart, they are not what they should be."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {error}; save it again"
+        ) from error

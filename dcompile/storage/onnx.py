@@ -1,0 +1,590 @@
+"""Write a captured network as two ONNX graphs, one file of weights and a manifest.
+
+The folder runs wherever ONNX does, without Python: ``full.onnx`` and ``shallow.onnx`` are the two
+halves of a program, ``weights.data`` holds every weight once for both, and ``manifest.json`` says
+what to feed them and in which order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+import logging
+import math
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import compress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import TreeSpec
+
+from dcompile.compiler.build import choose_skip, with_weights
+from dcompile.compiler.capture import CapturedNetwork
+from dcompile.compiler.program import weights_of
+from dcompile.errors import ExportError
+from dcompile.passes import SkipConnection, split_at
+from dcompile.policy.schedule import Schedule
+from dcompile.progress import Display
+from dcompile.version import __version__
+
+FORMAT = "dcompile-onnx"
+FORMAT_VERSION = 1
+WEIGHTS = "weights.data"
+MANIFEST = "manifest.json"
+GRAPHS = ("full.onnx", "shallow.onnx")
+
+_INLINE_BYTES = 1024  # Constants up to this size stay in the graph, where shape inference looks.
+_LARGE_BYTES = 1 << 20  # Tensors from this size begin where any system can map them into memory.
+_MAP_ALIGNMENT = 1 << 16
+_ALIGNMENT = 64
+
+
+def export(
+    network: CapturedNetwork,
+    module: nn.Module,
+    forward: Callable[..., Any],
+    depth: int,
+    schedule: Schedule,
+    folder: Path,
+    display: Display,
+) -> None:
+    """Write ``network``, cut at ``depth``, to ``folder``; see ``Handle.export_onnx``.
+
+    Args:
+        network: a capture of ``module`` as it is now.
+        module: its weights are written.
+        forward: the module's own forward; its parameters name the graphs' inputs.
+        depth: where to cut.
+        schedule: written to the manifest.
+        folder: replaced if it holds an export, created if it does not exist.
+        display: shows progress.
+
+    Raises:
+        ExportError: see ``Handle.export_onnx``.
+        NoSkipConnectionError, DepthError: see ``choose_skip``.
+    """
+    _require_packages()
+    _require_replaceable(folder)
+    weights = weights_of(module)
+    _require_values(weights, network)
+    with display.stage("cutting"):
+        skip = choose_skip(network, depth)
+        full_graph, shallow_graph = split_at(network.graph_module, skip)
+    names = _Names.of(network, forward, len(skip.boundary), weights)
+    with display.stage("translating the full graph (ONNX)"):
+        outputs = (*names.results, *names.boundary)
+        full = _translated("full", full_graph, network, weights, names, outputs)
+    with display.stage("translating the shallow graph (ONNX)"):
+        boundary = full.outputs[-len(names.boundary) :]
+        shallow = _translated(
+            "shallow", shallow_graph, network, weights, names, names.results, boundary
+        )
+    models = [full.model, shallow.model]
+    with display.stage("writing"), _replacing(folder) as draft:
+        stored = _WeightsFile(draft / WEIGHTS)
+        with stored:
+            for model in models:
+                _move_weights_out(model, network, stored)
+        for model, file in zip(models, GRAPHS, strict=True):
+            _write_model(model, draft / file)
+        manifest = _manifest(type(module).__name__, skip, schedule, names, models, stored)
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+class _Names(NamedTuple):
+    """What the graphs call their inputs and outputs.
+
+    Attributes:
+        inputs: placeholder -> name; the path of the argument, as in
+            ``added_cond_kwargs.text_embeds``.
+        results: one for each value that the network returns: ``out_0``, or ``out_sample`` where
+            it returns named fields.
+        boundary: the full graph's further outputs, and the shallow graph's further inputs.
+    """
+
+    inputs: dict[str, str]
+    results: tuple[str, ...]
+    boundary: tuple[str, ...]
+    sample: str
+
+    @staticmethod
+    def of(
+        network: CapturedNetwork,
+        forward: Callable[..., Any],
+        boundary: int,
+        weights: Mapping[str, torch.Tensor],
+    ) -> _Names:
+        taken = set(weights)  # a graph's values are one name space
+
+        def unique(name: str) -> str:
+            free = name
+            while free in taken:
+                free += "_"
+            taken.add(free)
+            return free
+
+        leaves = _argument_names(forward, network.in_spec)
+        inputs = {name: unique(leaves[leaf]) for name, leaf in network.inputs.items()}
+        paths = list(_paths(network.out_spec))
+        results = [unique(f"out_{'.'.join(path) or 0}") for path in paths]
+        return _Names(
+            inputs,
+            tuple(results),
+            tuple(unique(f"boundary_{i}") for i in range(boundary)),
+            inputs[network.sample],
+        )
+
+
+def _argument_names(forward: Callable[..., Any], spec: TreeSpec) -> list[str]:
+    """A dotted path for each leaf of a call, from the parameters of ``forward``."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    named = []
+    for top, position, *path in _paths(spec):
+        first = [position]
+        if top == "0":  # args, not kwargs
+            index = int(position)
+            parameter = parameters[min(index, len(parameters) - 1)]
+            first = [parameter.name]
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                first.append(str(index - parameters.index(parameter)))
+        named.append(".".join([*first, *path]))
+    return named
+
+
+def _paths(spec: TreeSpec) -> Iterator[tuple[str, ...]]:
+    """The keys and indices that lead to each leaf."""
+    if spec.is_leaf():
+        yield ()
+        return
+    keys = spec.context
+    if spec.type is not None and hasattr(keys, "_fields"):  # a named tuple's class
+        keys = keys._fields
+    if not isinstance(keys, (list, tuple)) or len(keys) != spec.num_children:
+        keys = range(spec.num_children)
+    for key, child in zip(keys, spec.children(), strict=True):
+        for path in _paths(child):
+            yield (str(key), *path)
+
+
+class _Translated(NamedTuple):
+    """A graph in ONNX.
+
+    Attributes:
+        model: an ``onnx_ir.Model``; weights are initializers with the parameters' own names.
+        outputs: what the traced graph returned, fake tensors.
+    """
+
+    model: Any
+    outputs: tuple[Any, ...]
+
+
+def _translated(
+    label: str,
+    graph_module: GraphModule,
+    network: CapturedNetwork,
+    weights: Mapping[str, torch.Tensor],
+    names: _Names,
+    outputs: Sequence[str],
+    boundary: Sequence[torch.Tensor] = (),
+) -> _Translated:
+    graph_module = with_weights(graph_module, network, weights).eval()
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    inputs = [names.inputs[str(node.target)] for node in placeholders if _is_input(node, network)]
+    # Metadata of the boundary may be of another dtype: what autocast made of it in the capture.
+    values = [node.meta["val"] for node in placeholders if _is_input(node, network)]
+    values += boundary
+    inputs += names.boundary[: len(boundary)]
+    try:
+        with _quiet(), torch.inference_mode(False), torch.no_grad(), without_autocast(values):
+            exported = torch.export.export(
+                graph_module,
+                tuple(map(_example, values)),
+                dynamic_shapes=tuple(map(_dynamic_sizes, values)),
+                strict=False,
+            )
+            results = [getattr(node, "meta", {}).get("val") for node in _returned(exported.graph)]
+            _convert_before_joining(exported.graph_module)
+            program = torch.onnx.export(exported, dynamo=True, verbose=False, optimize=False)
+            assert program is not None
+            model = _optimized(program, network)
+            # None is no output in ONNX.
+            _rename(
+                model, inputs, list(compress(outputs, (value is not None for value in results)))
+            )
+            program.rename_axes(_axis_names(model))
+    except Exception as error:
+        raise ExportError(
+            f"the {label} graph has no ONNX form: {_root_cause(error)}\nA newer torch or "
+            'onnxscript may know the operator (pip install --upgrade "dcompile[onnx]"). A capture '
+            "without dynamic=True asks less of the exporter; one made under autocast asks for what "
+            "ONNX may not have: give an example call"
+        ) from error
+    return _Translated(model, tuple(results))
+
+
+def _is_input(placeholder: Node, network: CapturedNetwork) -> bool:
+    return str(placeholder.target) in network.inputs
+
+
+def _returned(graph: Graph) -> Sequence[Any]:
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, (tuple, list))
+    return returned
+
+
+aten = torch.ops.aten
+_JOINS = (
+    *(aten.cat, aten.concat, aten.concatenate, aten.stack),
+    *(aten.hstack, aten.vstack, aten.dstack, aten.row_stack, aten.column_stack),
+)
+
+
+def _convert_before_joining(graph_module: GraphModule) -> None:
+    """Make the type promotion of concatenations explicit: the exporter knows it for arithmetic
+    only, and ONNX for nothing. SDXL in half precision joins text_embeds with float32.
+    """
+    graph = graph_module.graph
+    for node in graph.nodes:
+        if getattr(node.target, "overloadpacket", None) not in _JOINS:
+            continue
+        dtype = node.meta["val"].dtype
+        for operand in dict.fromkeys(node.all_input_nodes):
+            if operand.meta["val"].dtype != dtype:
+                with graph.inserting_before(node):
+                    converted = graph.call_function(aten.to.dtype, (operand, dtype))
+                    converted.meta["val"] = operand.meta["val"].to(dtype)
+                node.replace_input_with(operand, converted)
+    graph_module.recompile()
+
+
+def _example(value: torch.Tensor) -> torch.Tensor:
+    sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    return torch.zeros(sizes, dtype=value.dtype, device=value.device)
+
+
+def _dynamic_sizes(value: torch.Tensor) -> dict[int, Any]:
+    """Sizes that were left open by the capture."""
+    return {
+        axis: Dim.AUTO
+        for axis, size in enumerate(value.shape)
+        if not isinstance(size, int) and size.node.maybe_as_int() is None
+    }
+
+
+def _optimized(program: Any, network: CapturedNetwork) -> Any:
+    """Let the exporter simplify the graph, but keep every weight as it is and by its name.
+
+    While the values of the weights are out of sight they are neither folded into others nor, if
+    equal, merged.
+    """
+    hidden = {}
+    for name, value in program.model.graph.initializers.items():
+        if name in network.parameters:
+            hidden[name] = value.const_value
+            value.const_value = None
+    program.optimize()
+    model = program.model
+    for name, value in list(model.graph.initializers.items()):
+        if name in hidden:
+            value.const_value = hidden[name]
+            value.name = network.parameters[name]
+    return model
+
+
+def _rename(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name inputs and outputs; drop notes of where in this process a node came from."""
+    graph = model.graph
+    renamed = {
+        **dict(zip(graph.inputs, inputs, strict=True)),
+        **dict(zip(graph.outputs, outputs, strict=True)),
+    }
+    reserved = set(renamed.values())
+    for value in _values(model):
+        value.metadata_props.clear()
+        if value not in renamed and value.name in reserved:
+            value.name = f"{value.name}_{uuid.uuid5(uuid.NAMESPACE_OID, value.name).hex[:8]}"
+    for value in renamed:  # by way of names nobody has, as they may change places
+        value.name = f"dcompile.{id(value)}"
+    for value, name in renamed.items():
+        value.name = name
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _values(model: Any) -> Iterator[Any]:
+    yield from model.graph.inputs
+    yield from list(model.graph.initializers.values())
+    for node in model.graph:
+        yield from node.outputs
+
+
+def _axis_names(model: Any) -> dict[Any, str]:
+    """A size's symbol -> the first axis that has it, as in ``sample_2``."""
+    found: dict[Any, str] = {}
+    for value in model.graph.inputs:
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, int) and str(size.value).isidentifier():
+                found.setdefault(str(size.value), re.sub(r"\W", "_", f"{value.name}_{axis}"))
+    return found
+
+
+class _WeightsFile:
+    """One file of tensors, in the order they came; equal bytes are stored once.
+
+    Attributes:
+        path: the file; it must not exist yet.
+        size: bytes written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._file = path.open("xb")
+        self._checksum = hashlib.sha256()
+        self._offsets: dict[bytes, int] = {}
+
+    def add(self, data: bytes) -> int:
+        """Where in the file ``data`` begins."""
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._offsets:
+            step = _MAP_ALIGNMENT if len(data) >= _LARGE_BYTES else _ALIGNMENT
+            self._write(bytes(-self.size % step))
+            self._offsets[digest] = self.size
+            self._write(data)
+        return self._offsets[digest]
+
+    @property
+    def sha256(self) -> str:
+        return self._checksum.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._checksum.update(data)
+        self.size += len(data)
+
+    def __enter__(self) -> _WeightsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _move_weights_out(model: Any, network: CapturedNetwork, stored: _WeightsFile) -> None:
+    import onnx_ir
+
+    weights = set(network.parameters.values())
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor.nbytes and (name in weights or tensor.nbytes > _INLINE_BYTES):
+            value.const_value = onnx_ir.ExternalTensor(
+                stored.path.name,
+                stored.add(tensor.tobytes()),
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=name,
+                base_dir=stored.path.parent,
+            )
+
+
+def _write_model(model: Any, path: Path) -> None:
+    import onnx
+    import onnx_ir
+
+    onnx_ir.save(model, path)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"the exporter made a graph that is not valid ONNX: {_root_cause(error)}\nTry another "
+            'version of torch or onnxscript: pip install --upgrade "dcompile[onnx]"'
+        ) from error
+
+
+def _manifest(
+    network: str,
+    skip: SkipConnection,
+    schedule: Schedule,
+    names: _Names,
+    models: Sequence[Any],
+    stored: _WeightsFile,
+) -> dict[str, Any]:
+    full, shallow = (
+        {
+            "file": file,
+            "inputs": [_described(value) for value in model.graph.inputs],
+            "outputs": [_described(value) for value in model.graph.outputs],
+        }
+        for model, file in zip(models, GRAPHS, strict=True)
+    )
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dcompile": __version__,
+        "torch": torch.__version__,
+        "opset": models[0].opset_imports[""],
+        "network": network,
+        "depth": skip.depth,
+        "cut_at": skip.module_path,
+        "sample": names.sample,
+        "results": [value.name for value in models[1].graph.outputs],
+        "boundary": [{"output": name, "input": name} for name in names.boundary],
+        "schedule": _described_schedule(schedule),
+        "weights": {"file": stored.path.name, "bytes": stored.size, "sha256": stored.sha256},
+        "full": full,
+        "shallow": shallow,
+    }
+
+
+def _described(value: Any) -> dict[str, Any]:
+    return {
+        "name": value.name,
+        "dtype": str(value.dtype.numpy()),
+        "shape": [size if isinstance(size, int) else size.value for size in value.shape],
+    }
+
+
+def _described_schedule(schedule: Schedule) -> dict[str, Any]:
+    names: list[str] = []
+    if dataclasses.is_dataclass(schedule):
+        names = [field.name for field in dataclasses.fields(schedule)]
+    return {
+        "class": type(schedule).__name__,
+        "fields": {name: _plain(getattr(schedule, name)) for name in names},
+        "repr": repr(schedule),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON knows no infinity
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return repr(value)
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f'export_onnx needs {" and ".join(missing)}: pip install "dcompile[onnx]"'
+        )
+
+
+def _require_values(weights: Mapping[str, torch.Tensor], network: CapturedNetwork) -> None:
+    for name in network.parameters.values():
+        if weights[name].is_meta:
+            raise ExportError(
+                f"{name} is on the meta device, without values. Sequential offloading puts weights "
+                "there: export before enable_sequential_cpu_offload()"
+            )
+
+
+def _require_replaceable(folder: Path) -> None:
+    """``folder`` is free, empty, or holds an export and nothing else."""
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file: give the name of a folder")
+    try:
+        found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise ExportError(f"cannot look into {folder}: {error}; choose another folder") from error
+    foreign = sorted(found - {*GRAPHS, WEIGHTS, MANIFEST})
+    if MANIFEST in found and not _is_manifest(folder / MANIFEST):
+        foreign.append(MANIFEST)
+    if found and (foreign or MANIFEST not in found):
+        raise ExportError(
+            f"{folder} holds files that are no part of an export ({', '.join(foreign or found)}) "
+            "and would be lost: move them away or choose another folder"
+        )
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder`` that takes its place once all is written."""
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    retired = draft.with_name(f"{draft.name}.old")
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+        yield draft
+        _require_replaceable(folder)
+        if folder.exists():
+            folder.rename(retired)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if retired.exists():
+                retired.rename(folder)
+            raise
+    except OSError as error:
+        raise ExportError(
+            f"cannot write the export to {folder}: {error.strerror or error}; free some space or "
+            "choose a folder you may write to"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def without_autocast(leaves: Iterable[Any]) -> Iterator[None]:
+    """Autocast off on the devices of these tensors."""
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    with ExitStack() as stack:
+        for device in devices - {"meta"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the exporter has to say concerns its authors; errors come as exceptions."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

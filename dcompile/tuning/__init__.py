@@ -1,0 +1,1 @@
+"""Finds schedules by measurement: ``tune``, ``calibrate``, ``profile``."""

@@ -1,0 +1,144 @@
+"""How much a network's deep features change from step to step: what caching lives on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcompile.errors import TuneError
+from dcompile.report.plots import plot_profile
+from dcompile.tuning.tune import Session, samples_of
+
+
+@dataclass(frozen=True, eq=False)
+class DepthProfile:
+    """What was measured at one depth.
+
+    Attributes:
+        depth: of the cut.
+        ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
+        similarity: cosine similarity of the boundary at each pair of steps, shape (steps, steps);
+            the mean over the samples.
+        change: L2 distance of the boundary from that of the step before, relative to its own norm,
+            shape (steps,); the first is 0.
+    """
+
+    depth: int
+    ratio: float
+    similarity: np.ndarray[Any, Any]
+    change: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What ``dcompile.profile`` measured.
+
+    Attributes:
+        network: its class.
+        steps: of a run.
+        depths: one entry for each depth.
+        gains: the sampler's error gain at each step, shape (steps,), up to a factor; None without
+            a sampler that has noise levels.
+    """
+
+    network: str
+    steps: int
+    depths: tuple[DepthProfile, ...]
+    gains: np.ndarray[Any, Any] | None
+
+    def plot(self, file: str | os.PathLike[str]) -> Path:
+        """Draw a heatmap for each depth, and the changes, as a PNG. Returns the full path.
+
+        Raises:
+            DcompileError: matplotlib is not installed.
+        """
+        return plot_profile(self.network, self.depths, self.gains, file)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        return {
+            "network": self.network,
+            "steps": self.steps,
+            "gains": None if self.gains is None else self.gains.tolist(),
+            "depths": [
+                {
+                    "depth": depth.depth,
+                    "ratio": depth.ratio,
+                    "similarity": depth.similarity.round(6).tolist(),
+                    "change": depth.change.round(6).tolist(),
+                }
+                for depth in self.depths
+            ],
+        }
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write it as JSON. Returns the file's full path."""
+        target = Path(file).expanduser().resolve()
+        target.write_text(json.dumps(self.as_dict()) + "\n")
+        return target
+
+
+def profile(
+    module: Any,
+    run: Callable[..., Any],
+    *,
+    samples: int = 1,
+    depths: Sequence[int] | None = None,
+    backend: str = "eager",
+    sampler: Any = None,
+    memory: int = 2 * 1024**3,
+    verbose: bool = True,
+) -> Profile:
+    """Measure how alike a network's deep features are from step to step, at each depth.
+
+    This is the observation that DeepCache rests on, made on your own network and sampler. Takes an
+    uncached run for each sample and one more, and keeps their features until they are compared.
+
+    Args:
+        module: the network, or a pipeline. It is left as it was.
+        run: generates something with it, always the same, as for ``dcompile.tune``; called with a
+            sample's number if it takes an argument.
+        samples: how many there are, if ``run`` takes a number.
+        depths: which cuts; None for all.
+        backend: what to run with.
+        sampler: the sampler, if ``module`` is no pipeline that has one.
+        memory: bytes of features to keep in memory; more go to a temporary file.
+        verbose: show progress on standard error.
+
+    Raises:
+        TuneError: ``run`` is not repeatable, calls the network less than twice, at timesteps that
+            are not elements of one tensor, or changes its number of steps.
+        DepthError: a depth the network does not have.
+    """
+    if not callable(run):
+        raise TuneError(f"run: expected a function, got {run!r}")
+    if type(samples) is not int or samples < 1:
+        raise TuneError(f"samples: expected an int of at least 1, got {samples!r}")
+    if depths is not None and not depths:
+        raise TuneError("depths must not be empty")
+    session = Session(module, samples_of(run, samples), backend, sampler, memory, verbose)
+    with session:
+        session.measure(depths, every=True)
+    found = []
+    for depth, objective in sorted(session.objectives.items()):
+        similar, change = [], []
+        for recording in objective.recordings:
+            gram = recording.gram
+            norm = np.sqrt(np.maximum(np.diag(gram), 1e-30))
+            similar.append((gram / norm[:, None] / norm[None, :]).clip(-1.0, 1.0))
+            moved = np.diag(gram)[1:] + np.diag(gram)[:-1] - 2 * np.diag(gram, 1)
+            change.append(np.concatenate([[0.0], np.sqrt(np.maximum(moved, 0.0)) / norm[1:]]))
+        mean = np.mean(similar, axis=0), np.mean(change, axis=0)
+        found.append(DepthProfile(depth, objective.ratio, *mean))
+    return Profile(
+        network=type(session.network).__name__,
+        steps=len(found[0].change),
+        depths=tuple(found),
+        gains=objective.weights if session.weighted else None,
+    )
