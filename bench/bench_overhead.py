@@ -20,12 +20,12 @@ import torch
 import dcompile
 from dcompile.backends import resolve
 from dcompile.compiler.build import build
-from dcompile.compiler.program import Cuts, weights_of
+from dcompile.compiler.program import ProgramSpec, weights_of
 from dcompile.compiler.signature import CallForms
 from dcompile.policy.forecast import factors, resolve_forecast
 from dcompile.progress import Display
 
-REUSE = Cuts((0,), (1,))
+REUSE = ProgramSpec((0,), (1,))
 
 
 @pytest.mark.benchmark(group="overhead")
@@ -43,9 +43,9 @@ def test_dispatch_of_a_reuse_step(benchmark: Any) -> None:
     leaves, form = dispatcher._forms.flatten((), {"timestep": next(others), **call})
     assert form is not None
     position = form.timestep
-    ((_, generation, _),) = dispatcher._tracker._by_storage.values()
-    (bound,) = generation.programs.values()
-    (lane,) = generation.lanes
+    ((_, run, _),) = dispatcher._tracker._by_storage.values()
+    (bound,) = run.programs.values()
+    (lane,) = run.lanes
 
     def dispatched() -> None:
         network(timestep=next(steps), **call)
@@ -159,7 +159,7 @@ def test_forecasts_on_a_reuse_step(benchmark: Any) -> None:
     full = None
     for kind, (name, probe) in kinds.items():
         forecast = resolve_forecast(name)
-        cuts = Cuts((0,), (forecast.history,), probe)
+        cuts = ProgramSpec((0,), (forecast.history,), probe)
         # A full graph that returns what a probe compares with is another one.
         kept = full if probe is None else None
         program = build(

@@ -21,7 +21,7 @@ from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 
 import dcompile
 from dcompile.passes import total_cost, with_outputs
-from dcompile.runtime.lazy_network import OnDemand
+from dcompile.runtime.lazy_network import LazyNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERVAL, STEPS, ROUNDS = 3, 12, 3
@@ -80,7 +80,7 @@ def ratio_at_full_size() -> tuple[float, float]:
             "return_dict": False,
         }
     network.eval()
-    standin = OnDemand(network, network.forward, dcompile.backends.resolve("eager", None), False)
+    standin = LazyNetwork(network, network.forward, dcompile.backends.resolve("eager", None), False)
     standin(**call)
     (program,) = standin._programs.values()
     graph = program.network.graph_module

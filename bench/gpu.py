@@ -647,7 +647,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Be done within.")] = 8.5,
     shapes: Annotated[str, typer.Option(help="What to measure.")] = ",".join(GPU_SHAPES),
     ways: Annotated[str, typer.Option(help="How to run it.")] = ",".join(WAYS),
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a generation, at least.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a run, at least.")] = 30,
     out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md.")] = ROOT
     / "bench/results",
     device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run.")] = "cuda",

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from dcompile.version import __version__
 
 if TYPE_CHECKING:
-    from dcompile.api import Handle as Handle
     from dcompile.api import cache_compile as cache_compile
     from dcompile.api import handle as handle
     from dcompile.api import load as load
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from dcompile.errors import ScheduleError as ScheduleError
     from dcompile.errors import TimestepError as TimestepError
     from dcompile.errors import TuneError as TuneError
+    from dcompile.handles import Handle as Handle
     from dcompile.policy.adaptive import Adaptive as Adaptive
     from dcompile.policy.fixed import NonUniform as NonUniform
     from dcompile.policy.fixed import Steps as Steps
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from dcompile.tuning.tune import tune as tune
 
 _MODULES = {
-    "dcompile.api": ("Handle", "cache_compile", "handle", "load"),
+    "dcompile.api": ("cache_compile", "handle", "load"),
     "dcompile.errors": (
         "ArtifactError",
         "BackendError",
@@ -68,6 +68,7 @@ _MODULES = {
         "TimestepError",
         "TuneError",
     ),
+    "dcompile.handles": ("Handle",),
     "dcompile.policy.forecast": ("Forecast",),
     "dcompile.policy.adaptive": ("Adaptive",),
     "dcompile.policy.fixed": ("NonUniform", "Steps", "Uniform"),

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from dcompile.backends import GraphCompiler, resolve
 from dcompile.compiler.capture import DynamicSizes
 from dcompile.compiler.fingerprint import identity_of, portable, structure_of
-from dcompile.compiler.signature import example_of
 from dcompile.errors import (
     BackendError,
-    CaptureError,
-    DcompileError,
     DepthError,
-    ExportError,
     NotCompiledError,
     ScheduleError,
+)
+from dcompile.handles import Handle, device_of
+from dcompile.integrations.pipelines import (
+    denoiser_name,
+    denoiser_of,
+    is_pipeline,
+    network_of,
+    sampler_of,
+    timed_components,
+    without_torch_compile,
 )
 from dcompile.policy.checks import require_speedup
 from dcompile.policy.fixed import Uniform
@@ -33,12 +35,10 @@ from dcompile.policy.forecast import Forecast, resolve_forecast
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.schedule import RefreshRule, Schedule, as_schedule
 from dcompile.progress import Display
-from dcompile.report.explain import Explanation, explain
-from dcompile.runtime.dispatcher import Dispatcher, Settings, Stats, dispatcher_of
-from dcompile.runtime.lazy_network import OnDemand
-from dcompile.runtime.wrapper import free_slot, standin_of
-from dcompile.storage.artifact import read, write
-from dcompile.storage.onnx import export, without_autocast
+from dcompile.runtime.dispatcher import Dispatcher, Settings, dispatcher_of
+from dcompile.runtime.lazy_network import LazyNetwork
+from dcompile.runtime.wrapper import wrapper_of, wrapper_slot
+from dcompile.storage.artifact import read
 
 M = TypeVar("M")
 
@@ -122,7 +122,7 @@ def cache_compile(
         TimestepError: the network's forward takes no timestep.
     """
     chosen = _chosen_schedule(interval, schedule, speedup)
-    found = _without_torch_compile(_denoiser_of(module))
+    found = without_torch_compile(denoiser_of(module))
     if isinstance(found, nn.Module):
         chosen.require_fit(identity_of(found))
     if forecast is None and speedup is not None:
@@ -136,207 +136,14 @@ def cache_compile(
         verbose=verbose,
         cuda_graphs=_checked_cuda_graphs(cuda_graphs),
         forecasts=_chosen_forecasts(chosen, depths, [forecast] * len(depths)),
-        sampler=_sampler_of(module, sampler),
+        sampler=sampler_of(module, sampler),
     )
     _require_sampler(settings)
-    network = _network_of(module)
+    network = network_of(module)
     dispatcher = _install(network, settings)
-    if _is_pipeline(module):
-        _install_beside(module, dispatcher)
-    return module if _is_pipeline(module) else cast(M, network)
-
-
-class Handle:
-    """Steers one compiled module; ``handle(module)`` makes it."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
-
-    @property
-    def module(self) -> nn.Module:
-        return self._dispatcher.module
-
-    @property
-    def enabled(self) -> bool:
-        return self._dispatcher.enabled
-
-    @property
-    def stats(self) -> Stats:
-        """Counts since the last ``cache_compile``."""
-        return self._dispatcher.stats()
-
-    def enable(self) -> None:
-        """Cache again, after ``disable`` or after a failed compile."""
-        self._dispatcher.enabled = True
-        for standin in self._dispatcher.beside:
-            standin.follow_users()
-
-    def disable(self) -> None:
-        """Run uncached, as before ``cache_compile``, and drop what is cached."""
-        self._dispatcher.enabled = False
-        for standin in self._dispatcher.beside:
-            standin.follow_users()
-        self._dispatcher.release()
-
-    def reset(self) -> None:
-        """Drop what is cached: the next step of every running generation refreshes."""
-        self._dispatcher.reset()
-
-    def remove(self) -> None:
-        """Give the module its own forward back. Afterwards it is no longer a compiled one."""
-        self.disable()
-        self._dispatcher.uninstall()
-        self._dispatcher.leave(self._dispatcher.beside)
-
-    @property
-    def signatures(self) -> list[str]:
-        """The call signatures compiled or loaded so far, to be given to ``warmup`` elsewhere."""
-        return self._dispatcher.signatures()
-
-    def warmup(self, *calls: str | Mapping[str, Any] | Sequence[Any]) -> None:
-        """Compile ahead of traffic: capture, compile and run both graphs once for each call.
-
-        Before traffic, not during it: see README. The kernels of a graph are compiled in parallel
-        processes, as many as ``TORCHINDUCTOR_COMPILE_THREADS`` says.
-
-        Args:
-            calls: each one of ``signatures``, from this process or another, or an example call:
-                ``(sample, timestep, ...)``, a dict of keyword arguments, or a pair
-                ``((sample, timestep), {...})``. Of an example, sizes matter and values do not.
-
-        Raises:
-            CaptureError: such a call would run uncached, or cannot be captured.
-            BackendError, DepthError, NoSkipConnectionError: as at a first call.
-        """
-        dispatcher = self._dispatcher
-        device = _device_of(self.module)
-        prepared = [_example_call(call, device) for call in calls]
-        display = Display(type(self.module).__name__, dispatcher.settings.verbose)
-        for number, (args, kwargs, autocast) in enumerate(prepared, start=1):
-            with (
-                display.stage(f"warming up, call {number} of {len(prepared)}"),
-                torch.autocast(device.type, autocast) if autocast else nullcontext(),
-            ):
-                dispatcher.warm_up(args, kwargs)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the compiled programs of all call signatures so far, for ``dcompile.load``.
-
-        The folder holds no weights. It appears at once, when it is complete; programs that were
-        saved there before are replaced.
-
-        Args:
-            folder: where to write.
-
-        Returns:
-            The folder's full path.
-
-        Raises:
-            NotCompiledError: nothing is compiled yet.
-            ArtifactError: the backend's programs cannot be saved, or the folder cannot be written.
-        """
-        target = Path(folder).expanduser().resolve()
-        settings = self._dispatcher.settings
-        device = _device_of(self.module)
-        with Display(type(self.module).__name__, settings.verbose).stage(f"saving to {target}"):
-            write(target, self._dispatcher.saved(), settings.backend, device)
-        return target
-
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """What can be cut where, and what it saves: a table, and a dict (``as_dict()``).
-
-        Args:
-            args, kwargs: an example call of the network; only shapes matter. Without one, the
-                network as it was called first.
-
-        Raises:
-            NotCompiledError: no example, and the network was not called yet.
-            CaptureError: the network cannot be captured.
-        """
-        dispatcher = self._dispatcher
-        networks = dispatcher.networks()
-        if not args and not kwargs and not networks and dispatcher.signatures():
-            # Loaded programs are code only: the graph is captured again, which is quick.
-            args, kwargs, _ = example_of(dispatcher.signatures()[0], _device_of(self.module))
-        if args or kwargs:
-            network = dispatcher.network_for(args, kwargs)
-        elif networks:
-            network = networks[0]
-        else:
-            raise NotCompiledError(
-                "nothing is captured yet: call the network or its pipeline once, or give an "
-                "example call: handle(unet).explain(sample, timestep, ...)"
-            )
-        least = [parts[0] for parts in (one.parts() for one in dispatcher.beside) if parts]
-        beside = tuple(part for part in least if part.results < part.of)
-        name = type(self.module).__name__
-        return explain(network, dispatcher.settings.depths[0], name, beside)
-
-    def export_onnx(self, folder: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> Path:
-        """Write both graphs for ONNX runtimes and TensorRT: a folder that needs no Python.
-
-        ``full.onnx`` and ``shallow.onnx``, cut at the current depth, read their weights from one
-        ``weights.data``, where each is stored once and goes by its parameter's name. Inputs have
-        the names of forward's parameters, results are ``out_0`` (or ``out_sample``, if the network
-        returns named fields), and the full graph's ``boundary_0`` feeds the shallow graph's.
-        ``manifest.json`` lists names, dtypes and shapes of all of them, and the schedule.
-
-        Weights and inputs keep their dtypes; autocast and forecasts are no part of the graphs: the
-        shallow one takes one boundary, which the caller may have extrapolated. A capture made
-        with ``dynamic=True`` has named sizes, such as ``sample_2``, where others have numbers.
-        The folder appears at once, when it is complete; an export that stands there is replaced.
-
-        Args:
-            folder: where to write.
-            args, kwargs: an example call of the network; only shapes matter. Without one, the
-                network as it was called first.
-
-        Returns:
-            The folder's full path.
-
-        Raises:
-            NotCompiledError: no example, and the network was not called since it last changed.
-            ExportError: a package is missing, the folder cannot be written or holds other files,
-                the network is in training mode, its weights have no values, an operator has no
-                ONNX form, or the schedule is a ``MultiLevel``, which takes more than two graphs.
-            CaptureError: the network cannot be captured.
-            NoSkipConnectionError, DepthError: there is nothing to cut at this depth.
-        """
-        dispatcher = self._dispatcher
-        if self.module.training:
-            raise ExportError("the network is in training mode: call .eval() before the export")
-        if len(dispatcher.settings.depths) > 1:
-            raise ExportError(
-                "an export is one full and one shallow graph, and this schedule takes more: "
-                "cache_compile with another schedule first"
-            )
-        if args or kwargs:
-            with without_autocast(tree_leaves((args, kwargs))):
-                network = dispatcher.network_for(args, kwargs)
-        else:
-            current = dispatcher.current_networks()
-            if not dispatcher.networks() and dispatcher.signatures():  # loaded: code only
-                args, kwargs, _ = example_of(dispatcher.signatures()[0], _device_of(self.module))
-                current = [dispatcher.network_for(args, kwargs)]
-            if not current:
-                raise NotCompiledError(
-                    "nothing is captured of the network as it is now: call it or its pipeline "
-                    "once, or give an example call: "
-                    "handle(unet).export_onnx(folder, sample, timestep, ...)"
-                )
-            network = current[0]
-        target = Path(folder).expanduser().resolve()
-        settings = dispatcher.settings
-        export(
-            network,
-            self.module,
-            dispatcher.original,
-            settings.depths[0],
-            settings.schedule,
-            target,
-            Display(type(self.module).__name__, settings.verbose),
-        )
-        return target
+    if is_pipeline(module):
+        _install_companions(module, dispatcher)
+    return module if is_pipeline(module) else cast(M, network)
 
 
 def load(
@@ -375,10 +182,10 @@ def load(
         ScheduleError: a bad schedule or forecast, one that needs a sampler where there is none, or
             none given where a class of your own was saved.
     """
-    network = _without_torch_compile(_denoiser_of(module))
+    network = without_torch_compile(denoiser_of(module))
     if not isinstance(network, nn.Module):
-        network = _network_of(module)  # raises
-    device = _device_of(network)
+        network = network_of(module)  # raises
+    device = device_of(network)
     source = Path(folder).expanduser().resolve()
     with Display(type(network).__name__, verbose).stage(f"loading {source}"):
         artifact, backend = read(
@@ -419,7 +226,7 @@ def load(
         verbose=verbose,
         cuda_graphs=artifact.cuda_graphs,
         forecasts=_chosen_forecasts(chosen, cuts.depths, forecasts),
-        sampler=_sampler_of(module, sampler),
+        sampler=sampler_of(module, sampler),
     )
     _require_sampler(settings)
     if settings.cuts != cuts:
@@ -431,11 +238,11 @@ def load(
         raise ScheduleError(
             f"{source} was saved for {one}; what is asked for takes {other}: compile for it"
         )
-    dispatcher = _install(_network_of(module), settings)
+    dispatcher = _install(network_of(module), settings)
     dispatcher.adopt(artifact)
-    if _is_pipeline(module):
-        _install_beside(module, dispatcher)
-    return module if _is_pipeline(module) else cast(M, network)
+    if is_pipeline(module):
+        _install_companions(module, dispatcher)
+    return module if is_pipeline(module) else cast(M, network)
 
 
 def handle(module: Any) -> Handle:
@@ -444,7 +251,7 @@ def handle(module: Any) -> Handle:
     Raises:
         NotCompiledError: it was not.
     """
-    network = _denoiser_of(module)
+    network = denoiser_of(module)
     dispatcher = dispatcher_of(getattr(network, "_orig_mod", network))
     if dispatcher is None:
         raise NotCompiledError(
@@ -453,109 +260,35 @@ def handle(module: Any) -> Handle:
     return Handle(dispatcher)
 
 
-def _network_of(module: Any) -> nn.Module:
-    """The network itself: a pipeline's denoiser, and without ``torch.compile`` around it."""
-    if _is_pipeline(module):
-        name = _denoiser_name(module)
-        network: nn.Module = _without_torch_compile(getattr(module, name))
-        _unwrapped(network)
-        if network is not getattr(module, name):
-            setattr(module, name, network)
-        return network
-    if not isinstance(module, nn.Module):
-        raise DcompileError(
-            f"expected a torch.nn.Module or a diffusers pipeline, got {type(module).__name__}"
-        )
-    return _unwrapped(cast(nn.Module, _without_torch_compile(module)))
-
-
-def _unwrapped(network: nn.Module) -> nn.Module:
-    """The network, if it is one process's own.
-
-    Raises:
-        DcompileError: a parallel wrapper is around it, or its weights are spread over processes.
-    """
-    name = type(network).__name__
-    parameters = inspect.signature(network.forward).parameters.values()
-    inner = getattr(network, "module", None)
-    if isinstance(inner, nn.Module) and all(
-        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
-    ):
-        raise DcompileError(
-            f"{name} is a parallel wrapper around {type(inner).__name__}: a captured graph would "
-            "go past what it does with the weights. Compile the network inside, which runs in "
-            "each process by itself: cache_compile(wrapper.module, ...)"
-        )
-    for key, parameter in network.named_parameters():
-        spread = hasattr(parameter, "ds_id") or hasattr(parameter, "_local_tensor")
-        if spread or "_flat_param" in key.rpartition(".")[2]:
-            raise DcompileError(
-                f"{name}.{key} is spread over several processes (FSDP, DeepSpeed ZeRO-3 or tensor "
-                "parallel), and a captured graph reads whole weights. Load the network unsharded "
-                "for inference"
-            )
-    return network
-
-
-def _device_of(network: nn.Module) -> torch.device:
-    tensors = (*network.parameters(), *network.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _example_call(
-    call: Any, device: torch.device
-) -> tuple[tuple[Any, ...], dict[str, Any], torch.dtype | None]:
-    """Args and kwargs of what ``warmup`` takes, and autocast's dtype if it is to be on."""
-    if isinstance(call, str):
-        try:
-            return example_of(call, device)
-        except ValueError as error:
-            raise CaptureError(f"warmup: {error}; expected one of handle.signatures") from error
-    if isinstance(call, Mapping):
-        return (), dict(call), None
-    if not isinstance(call, Sequence):
-        raise CaptureError(
-            "warmup: expected (sample, timestep, ...), a dict or one of handle.signatures, got "
-            f"{type(call).__name__}"
-        )
-    if len(call) == 2 and isinstance(call[0], (tuple, list)) and isinstance(call[1], Mapping):
-        return tuple(call[0]), dict(call[1]), None
-    return tuple(call), {}, None
-
-
 def _install(network: nn.Module, settings: Settings) -> Dispatcher:
-    found = standin_of(network)
+    found = wrapper_of(network)
     if isinstance(found, Dispatcher):
         found.configure(settings)
         return found
     if found is not None:
         found.uninstall()
-    slot = free_slot(network)
+    slot = wrapper_slot(network)
     dispatcher = Dispatcher(network, getattr(network, slot), settings)
     dispatcher.install(slot)
     return dispatcher
 
 
-def _install_beside(pipeline: Any, dispatcher: Dispatcher) -> None:
+def _install_companions(pipeline: Any, dispatcher: Dispatcher) -> None:
     """Have the denoiser's companions, such as a ControlNet, compute only what it reads."""
     settings = dispatcher.settings
-    names = [name for name in _timed_components(pipeline) if name != _denoiser_name(pipeline)]
+    names = [name for name in timed_components(pipeline) if name != denoiser_name(pipeline)]
     for network in (getattr(pipeline, name) for name in names):
-        found = standin_of(network)
-        if isinstance(found, OnDemand):
+        found = wrapper_of(network)
+        if isinstance(found, LazyNetwork):
             found.configure(settings.backend, settings.verbose)
         elif found is None and not hasattr(network, "_orig_mod"):  # torch.compile's are the user's
-            slot = free_slot(network)
-            found = OnDemand(network, getattr(network, slot), settings.backend, settings.verbose)
+            slot = wrapper_slot(network)
+            found = LazyNetwork(network, getattr(network, slot), settings.backend, settings.verbose)
             found.install(slot)
-        if isinstance(found, OnDemand):
+        if isinstance(found, LazyNetwork):
             found.users.add(dispatcher)
-            if found not in dispatcher.beside:
-                dispatcher.beside.append(found)
-
-
-def _without_torch_compile(module: Any) -> Any:
-    return getattr(module, "_orig_mod", module)
+            if found not in dispatcher.companions:
+                dispatcher.companions.append(found)
 
 
 def _chosen_schedule(
@@ -604,27 +337,6 @@ def _listed(items: Sequence[Any]) -> str:
     return ", ".join(map(str, items))
 
 
-def _sampler_of(module: Any, given: Any) -> Callable[[], Any] | None:
-    """Where to find the sampler when a generation starts; a pipeline's may be replaced."""
-    if given is not None:
-        if not callable(getattr(given, "set_timesteps", None)):
-            raise ScheduleError(
-                f"sampler: expected a diffusers scheduler, got {type(given).__name__}"
-            )
-        return lambda: given
-    if not _is_pipeline(module) or not hasattr(module, "scheduler"):
-        return None
-    pipeline, latest = weakref.ref(module), module.scheduler
-
-    def sampler() -> Any:
-        # The network may outlive its pipeline, in another one made of the same parts.
-        nonlocal latest
-        latest = getattr(pipeline(), "scheduler", latest)
-        return latest
-
-    return sampler
-
-
 def _require_sampler(settings: Settings) -> None:
     planned = "speedup and GainWeighted" if settings.schedule.needs_sampler else None
     wanted = planned or ('forecast="auto"' if "auto" in settings.forecasts else None)
@@ -650,41 +362,3 @@ def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto
             "there is one"
         )
     return wanted
-
-
-def _is_pipeline(module: Any) -> bool:
-    return not isinstance(module, nn.Module) and isinstance(
-        getattr(module, "components", None), dict
-    )
-
-
-def _denoiser_of(module: Any) -> Any:
-    """A pipeline's denoiser, as it stands there; anything else itself."""
-    return getattr(module, _denoiser_name(module)) if _is_pipeline(module) else module
-
-
-def _denoiser_name(pipeline: Any) -> str:
-    """The component that is called with a timestep. Usual names settle it if there are several."""
-    timed = _timed_components(pipeline)
-    preferred: tuple[str, ...] = ("unet", "transformer", *(timed if len(timed) == 1 else ()))
-    for name in preferred:
-        if name in timed:
-            return name
-    raise DcompileError(
-        f"{type(pipeline).__name__} has no single denoiser: components called with a timestep are "
-        f"{', '.join(timed) or 'none'}. Pass the network itself: cache_compile(pipe.<name>)"
-    )
-
-
-def _timed_components(pipeline: Any) -> list[str]:
-    """Names of the components that are called with a timestep."""
-    return [
-        name
-        for name, component in pipeline.components.items()
-        if isinstance(component, nn.Module) and _takes_timestep(_without_torch_compile(component))
-    ]
-
-
-def _takes_timestep(module: nn.Module) -> bool:
-    names = list(inspect.signature(module.forward).parameters)
-    return any("time" in name.lower() for name in names[1:])

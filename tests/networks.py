@@ -32,7 +32,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dcompile.compiler.capture import CapturedNetwork, capture
-from dcompile.compiler.program import CompiledGraph, Program, cached_by, convention_of, weights_of
+from dcompile.compiler.program import (
+    CompiledGraph,
+    Program,
+    cache_layouts,
+    convention_of,
+    weights_of,
+)
 from dcompile.compiler.signature import CallForms
 from dcompile.passes import SkipConnection, find_skip_connections, split_at
 
@@ -1005,7 +1011,7 @@ def eager_program(network: CapturedNetwork, skip: SkipConnection) -> Program:
     graphs = tuple(
         CompiledGraph(graph.forward, convention_of(graph, network)) for graph in (shallow, full)
     )
-    return Program(network.out_spec, graphs, cached_by([len(skip.boundary)], [1]))
+    return Program(network.out_spec, graphs, cache_layouts([len(skip.boundary)], [1]))
 
 
 @torch.no_grad()

@@ -122,9 +122,9 @@ def test_a_run_follows_what_enters_the_deep_region(forecast: str, probe: str) ->
 def refresh_steps(network: Plain, x: torch.Tensor) -> list[int]:
     found: list[int] = []
     dispatcher = dcompile.handle(network)._dispatcher
-    dispatcher.watch = lambda seen: found.append(seen.step)
+    dispatcher.observer = lambda seen: found.append(seen.step)
     sampled(network, x, timesteps(20))
-    dispatcher.watch = None
+    dispatcher.observer = None
     return found
 
 
@@ -159,7 +159,7 @@ def test_it_reads_the_sampler(recwarn: pytest.WarningsRecorder) -> None:
         )
         dispatcher = dcompile.handle(network)._dispatcher
         steps: list[int] = []
-        dispatcher.watch = lambda seen, steps=steps: steps.append(seen.step)
+        dispatcher.observer = lambda seen, steps=steps: steps.append(seen.step)
         sampled(network, x, scheduler.timesteps)
         found.append(steps)
     assert found[0] != found[1]

@@ -266,7 +266,7 @@ def test_explain_and_stats() -> None:
     assert table.depths[0].speed_limits[3] == pytest.approx(3 / (1 + 2 * ratio))
     assert "N=10" in str(table)
     stats = handle(network).stats
-    assert (stats.refresh_steps, stats.reuse_steps, stats.generations) == (3, 4, 1)
+    assert (stats.refresh_steps, stats.reuse_steps, stats.runs) == (3, 4, 1)
     assert stats.compile_seconds > 0
 
 

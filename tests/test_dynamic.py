@@ -255,7 +255,7 @@ def test_a_warm_network_neither_captures_nor_compiles(
     network = compiled()
     dcompile.handle(network).warmup(call)
     stats = dcompile.handle(network).stats
-    assert (stats.captures, stats.generations, stats.refresh_steps) == (1, 0, 0)
+    assert (stats.captures, stats.runs, stats.refresh_steps) == (1, 0, 0)
     assert stats.cache_bytes == 0
     if isinstance(call, tuple) and len(call) == 3:
         monkeypatch.setattr(dcompile.runtime.dispatcher, "capture", None)

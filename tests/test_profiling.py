@@ -54,7 +54,7 @@ def test_profile_equals_features_taken_by_hand() -> None:
     found = dcompile.profile(network, run_of(network), depths=(1,), verbose=False)
     dcompile.cache_compile(network, interval=1, depth=1, backend="eager", verbose=False)
     dispatcher = dcompile.handle(network)._dispatcher
-    dispatcher.watch = lambda refreshed: seen.append(refreshed.cached[0].flatten().double())
+    dispatcher.observer = lambda refreshed: seen.append(refreshed.cached[0].flatten().double())
     run_of(network)()
     (depth,) = found.depths
     similar = torch.nn.functional.cosine_similarity(seen[2], seen[6], dim=0)

@@ -39,7 +39,7 @@ def test_a_run_finds_its_own_cache_and_counts_from_zero() -> None:
     assert [step for _, _, step in entered] == [0, 1, 2, 3]
     assert len({id(lane) for _, lane, _ in entered}) == 1
     assert entered[0][0].steps == 4
-    assert tracker.generations == 1
+    assert tracker.runs == 1
 
 
 def test_repeated_values_are_different_steps() -> None:
@@ -283,8 +283,8 @@ def test_by_value_runs_at_different_places_do_not_mix() -> None:
 def test_forget_and_reset_drop_everything() -> None:
     tracker = StepTracker()
     ts = timesteps()
-    generation, _, _ = tracker.enter(ts[0], NOTHING)
-    tracker.forget(generation)
+    run, _, _ = tracker.enter(ts[0], NOTHING)
+    tracker.forget(run)
     assert call(tracker, ts[1], "x") == ""
     call(tracker, 999, "y")
     tracker.reset()

@@ -264,7 +264,7 @@ def test_dynamic_sizes_become_a_profile(trt: Recorded) -> None:
     assert dcompile.handle(network).stats.captures == 1
 
 
-def test_told_sizes_become_the_profile(trt: Recorded) -> None:
+def test_requested_sizes_become_the_profile(trt: Recorded) -> None:
     sizes = {"batch": (1, 8), "height": (7, 33), "width": (8, 64)}
     network, reference = compiled(dynamic=sizes), eager()
     check_like_eager(network, reference, batch=4, size=(16, 12))

@@ -24,7 +24,7 @@ class Backend(Protocol):
 
     Attributes:
         name: for messages.
-        bakes_weights: weights are attributes of the graphs it gets instead of inputs, and it may
+        folds_weights: weights are attributes of the graphs it gets instead of inputs, and it may
             fold them into its code. Such a program is compiled again when a weight has changed.
         needs_examples: it looks at example inputs when it compiles.
         records_cuda_graphs: it records CUDA graphs itself, so nobody else must.
@@ -34,7 +34,7 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
-    def bakes_weights(self) -> bool: ...
+    def folds_weights(self) -> bool: ...
 
     @property
     def needs_examples(self) -> bool: ...
@@ -45,7 +45,7 @@ class Backend(Protocol):
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph for inputs like these; call the result with such inputs.
 
-        Where the user gave ranges of sizes, the placeholder's ``meta["told_sizes"]`` has them:
+        Where the user gave ranges of sizes, the placeholder's ``meta["requested_sizes"]`` has them:
         dimension -> (least, greatest).
         """
         ...

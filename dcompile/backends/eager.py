@@ -16,7 +16,7 @@ class Eager:
     """No compiler: the graph's generated Python code."""
 
     name: str = "eager"
-    bakes_weights: bool = False
+    folds_weights: bool = False
     needs_examples: bool = False
     records_cuda_graphs: bool = False
 

@@ -45,7 +45,7 @@ class Inductor:
             )
 
     @property
-    def bakes_weights(self) -> bool:
+    def folds_weights(self) -> bool:
         return bool(self.options.get("freezing", False))
 
     @property
@@ -54,7 +54,7 @@ class Inductor:
 
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         patches = {option.replace("-", "_"): value for option, value in self.options.items()}
-        if self.bakes_weights:
+        if self.folds_weights:
             # The standalone form lifts attributes to inputs and saves the artefact; frozen weights
             # are neither.
             from torch._inductor.compile_fx import compile_fx

@@ -11,14 +11,14 @@ from torch.fx import Node
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]  # smallest, best, largest: TensorRT's min, opt, max
-TOLD = "told_sizes"  # see Backend.compile
+REQUESTED = "requested_sizes"  # see Backend.compile
 
 
 def profiles_of(placeholders: list[Node], inputs: Sequence[Any]) -> list[Profile]:
     """The shapes to build an engine for: what was told, and otherwise what was seen, and around."""
     sizes: dict[Any, _Size] = {}
     dimensions = [
-        (axis, size, value, node.meta.get(TOLD, {}).get(axis))
+        (axis, size, value, node.meta.get(REQUESTED, {}).get(axis))
         for node, value in zip(placeholders, inputs, strict=True)
         for axis, size in enumerate(node.meta["val"].shape)
         if _free_symbols(size)

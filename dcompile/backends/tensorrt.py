@@ -52,7 +52,7 @@ class TensorRT:
 
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     name: str = "tensorrt"
-    bakes_weights: bool = True
+    folds_weights: bool = True
     needs_examples: bool = True
     records_cuda_graphs: bool = False
 

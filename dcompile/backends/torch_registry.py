@@ -22,7 +22,7 @@ class FromTorch:
 
     name: str
     compiler: Callable[[GraphModule, list[Any]], Callable[..., Any]]
-    bakes_weights: bool = False
+    folds_weights: bool = False
     needs_examples: bool = True
 
     @property

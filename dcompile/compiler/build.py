@@ -11,16 +11,16 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from dcompile.backends import Backend, Refittable
-from dcompile.backends.sizes import TOLD
+from dcompile.backends.sizes import REQUESTED
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.program import (
-    BakedWeights,
-    Cached,
+    CacheLayout,
     CompiledGraph,
     Convention,
-    Cuts,
+    FoldedWeights,
     Program,
-    cached_by,
+    ProgramSpec,
+    cache_layouts,
     convention_of,
     graph_label,
     weights_of,
@@ -63,8 +63,8 @@ def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
 
 
 def graphs_of(
-    network: CapturedNetwork, cuts: Cuts
-) -> tuple[tuple[GraphModule, ...], tuple[Cached, ...], tuple[SkipConnection, ...]]:
+    network: CapturedNetwork, cuts: ProgramSpec
+) -> tuple[tuple[GraphModule, ...], tuple[CacheLayout, ...], tuple[SkipConnection, ...]]:
     """Cut ``network``: its graphs, what each cut caches, and the cuts themselves.
 
     Raises:
@@ -88,12 +88,12 @@ def graphs_of(
     for number, (size, history) in enumerate(zip(sizes, cuts.histories, strict=True)):
         if history > 1:
             graphs[number] = with_forecast(graphs[number], size, history)
-    return tuple(graphs), cached_by(sizes, cuts.histories), skips
+    return tuple(graphs), cache_layouts(sizes, cuts.histories), skips
 
 
 def build(
     network: CapturedNetwork,
-    cuts: Cuts,
+    cuts: ProgramSpec,
     backend: Backend,
     module: nn.Module,
     leaves: Sequence[Any],
@@ -143,10 +143,10 @@ def build(
     )
 
 
-def renewed(
+def rebound(
     program: Program,
     network: CapturedNetwork,
-    cuts: Cuts,
+    cuts: ProgramSpec,
     module: nn.Module,
     leaves: Sequence[Any],
     display: Display,
@@ -179,8 +179,8 @@ def renewed(
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             display.note(f"the {label} graph cannot be refitted: {first}")
             return None
-        baked = BakedWeights.of(convention_of(graph_module, network), weights)
-        refitted.append(replace(half, baked=baked))
+        folded = FoldedWeights.of(convention_of(graph_module, network), weights)
+        refitted.append(replace(half, folded=folded))
     # Another program, though the code is the same object: what was cached or recorded with the
     # old weights is not used again.
     return replace(program, graphs=tuple(refitted))
@@ -208,11 +208,11 @@ def compile_graph(
         BackendError: the backend failed; the original error is its cause.
     """
     convention = convention_of(graph_module, network)
-    _tell_sizes(graph_module, network)
-    baked = None
-    if backend.bakes_weights:
+    _note_requested_ranges(graph_module, network)
+    folded = None
+    if backend.folds_weights:
         graph_module = with_weights(graph_module, network, weights)
-        baked = BakedWeights.of(convention, weights)
+        folded = FoldedWeights.of(convention, weights)
         convention = Convention((), convention.inputs)
     tensors = convention.weight_tensors(weights)
     inputs = [*tensors, *(leaves[i] for i in convention.inputs), *cached]
@@ -230,17 +230,17 @@ def compile_graph(
         raise BackendError(
             f"backend {backend.name!r} returned {run!r} for the {label} graph, expected a callable"
         )
-    return CompiledGraph(run, convention, baked)
+    return CompiledGraph(run, convention, folded)
 
 
-def _tell_sizes(graph_module: GraphModule, network: CapturedNetwork) -> None:
+def _note_requested_ranges(graph_module: GraphModule, network: CapturedNetwork) -> None:
     """Mark placeholders with the ranges of sizes that the user asked for."""
     ranges = network.guard.ranges if network.guard else ()
     for node in graph_module.graph.find_nodes(op="placeholder"):
         leaf = network.inputs.get(str(node.target))
         told = {axis: (low, high) for where, axis, low, high in ranges if where == leaf}
         if told:
-            node.meta[TOLD] = told  # see Backend.compile
+            node.meta[REQUESTED] = told  # see Backend.compile
 
 
 def with_weights(

@@ -214,7 +214,7 @@ class CapturedNetwork:
         out_spec: the structure of what the network returns.
         in_spec: the structure of the call.
         guard: for a dynamic capture, the calls it is right for.
-        renewed_guard: the same, as it is known now.
+        current_guard: the same, as it is known now.
     """
 
     graph_module: GraphModule
@@ -226,12 +226,12 @@ class CapturedNetwork:
     out_spec: TreeSpec
     in_spec: TreeSpec
     guard: SizeGuard | None = None
-    renewed_guard: Callable[[], SizeGuard] | None = None
+    current_guard: Callable[[], SizeGuard] | None = None
 
-    def tighten(self) -> None:
+    def refresh_guard(self) -> None:
         """Take in what a compiler has taken for granted about sizes since the capture."""
-        if self.renewed_guard is not None:
-            object.__setattr__(self, "guard", self.renewed_guard())
+        if self.current_guard is not None:
+            object.__setattr__(self, "guard", self.current_guard())
 
     def accepts(self, spec: TreeSpec, leaves: Sequence[Any]) -> bool:
         """Whether this graph, captured with ``dynamic``, is right for another call."""
@@ -544,7 +544,7 @@ def _from_exported(
         out_spec=exported.call_spec.out_spec,
         in_spec=in_spec,
         guard=guard() if guard is not None else None,
-        renewed_guard=guard,
+        current_guard=guard,
     )
 
 

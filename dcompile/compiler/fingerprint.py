@@ -232,7 +232,7 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
     return entry
 
 
-class Flags:
+class ToggleSnapshot:
     """All switches (attributes that are bools) in a module, to look at in the midst of a run.
 
     Some pipelines turn parts of a network off while they draw. Comparing the whole structure takes

@@ -37,13 +37,13 @@ class Pending:
         return self.values(range(self._count))
 
 
-class Deferred(torch.Tensor):
+class LazyTensor(torch.Tensor):
     """One of the results of a ``Pending`` call.
 
     Has its shape, strides, dtype and device from the start. Any operator that is called with it
     gets the true tensor, and so does whatever reads its memory (``numpy``, DLPack, ``data_ptr``,
     pickle), so whoever does not know of it is served rightly: then all results are computed.
-    ``computed`` asks for some of them only.
+    ``materialize`` asks for some of them only.
     """
 
     pending: Pending
@@ -51,7 +51,7 @@ class Deferred(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor, pending: Pending, number: int) -> Deferred:
+    def __new__(cls, like: torch.Tensor, pending: Pending, number: int) -> LazyTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
@@ -74,7 +74,7 @@ class Deferred(torch.Tensor):
 
 
 def _of_the_true_tensor(name: str) -> Callable[..., Any]:
-    def method(self: Deferred, *args: Any, **kwargs: Any) -> Any:
+    def method(self: LazyTensor, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.value(), name)(*args, **kwargs)
 
     return method
@@ -86,16 +86,17 @@ for _name in (
     *("__deepcopy__", "__reduce_ex__", "share_memory_", "pin_memory"),
     *("to", "cpu", "cuda", "type", "float", "double", "half", "bfloat16", "contiguous"),
 ):
-    setattr(Deferred, _name, _of_the_true_tensor(_name))
+    setattr(LazyTensor, _name, _of_the_true_tensor(_name))
 
 
-def computed(values: Sequence[Any]) -> list[Any]:
+def materialize(values: Sequence[Any]) -> list[Any]:
     """The same values, deferred ones computed: of each call, these results and no others."""
     wanted: dict[Pending, list[int]] = {}
     for value in values:
-        if type(value) is Deferred:
+        if type(value) is LazyTensor:
             wanted.setdefault(value.pending, []).append(value.number)
     found = {pending: pending.values(numbers) for pending, numbers in wanted.items()}
     return [
-        found[value.pending][value.number] if type(value) is Deferred else value for value in values
+        found[value.pending][value.number] if type(value) is LazyTensor else value
+        for value in values
     ]

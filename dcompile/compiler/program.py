@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.compiler.capture import CapturedNetwork
-from dcompile.compiler.lazy import Deferred, computed
+from dcompile.compiler.lazy import LazyTensor, materialize
 
 
 class Constant(NamedTuple):
@@ -66,8 +66,8 @@ class Bound(NamedTuple):
     ) -> Any:
         inputs = [leaves[i] for i in self.inputs]
         for value in inputs:
-            if type(value) is Deferred:
-                inputs = computed(inputs)
+            if type(value) is LazyTensor:
+                inputs = materialize(inputs)
                 break
         if coefficients is None:
             return self.run(*self.weights, *inputs, *cached)
@@ -75,15 +75,15 @@ class Bound(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class BakedWeights:
+class FoldedWeights:
     """Which weights a backend folded into its code, and how they looked then."""
 
     seen: dict[str, tuple[object, ...]]
 
     @staticmethod
-    def of(convention: Convention, weights: Mapping[str, torch.Tensor]) -> BakedWeights:
+    def of(convention: Convention, weights: Mapping[str, torch.Tensor]) -> FoldedWeights:
         names = [item for item in convention.weights if isinstance(item, str)]
-        return BakedWeights({name: _fingerprint(weights[name]) for name in names})
+        return FoldedWeights({name: _fingerprint(weights[name]) for name in names})
 
     def match(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether the weights are still those."""
@@ -105,12 +105,12 @@ class CompiledGraph:
     """One compiled graph and its calling convention.
 
     Attributes:
-        baked: the weights that are part of its code; None, as it should be, if it holds none.
+        folded: the weights that are part of its code; None, as it should be, if it holds none.
     """
 
     run: Callable[..., Any]
     convention: Convention
-    baked: BakedWeights | None = None
+    folded: FoldedWeights | None = None
 
     def bind(
         self, weights: Mapping[str, torch.Tensor], order: Sequence[int] | None = None
@@ -122,7 +122,7 @@ class CompiledGraph:
         return Bound(self.run, self.convention.weight_tensors(weights), inputs)
 
 
-class Cuts(NamedTuple):
+class ProgramSpec(NamedTuple):
     """Where a program is cut, and what its reuse steps do besides.
 
     Attributes:
@@ -137,7 +137,7 @@ class Cuts(NamedTuple):
     probe: str | None = None
 
 
-class Cached(NamedTuple):
+class CacheLayout(NamedTuple):
     """What is cached for one cut, as part of all that a lane caches.
 
     For each of the latest ``history`` refreshes, the latest first: the boundary, and for the first
@@ -185,7 +185,7 @@ class Program:
 
     out_spec: TreeSpec
     graphs: tuple[CompiledGraph, ...]
-    cached: tuple[Cached, ...]
+    cached: tuple[CacheLayout, ...]
     ratios: tuple[float, ...] = (0.0,)
     probed: bool = False
 
@@ -200,7 +200,7 @@ class Program:
 
     def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether the weights folded into the code, if any were, are still the module's."""
-        return all(graph.baked is None or graph.baked.match(weights) for graph in self.graphs)
+        return all(graph.folded is None or graph.folded.match(weights) for graph in self.graphs)
 
     def bind(
         self, weights: Mapping[str, torch.Tensor], order: Sequence[int] | None = None
@@ -213,11 +213,11 @@ class Program:
         return BoundProgram(self, tuple(graph.bind(weights, order) for graph in self.graphs))
 
 
-def cached_by(sizes: Sequence[int], histories: Sequence[int]) -> tuple[Cached, ...]:
+def cache_layouts(sizes: Sequence[int], histories: Sequence[int]) -> tuple[CacheLayout, ...]:
     """One after the other, cuts whose refreshes make so many values each."""
-    found: list[Cached] = []
+    found: list[CacheLayout] = []
     for size, history in zip(sizes, histories, strict=True):
-        found.append(Cached(found[-1].stop if found else 0, size, history))
+        found.append(CacheLayout(found[-1].stop if found else 0, size, history))
     return tuple(found)
 
 
@@ -229,7 +229,7 @@ def graph_label(number: int, cuts: int) -> str:
 
 
 class BoundProgram:
-    """A program with the weights of one module, for one generation.
+    """A program with the weights of one module, for one run.
 
     Attributes:
         graphs: as in the program.

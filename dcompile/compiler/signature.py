@@ -18,7 +18,7 @@ from torch.utils._pytree import (
     treespec_loads,
 )
 
-from dcompile.compiler.lazy import Deferred
+from dcompile.compiler.lazy import LazyTensor
 from dcompile.errors import TimestepError
 
 
@@ -148,7 +148,7 @@ def _is_default(parameter: inspect.Parameter, value: Any) -> bool:
 
 
 _CONSTANT_TYPES = (type(None), bool, int, float, str)
-_LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter, Deferred})
+_LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter, LazyTensor})
 
 
 def _flatten_into(value: Any, leaves: list[Any], structure: list[Any]) -> None:
@@ -207,7 +207,7 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
         if isinstance(leaf, torch.Tensor):
             parts += (leaf.shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride())
             # What is promised belongs to this call alone.
-            if leaf is not sample and leaf is not timestep and type(leaf) is not Deferred:
+            if leaf is not sample and leaf is not timestep and type(leaf) is not LazyTensor:
                 conditioning.append(leaf)
         else:
             parts += (type(leaf), leaf)

@@ -63,14 +63,14 @@ class Explanation:
         chosen: the depth in use.
         flops: FLOPs of one uncached call.
         depths: one report for each depth, outermost first.
-        beside: one report for each network beside it, once it took part in a reuse step.
+        companions: one report for each network beside it, once it took part in a reuse step.
     """
 
     network: str
     chosen: int
     flops: int
     depths: tuple[DepthReport, ...]
-    beside: tuple[PartReport, ...] = ()
+    companions: tuple[PartReport, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -108,7 +108,7 @@ class Explanation:
         notes += [
             f"On a reuse step {part.network} computes {part.results} of {part.of} results, in "
             f"{part.ratio:.3f} of its FLOPs."
-            for part in self.beside
+            for part in self.companions
         ]
         if self.depths and min(row.ratio for row in self.depths) > LITTLE_GAIN:
             notes.append(
@@ -125,7 +125,7 @@ class Explanation:
 
 
 def explain(
-    network: CapturedNetwork, chosen: int, name: str, beside: tuple[PartReport, ...] = ()
+    network: CapturedNetwork, chosen: int, name: str, companions: tuple[PartReport, ...] = ()
 ) -> Explanation:
     """Report on every skip connection of a captured network."""
     skips = find_skip_connections(network.graph_module, network.sample)
@@ -140,7 +140,7 @@ def explain(
         )
         for skip in skips
     )
-    return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows, beside)
+    return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows, companions)
 
 
 def gains_little(network: CapturedNetwork) -> bool:

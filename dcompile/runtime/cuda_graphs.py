@@ -31,8 +31,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from dcompile.compiler.lazy import computed
-from dcompile.compiler.program import BoundProgram, Cached, Program, graph_label
+from dcompile.compiler.lazy import materialize
+from dcompile.compiler.program import BoundProgram, CacheLayout, Program, graph_label
 
 Tensors = tuple[Any, ...]
 Runs = Callable[[Sequence[Any]], Sequence[Any]]
@@ -251,7 +251,7 @@ class RecordedProgram:
             made = made[cut.size :]
         return results
 
-    def _move_on(self, cut: Cached, previous: Tensors) -> None:
+    def _move_on(self, cut: CacheLayout, previous: Tensors) -> None:
         """Each earlier boundary takes the place after its own."""
         for age in reversed(range(1, cut.history)):
             place = cut.start + age * cut.size
@@ -276,7 +276,7 @@ class RecordedProgram:
 
     def _run(self, graph: _Graph, leaves: Sequence[Any], coefficients: Any = None) -> Tensors:
         assert self._recorder is not None
-        given = computed([leaves[item.leaf] for item in graph.inputs])
+        given = materialize([leaves[item.leaf] for item in graph.inputs])
         buffers = [item.buffer for item in graph.inputs]
         values = [
             _narrowed(value, item.expanded) for value, item in zip(given, graph.inputs, strict=True)
@@ -329,7 +329,7 @@ class RecordedProgram:
         """Make the static inputs, laid out as the call's own: compiled code relies on that."""
         self._recorder = RECORDERS[self._device.type](self._device)
         taken = sorted({i for graph in self._bound.graphs for i in graph.inputs})
-        for i, leaf in zip(taken, computed([leaves[i] for i in taken]), strict=True):
+        for i, leaf in zip(taken, materialize([leaves[i] for i in taken]), strict=True):
             if not isinstance(leaf, torch.Tensor):
                 self._static[i] = leaf
                 continue

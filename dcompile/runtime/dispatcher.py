@@ -18,25 +18,25 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.backends import Backend
-from dcompile.compiler.build import build, renewed
+from dcompile.compiler.build import build, rebound
 from dcompile.compiler.capture import CapturedNetwork, DynamicSizes, capture, capturing_threads
 from dcompile.compiler.fingerprint import (
-    Flags,
     Structure,
+    ToggleSnapshot,
     changed_by_running,
     difference,
     portable,
     structure_of,
     tensors_in_containers,
 )
-from dcompile.compiler.lazy import computed
+from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program import (
     BoundProgram,
-    Cached,
+    CacheLayout,
     CompiledGraph,
     Constant,
-    Cuts,
     Program,
+    ProgramSpec,
     weights_of,
 )
 from dcompile.compiler.signature import (
@@ -61,10 +61,10 @@ from dcompile.policy.schedule import Plan, RunInfo, Schedule
 from dcompile.progress import Display
 from dcompile.report.explain import gains_little
 from dcompile.runtime.cuda_graphs import RECORDERS, HeldBoundary, RecordedProgram, Reordered
-from dcompile.runtime.lazy_network import OnDemand
+from dcompile.runtime.lazy_network import LazyNetwork
 from dcompile.runtime.readback import Readback
-from dcompile.runtime.tracking import Generation, Lane, StepTracker
-from dcompile.runtime.wrapper import StandIn, standin_of
+from dcompile.runtime.tracking import Lane, Run, StepTracker
+from dcompile.runtime.wrapper import ForwardWrapper, wrapper_of
 from dcompile.storage.artifact import Artifact, SavedProgram
 
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
@@ -75,7 +75,7 @@ AUTO_HISTORY = 2
 _NUMBER = re.compile(r"[0-9.]+")
 
 Runner = BoundProgram | RecordedProgram | Reordered
-_Place = tuple[int, Cuts, Backend]
+_Place = tuple[int, ProgramSpec, Backend]
 """What a loaded program is good for: number of the structure, cuts, backend."""
 
 
@@ -85,7 +85,7 @@ class Settings:
 
     Attributes:
         depths: of the cuts, ascending.
-        forecasts: one for each of them; "auto" is chosen at the start of each generation.
+        forecasts: one for each of them; "auto" is chosen at the start of each run.
         sampler: where to find the sampler then.
     """
 
@@ -99,12 +99,12 @@ class Settings:
     sampler: Callable[[], Any] | None = None
 
     @functools.cached_property
-    def cuts(self) -> Cuts:
+    def cuts(self) -> ProgramSpec:
         """What programs are built for."""
         histories = tuple(
             AUTO_HISTORY if forecast == "auto" else forecast.history for forecast in self.forecasts
         )
-        return Cuts(self.depths, histories, self.schedule.probe)
+        return ProgramSpec(self.depths, histories, self.schedule.probe)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Stats:
         partial_steps: calls that ran a graph in between, of a ``MultiLevel``.
         reuse_steps: calls that ran the shallow graph.
         uncached_calls: calls that went to the module itself (training, gradients).
-        generations: sampling runs seen.
+        runs: sampling runs seen.
         captures: networks captured.
         compile_seconds: spent capturing and compiling.
         cache_bytes: bytes of cached tensors held now.
@@ -127,7 +127,7 @@ class Stats:
     partial_steps: int
     reuse_steps: int
     uncached_calls: int
-    generations: int
+    runs: int
     captures: int
     compile_seconds: float
     cache_bytes: int
@@ -141,7 +141,7 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-class Refreshed(NamedTuple):
+class RefreshRecord(NamedTuple):
     """A refresh that somebody watches.
 
     Attributes:
@@ -164,7 +164,7 @@ class Refreshed(NamedTuple):
 
 def dispatcher_of(module: Any) -> Dispatcher | None:
     """The dispatcher that stands in for the module's forward, if one does."""
-    found = standin_of(module)
+    found = wrapper_of(module)
     return found if isinstance(found, Dispatcher) else None
 
 
@@ -200,7 +200,7 @@ class _Claim(NamedTuple):
 
 
 def _foretold(
-    forecast: Any, held: Any, cut: Cached, step: int, refreshed: Sequence[int]
+    forecast: Any, held: Any, cut: CacheLayout, step: int, refreshed: Sequence[int]
 ) -> list[_Claim]:
     """What a checked forecast says of the values that are about to be refreshed."""
     if not isinstance(forecast, Damped) or len(refreshed) < 2:
@@ -223,7 +223,7 @@ def _foretold(
     return claims
 
 
-def _check(lane: Lane, number: int, cut: Cached, claims: Sequence[_Claim]) -> None:
+def _check(lane: Lane, number: int, cut: CacheLayout, claims: Sequence[_Claim]) -> None:
     """Trust a forecast from now on as far as these claims, and those before, were right."""
     with _steady(lane.cached) as kept:
         values = kept[cut.latest]
@@ -252,7 +252,7 @@ def _place_of(timestep: Any, timesteps: Any) -> int:
     return next((place for place, own in enumerate(timesteps) if float(own) == value), 0)
 
 
-class Dispatcher(StandIn):
+class Dispatcher(ForwardWrapper):
     """Stands in for the denoiser's ``forward``.
 
     Owns the captured networks, the compiled programs and, through its step tracker, everything
@@ -279,27 +279,29 @@ class Dispatcher(StandIn):
         "_training_matters",
         "_warned",
         "_written",
-        "beside",
+        "companions",
+        "observer",
         "settings",
-        "watch",
     )
 
     def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
         super().__init__(module, original)
         self._forms = CallForms(original)
-        self.beside: list[OnDemand] = []  # the pipeline's networks whose results this one reads
+        self.companions: list[
+            LazyNetwork
+        ] = []  # the pipeline's networks whose results this one reads
         self._counting = threading.Lock()
         self._building = threading.RLock()  # capture and compile; never held on a warm call
         self._structures: list[Structure] = []
         self._written: frozenset[str] = frozenset()
         self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
-        self._programs: dict[tuple[CapturedNetwork, Cuts, Backend], Program] = {}
+        self._programs: dict[tuple[CapturedNetwork, ProgramSpec, Backend], Program] = {}
         self._saved: list[tuple[_Place, SavedProgram]] = []
         self._recorded: dict[tuple[Program, Signature], RecordedProgram] = {}
         # Dynamic captures that a backend could not compile.
         self._sizes_fixed: set[tuple[CapturedNetwork, Backend]] = set()
         self._warned: set[str] = set()
-        self.watch: Callable[[Refreshed], None] | None = None  # sees every refresh
+        self.observer: Callable[[RefreshRecord], None] | None = None  # sees every refresh
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -326,49 +328,51 @@ class Dispatcher(StandIn):
         if reason is not None:
             return self._run_uncached(reason, args, kwargs)
         timestep = leaves[form.timestep]
-        signature, conditioning = self._settled(leaves, form)
+        signature, conditioning = self._normalize_call(leaves, form)
         tracker = self._tracker
-        generation, lane, step = tracker.enter(timestep, conditioning, signature)
+        run, lane, step = tracker.enter(timestep, conditioning, signature)
         try:
             bound = lane.bound
             if signature != lane.signature:  # hardly ever, and sooner told than hashed
                 bound = None
             if bound is None:
                 try:
-                    bound = generation.programs.get(signature)
+                    bound = run.programs.get(signature)
                 except TypeError:
                     return self._run_uncached("an argument cannot be hashed", args, kwargs)
             if bound is None:
                 try:
-                    bound = self._bind(generation, signature, leaves, form)
+                    bound = self._bind(run, signature, leaves, form)
                 except _TrainingMattersError as error:
                     return self._run_uncached(str(error), args, kwargs)
-            plan = generation.plan
+            plan = run.plan
             if plan is None:
-                plan = self._planned(generation, bound.program, timestep)
+                plan = self._planned(run, bound.program, timestep)
             if lane.program is not bound.program or lane.signature != signature:
                 lane.cached = ()
-            level = self._level(generation, lane, step, plan)
+            level = self._level(run, lane, step, plan)
             # A refresh step has the time to see whether a part was switched on or off meanwhile.
-            if level == len(generation.beats) and step and generation.flags.changed():
-                generation.look_again()
-                bound = self._bind(generation, signature, leaves, form)
+            if level == len(run.beats) and step and run.toggles.changed():
+                run.invalidate_programs()
+                bound = self._bind(run, signature, leaves, form)
                 if lane.program is not bound.program:
                     lane.cached = ()
             # Autocast, if on, stays on: the graph was captured without its conversions.
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    result = self._run(bound, generation, lane, step, level, leaves, form)
+                    result = self._run(bound, run, lane, step, level, leaves, form)
             else:
-                result = self._run(bound, generation, lane, step, level, leaves, form)
+                result = self._run(bound, run, lane, step, level, leaves, form)
             if level:
                 lane.program, lane.signature, lane.bound = bound.program, signature, bound
             return result
         except BaseException:  # an interrupt too: nothing of this generation may be used again
-            tracker.forget(generation)
+            tracker.forget(run)
             raise
 
-    def _settled(self, leaves: list[Any], form: CallForm) -> tuple[Signature, list[torch.Tensor]]:
+    def _normalize_call(
+        self, leaves: list[Any], form: CallForm
+    ) -> tuple[Signature, list[torch.Tensor]]:
         """The call's signature and conditioning, with its timestep as a tensor."""
         timestep = leaves[form.timestep]
         if not isinstance(timestep, torch.Tensor):
@@ -379,12 +383,12 @@ class Dispatcher(StandIn):
             leaves[form.timestep] = leaves[form.timestep].to(sample.device, non_blocking=True)
         return signature_of(form, leaves)
 
-    def _level(self, generation: Generation, lane: Lane, step: int, plan: Plan) -> int:
+    def _level(self, run: Run, lane: Lane, step: int, plan: Plan) -> int:
         """How many cuts this call refreshes, the outermost first: 0 reuses, all is the full graph.
 
         What the schedule asks for, and what the lane lacks.
         """
-        beats = generation.beats
+        beats = run.beats
         level = plan.level(step)
         for cut in range(level):
             beats[cut] = step
@@ -398,7 +402,7 @@ class Dispatcher(StandIn):
     def _run(
         self,
         bound: Runner,
-        generation: Generation,
+        run: Run,
         lane: Lane,
         step: int,
         level: int,
@@ -409,7 +413,7 @@ class Dispatcher(StandIn):
         coefficients = None
         if level < len(cached) and cached[level].history > 1:
             history = cached[level].history
-            forecast = generation.forecasts[level]
+            forecast = run.forecasts[level]
             given = factors(forecast, step, lane.refreshed[level])
             if isinstance(forecast, Damped):
                 given = forecast.share(given, lane.trust[level])
@@ -419,7 +423,7 @@ class Dispatcher(StandIn):
             self._count("reuse", bound.program.ratio)
             result, drift = bound.reuse(leaves, lane.cached, coefficients)
             if drift is not None:
-                generation.plan.observe(step, Readback(drift))
+                run.plan.observe(step, Readback(drift))
             return result
         if level == len(cached):
             self._count("refresh", 1.0)
@@ -431,9 +435,7 @@ class Dispatcher(StandIn):
             lane.tally = (None,) * len(cached)
         foretold = [
             _foretold(forecast, lane.cached, cut, step, steps)
-            for forecast, cut, steps in zip(
-                generation.forecasts[:level], cached, earlier, strict=False
-            )
+            for forecast, cut, steps in zip(run.forecasts[:level], cached, earlier, strict=False)
         ]
         result, lane.cached = bound.refresh(leaves, lane.cached, level, coefficients)
         for number, claims in enumerate(foretold):
@@ -444,13 +446,13 @@ class Dispatcher(StandIn):
             for number, (cut, steps) in enumerate(zip(cached, earlier, strict=True))
         )
         if any(cut.history > 1 for cut in cached):
-            self._look_at(lane, cached, level)
-        if self.watch is not None:
+            self._check_finite(lane, cached, level)
+        if self.observer is not None:
             held = getattr(lane.cached, "tensors", lane.cached)
-            self.watch(Refreshed(step, generation.steps, lane, bound, leaves, result, held))
+            self.observer(RefreshRecord(step, run.steps, lane, bound, leaves, result, held))
         return result
 
-    def _look_at(self, lane: Lane, cached: Sequence[Cached], level: int) -> None:
+    def _check_finite(self, lane: Lane, cached: Sequence[CacheLayout], level: int) -> None:
         """No forecast is made of features that are not finite: the next step refreshes as well.
 
         On a CPU. From another device the news comes with the next refresh, and until then the
@@ -471,24 +473,22 @@ class Dispatcher(StandIn):
             self._warn("features are not finite: nothing is extrapolated from them")
             lane.cached = ()
 
-    def _planned(self, generation: Generation, program: Program, timestep: Any) -> Plan:
+    def _planned(self, run: Run, program: Program, timestep: Any) -> Plan:
         """Choose this run's plan and forecasts, by its sampler if they ask for that."""
         settings = self.settings
         if settings.schedule.uses_sampler or "auto" in settings.forecasts:
-            run = self.describe_run(generation.steps, program.ratio, timestep)
+            info = self.describe_run(run.steps, program.ratio, timestep)
         else:
-            run = RunInfo(generation.steps, len(settings.depths), program.ratio, warn=self._warn)
-        plan, forecasts = settings.schedule.plan(run), settings.forecasts
+            info = RunInfo(run.steps, len(settings.depths), program.ratio, warn=self._warn)
+        plan, forecasts = settings.schedule.plan(info), settings.forecasts
         if "auto" in forecasts:
-            chosen = run.forecast
-            refreshes = plan.refreshes() if generation.steps else None
+            chosen = info.forecast
+            refreshes = plan.refreshes() if run.steps else None
             if chosen != Reuse() and settings.schedule.probe is None:
-                chosen = default_forecast(
-                    stochastic=False, steps=generation.steps, refreshes=refreshes
-                )
+                chosen = default_forecast(stochastic=False, steps=run.steps, refreshes=refreshes)
             forecasts = tuple(chosen if item == "auto" else item for item in forecasts)
-        generation.plan, generation.forecasts = plan, forecasts
-        generation.beats = [0] * len(program.cached)
+        run.plan, run.forecasts = plan, forecasts
+        run.beats = [0] * len(program.cached)
         return plan
 
     def describe_run(self, steps: int | None, ratio: float, timestep: Any = None) -> RunInfo:
@@ -527,10 +527,10 @@ class Dispatcher(StandIn):
         forecast = default_forecast(stochastic=known[1])
         return RunInfo(steps, cuts, ratio, tuple(told), power, forecast, self._warn)
 
-    def leave(self, beside: Iterable[OnDemand]) -> None:
+    def detach(self, companions: Iterable[LazyNetwork]) -> None:
         """Read no more of these networks' results."""
-        gone = list(beside)
-        self.beside = [standin for standin in self.beside if standin not in gone]
+        gone = list(companions)
+        self.companions = [standin for standin in self.companions if standin not in gone]
         for standin in gone:
             standin.users.discard(self)
             standin.follow_users()
@@ -554,7 +554,7 @@ class Dispatcher(StandIn):
             partial_steps=self._counts["partial"],
             reuse_steps=self._counts["reuse"],
             uncached_calls=self._counts["uncached"],
-            generations=self._tracker.generations,
+            runs=self._tracker.runs,
             captures=self._captures,
             compile_seconds=self._compile_seconds,
             cache_bytes=sum(held.values()),
@@ -567,7 +567,7 @@ class Dispatcher(StandIn):
         if form is None:
             raise CaptureError("expected a call with a sample and a timestep")
         with self._building:
-            self._settled(leaves, form)
+            self._normalize_call(leaves, form)
             call = self._forms.standard(form, leaves)
             return self._captured(call, self._display(), self.settings.dynamic)
 
@@ -598,10 +598,10 @@ class Dispatcher(StandIn):
         reason = self._reason_not_to_cache(leaves, form)
         if reason is not None:
             raise CaptureError(f"warmup: {reason}, so such a call runs uncached")
-        signature = self._settled(leaves, form)[0]
+        signature = self._normalize_call(leaves, form)[0]
         enabled = self.enabled
         try:
-            runner = self._bind(Generation(None), signature, leaves, form)
+            runner = self._bind(Run(None), signature, leaves, form)
         finally:
             self.enabled = enabled  # what is tried ahead of traffic does not end it
         with torch.no_grad():
@@ -714,13 +714,11 @@ class Dispatcher(StandIn):
         self._warn(f"{reason}; {type(self.module).__name__} runs uncached")
         return self.original(*args, **kwargs)
 
-    def _bind(
-        self, generation: Generation, signature: Signature, leaves: list[Any], form: CallForm
-    ) -> Runner:
+    def _bind(self, run: Run, signature: Signature, leaves: list[Any], form: CallForm) -> Runner:
         """A program for this call with the module's weights: found, or captured and compiled."""
         with self._building:
             display = self._display()
-            leaves = computed(leaves)
+            leaves = materialize(leaves)
             try:
                 call = self._forms.standard(form, leaves)
                 program = self._program(call, display)
@@ -738,8 +736,8 @@ class Dispatcher(StandIn):
             finally:
                 self._compile_seconds += sum(display.seconds.values())
             runner = self._runner(program, call)
-        generation.programs[signature] = runner
-        generation.flags = Flags(self.module)
+        run.programs[signature] = runner
+        run.toggles = ToggleSnapshot(self.module)
         return runner
 
     def _runner(self, program: Program, call: StandardCall) -> Runner:
@@ -768,7 +766,7 @@ class Dispatcher(StandIn):
             if wanted is True:
                 self._warn(f"cuda_graphs=True, but the sample is on {device}: runs without")
             return False
-        # Offloading moves the weights at every generation, and each move would mean recording anew.
+        # Offloading moves the weights at every run, and each move would mean recording anew.
         return wanted is True or not hasattr(self.module, "_hf_hook")
 
     def _program(self, call: StandardCall, display: Display) -> Program:
@@ -866,7 +864,7 @@ class Dispatcher(StandIn):
         key = (network, settings.cuts, settings.backend)
         program = self._programs.get(key)
         if program is not None:
-            program = renewed(program, network, settings.cuts, self.module, leaves, display)
+            program = rebound(program, network, settings.cuts, self.module, leaves, display)
         if program is None:
             program = build(
                 network,
@@ -877,7 +875,7 @@ class Dispatcher(StandIn):
                 display,
                 self._full_graph_of(network),
             )
-            self._tighten(network)
+            self._refresh_guard(network)
             if gains_little(network):
                 self._warn(
                     "a reuse step takes nearly as much compute as a full one, at every depth: "
@@ -886,10 +884,10 @@ class Dispatcher(StandIn):
         self._programs[key] = program
         return program
 
-    def _tighten(self, network: CapturedNetwork) -> None:
+    def _refresh_guard(self, network: CapturedNetwork) -> None:
         """Forget for which calls a network was found before its compiler tied sizes to numbers."""
         before = network.guard
-        network.tighten()
+        network.refresh_guard()
         if network.guard != before:
             for key in [key for key, other in self._networks.items() if other is network][:-1]:
                 del self._networks[key]
@@ -897,12 +895,12 @@ class Dispatcher(StandIn):
     def _full_graph_of(self, network: CapturedNetwork) -> CompiledGraph | None:
         """The compiled full graph, if there is one already for forecasts of other lengths."""
 
-        def returned(cuts: Cuts) -> tuple[tuple[int, ...], bool]:
+        def returned(cuts: ProgramSpec) -> tuple[tuple[int, ...], bool]:
             return cuts.depths, cuts.probe is not None
 
         settings = self.settings
         for (other, cuts, backend), program in self._programs.items():
-            alike = returned(cuts) == returned(settings.cuts) and program.full.baked is None
+            alike = returned(cuts) == returned(settings.cuts) and program.full.folded is None
             if other is network and backend == settings.backend and alike:
                 return program.full
         return None

@@ -2,7 +2,7 @@
 
 A ControlNet runs before the denoiser, which adds its results, the residuals, to its own features.
 On a reuse step the denoiser reads the residuals outside of the cut and no others. So the ControlNet
-returns promises (``Deferred``), and when the denoiser has decided what to run, it asks for the
+returns promises (``LazyTensor``), and when the denoiser has decided what to run, it asks for the
 residuals that takes: a graph that holds nothing else computes them. That is exact, whatever the
 schedule, and needs no knowledge of it: a refresh asks for all. Anything else that reads a
 promise gets the true tensor.
@@ -26,7 +26,7 @@ from dcompile.backends import Backend
 from dcompile.compiler.build import compile_graph
 from dcompile.compiler.capture import CapturedNetwork, capture
 from dcompile.compiler.fingerprint import Structure, changed_by_running, difference, structure_of
-from dcompile.compiler.lazy import Deferred, Pending, computed
+from dcompile.compiler.lazy import LazyTensor, Pending, materialize
 from dcompile.compiler.program import Bound, CompiledGraph, weights_of
 from dcompile.compiler.signature import CallForm, CallForms, Signature, signature_of
 from dcompile.errors import CaptureError, DcompileError
@@ -35,7 +35,7 @@ from dcompile.passes.base import is_random
 from dcompile.progress import Display
 from dcompile.report.explain import PartReport
 from dcompile.runtime.tracking import StepTracker
-from dcompile.runtime.wrapper import StandIn
+from dcompile.runtime.wrapper import ForwardWrapper
 
 
 @dataclass(eq=False)
@@ -55,14 +55,14 @@ class _Program:
 
 @dataclass(eq=False)
 class _Bound:
-    """A program with the module's weights, for one generation."""
+    """A program with the module's weights, for one run."""
 
     program: _Program
     weights: dict[str, torch.Tensor]
     graphs: dict[tuple[int, ...], Bound] = field(default_factory=dict)
 
 
-class OnDemand(StandIn):
+class LazyNetwork(ForwardWrapper):
     """Stands in for the ``forward`` of a network beside the denoiser.
 
     Holds no weights: they are looked up in the live module. Where a network cannot be captured, or
@@ -92,7 +92,7 @@ class OnDemand(StandIn):
         self, module: nn.Module, original: Callable[..., Any], backend: Backend, verbose: bool
     ) -> None:
         super().__init__(module, original)
-        self.users: weakref.WeakSet[StandIn] = weakref.WeakSet()
+        self.users: weakref.WeakSet[ForwardWrapper] = weakref.WeakSet()
         self._forms = CallForms(original)
         self._building = threading.RLock()  # capture and compile; never held on a warm call
         self._at_once = threading.local()  # set in a thread that calls the module's own forward
@@ -139,7 +139,7 @@ class OnDemand(StandIn):
         leaves, form = self._forms.flatten(args, kwargs)
         if form is None or not isinstance(leaves[form.sample], torch.Tensor):
             return self.original(*args, **kwargs)
-        leaves = computed(leaves)
+        leaves = materialize(leaves)
         if torch.is_grad_enabled() and any(
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
         ):
@@ -155,13 +155,13 @@ class OnDemand(StandIn):
         if not isinstance(leaves[form.timestep], torch.Tensor):
             leaves[form.timestep] = torch.tensor(leaves[form.timestep])
         signature, conditioning = signature_of(form, leaves)
-        generation, _, _ = self._tracker.enter(leaves[form.timestep], conditioning)
-        bound = generation.programs.get(signature)
+        run, _, _ = self._tracker.enter(leaves[form.timestep], conditioning)
+        bound = run.programs.get(signature)
         if bound is None:
             bound = self._bind(signature, leaves, form)
             if bound is None:
                 return self(*args, **kwargs)
-            generation.programs[signature] = bound
+            run.programs[signature] = bound
         program = bound.program
         autocast = _autocast_of(leaves[form.sample].device.type)
 
@@ -188,7 +188,7 @@ class OnDemand(StandIn):
             ]
 
         pending = Pending(compute, len(program.results))
-        promised = [Deferred(like, pending, i) for i, like in enumerate(program.results)]
+        promised = [LazyTensor(like, pending, i) for i, like in enumerate(program.results)]
         return tree_unflatten(promised, program.network.out_spec)
 
     def parts(self) -> list[PartReport]:
@@ -234,7 +234,7 @@ class OnDemand(StandIn):
                     return None
                 self._programs[signature] = program
             for numbers, graph in list(program.graphs.items()):
-                if graph.baked is not None and not graph.baked.match(weights):
+                if graph.folded is not None and not graph.folded.match(weights):
                     del program.graphs[numbers]
         return _Bound(program, weights)
 

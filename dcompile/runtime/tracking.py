@@ -1,9 +1,9 @@
-"""Which generation, step and lane a call of the network belongs to.
+"""Which run, step and lane a call of the network belongs to.
 
 The timestep's *value* is never read where that can be avoided: on a GPU reading it waits for the
 device, and second-order samplers visit the same value twice. Samplers iterate over
 ``scheduler.timesteps``, so each ``t`` is a view of it: the storage behind the view identifies the
-generation, the view's offset the step. A timestep that is a number, or a tensor of its own, is
+run, the view's offset the step. A timestep that is a number, or a tensor of its own, is
 told by value instead (see ``_ValueTrack``).
 
 One rule governs all that is uncertain: when in doubt, refresh. A wrong refresh costs time, a
@@ -22,11 +22,11 @@ import torch
 
 from dcompile.compiler.program import Program
 
-# Value-told generations kept at a time; interleaving more than this only refreshes more often.
+# Value-told runs kept at a time; interleaving more than this only refreshes more often.
 MAX_VALUE_TRACKS = 8
 # Calls at one timestep that are told apart; no sampler makes more.
 MAX_LANES = 8
-# Of a value-told generation's first value: a second one further away begins another generation.
+# Of a value-told run's first value: a second one further away begins another run.
 FIRST_GAP = 0.3
 
 
@@ -45,7 +45,7 @@ class Lane:
         program, signature: what made the cached values; None before the first refresh.
         bound: the program with the module's weights as it was when this lane began: what a pipeline
             swaps between two calls of a step stays with each.
-        cached: they, as ``program.Cached`` orders them, or what holds them
+        cached: they, as ``program.CacheLayout`` orders them, or what holds them
             (``cuda_graphs.HeldBoundary``). The lane owns them: they are freed with the lane.
         refreshed: for each cut the steps that made them, the latest first; as many as its forecast
             looks back.
@@ -100,12 +100,12 @@ def _anchors(conditioning: Sequence[torch.Tensor]) -> tuple[tuple[weakref.ref[An
 
 
 @dataclass(eq=False)
-class Generation:
+class Run:
     """One pass over a sampler's timesteps.
 
     Attributes:
         steps: number of steps from the first call to the end of the timesteps, if known.
-        step: the step of the latest call, counted from this generation's first call.
+        step: the step of the latest call, counted from this run's first call.
         beats: for each cut, the latest step at which the schedule wanted it refreshed.
         programs: what runs lanes that begin, by call signature; filled by the dispatcher.
         plan, forecasts: chosen for this run when it began.
@@ -118,10 +118,10 @@ class Generation:
     programs: dict[Any, Any] = field(default_factory=dict)
     plan: Any = None
     forecasts: Any = ()
-    flags: Any = None
+    toggles: Any = None
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)
-    # Two generations may walk over one timesteps tensor (a loop that is begun again, or a server
+    # Two runs may walk over one timesteps tensor (a loop that is begun again, or a server
     # that interleaves requests). Then the next call may belong to either, and until it is clear,
     # nothing is reused. _open_ends are the steps at which an abandoned walk might go on.
     _doubtful: bool = False
@@ -159,14 +159,14 @@ class Generation:
         return any(not lane.contradicts(conditioning, signature) for lane in self.lanes)
 
     def takes_another(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
-        """Whether a call at this generation's step may be a lane that was not called yet."""
+        """Whether a call at this run's step may be a lane that was not called yet."""
         return all(
             lane.contradicts(conditioning, signature)
             for lane in self.lanes
             if id(lane) in self._served
         )
 
-    def look_again(self) -> None:
+    def invalidate_programs(self) -> None:
         """The module may have changed since its programs were bound."""
         self.programs.clear()
         for lane in self.lanes:
@@ -180,9 +180,9 @@ class Generation:
         """Free all that is cached; the run itself goes on."""
         self.lanes = []
         self._served = set()
-        self.look_again()
+        self.invalidate_programs()
 
-    def inherit_doubts(self, earlier: Generation, shift: int) -> None:
+    def inherit_doubts(self, earlier: Run, shift: int) -> None:
         """Another walk over the same timesteps, ``shift`` steps behind, may go on at any time."""
         self._open_ends = {end + shift for end in (*earlier._open_ends, earlier.step + 1)}
         self._doubtful = True
@@ -206,7 +206,7 @@ class Generation:
     def _begin_again(self, step: int) -> None:
         self._open_ends.add(self.step + 1)
         self.lanes = []
-        self.look_again()
+        self.invalidate_programs()
         self._served = set()
         self._doubtful = True
         self.beats = [min(beat, step) for beat in self.beats]
@@ -214,13 +214,13 @@ class Generation:
 
 @dataclass(eq=False)
 class _ValueTrack:
-    """A generation told by timestep values: they go one way, in steps of similar size.
+    """A run told by timestep values: they go one way, in steps of similar size.
 
     A new run that begins just where an interrupted one would have gone on cannot be told from
     it by values; its conditioning tells, where there is any.
     """
 
-    generation: Generation
+    run: Run
     value: float
     step: int = 0
     gap: float | None = None
@@ -244,18 +244,18 @@ class _ValueTrack:
 
 
 class StepTracker:
-    """Finds the generation and lane of each call. Safe to call from several threads."""
+    """Finds the run and lane of each call. Safe to call from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held for bookkeeping only, never while anything computes
-        self._by_storage: dict[int, tuple[weakref.ref[Any], Generation, int]] = {}
+        self._by_storage: dict[int, tuple[weakref.ref[Any], Run, int]] = {}
         self._by_value: list[_ValueTrack] = []
-        self.generations = 0
+        self.runs = 0
 
     def enter(
         self, timestep: Any, conditioning: Sequence[torch.Tensor], signature: Any = None
-    ) -> tuple[Generation, Lane, int]:
-        """The generation, lane and step of a call.
+    ) -> tuple[Run, Lane, int]:
+        """The run, lane and step of a call.
 
         Args:
             timestep: as the network got it: a tensor or a number.
@@ -266,66 +266,66 @@ class StepTracker:
             if isinstance(timestep, torch.Tensor):
                 storage = timestep.untyped_storage()
                 if storage.nbytes() > timestep.element_size() * _own_elements(timestep):
-                    generation, step = self._step_by_storage(timestep, storage)
-                    if step == 0 < generation.step:  # another run over the same timesteps
-                        self.generations += 1
-                    return generation, generation.enter(step, conditioning, signature), step
-            generation, step = self._step_by_value(_value(timestep), conditioning, signature)
-            return generation, generation.enter(step, conditioning, signature), step
+                    run, step = self._step_by_storage(timestep, storage)
+                    if step == 0 < run.step:  # another run over the same timesteps
+                        self.runs += 1
+                    return run, run.enter(step, conditioning, signature), step
+            run, step = self._step_by_value(_value(timestep), conditioning, signature)
+            return run, run.enter(step, conditioning, signature), step
 
-    def forget(self, generation: Generation) -> None:
-        """Drop a generation: something went wrong in the middle of it."""
+    def forget(self, run: Run) -> None:
+        """Drop a run: something went wrong in the middle of it."""
         with self._lock:
-            self._by_value = [t for t in self._by_value if t.generation is not generation]
+            self._by_value = [t for t in self._by_value if t.run is not run]
             for key, (_, known, _) in list(self._by_storage.items()):
-                if known is generation:
+                if known is run:
                     del self._by_storage[key]
 
     def reset(self) -> None:
         """Drop all that is cached; runs go on, and refresh at their next step."""
         with self._lock:
-            for _, generation, _ in list(self._by_storage.values()):
-                generation.drop()
+            for _, run, _ in list(self._by_storage.values()):
+                run.drop()
             self._by_value.clear()
 
     def cached(self) -> list[Any]:
         """What is held at present."""
         with self._lock:
-            known = [generation for _, generation, _ in list(self._by_storage.values())]
-            known += [track.generation for track in self._by_value]
-            return [lane.cached for generation in known for lane in generation.lanes]
+            known = [run for _, run, _ in list(self._by_storage.values())]
+            known += [track.run for track in self._by_value]
+            return [lane.cached for run in known for lane in run.lanes]
 
-    def _step_by_storage(self, timestep: torch.Tensor, storage: Any) -> tuple[Generation, int]:
+    def _step_by_storage(self, timestep: torch.Tensor, storage: Any) -> tuple[Run, int]:
         key = id(storage)
         offset = int(timestep.storage_offset())
         entry = self._by_storage.get(key)
         if entry is None or entry[0]() is not storage or offset < entry[2]:
             steps = storage.nbytes() // timestep.element_size() - offset
-            generation = Generation(steps)
+            run = Run(steps)
             if entry is not None and entry[0]() is storage:
-                generation.inherit_doubts(entry[1], entry[2] - offset)
-            # The storage dies with scheduler.timesteps, and its generation with it. Dictionary
+                run.inherit_doubts(entry[1], entry[2] - offset)
+            # The storage dies with scheduler.timesteps, and its run with it. Dictionary
             # operations are atomic, so the callback needs no lock (it may run inside of one).
             table = self._by_storage
-            entry = (weakref.ref(storage, lambda _: table.pop(key, None)), generation, offset)
+            entry = (weakref.ref(storage, lambda _: table.pop(key, None)), run, offset)
             table[key] = entry
-            self.generations += 1
-        _, generation, first = entry
-        return generation, offset - first
+            self.runs += 1
+        _, run, first = entry
+        return run, offset - first
 
     def _step_by_value(
         self, value: float, conditioning: Sequence[torch.Tensor], signature: Any
-    ) -> tuple[Generation, int]:
+    ) -> tuple[Run, int]:
         # A run that is over stays where it ended. A value it was called with is its own again only
         # if the call is another lane's; of equal fits, the latest.
         fits = [
-            (track.generation.knows(conditioning, signature), -misfit, position, track)
+            (track.run.knows(conditioning, signature), -misfit, position, track)
             for position, track in enumerate(self._by_value)
             if (misfit := track.misfit(value)) is not None
             and (
                 value != track.value
                 or track is self._by_value[-1]
-                or track.generation.takes_another(conditioning, signature)
+                or track.run.takes_another(conditioning, signature)
             )
         ]
         if fits:
@@ -334,15 +334,15 @@ class StepTracker:
             # A first gap proves little, and so does a track that others were called in between, or
             # one of several that the call fits equally well.
             if track.gap is None or track is not self._by_value[-1] or others:
-                track.generation.doubt()
+                track.run.doubt()
             track.move_to(value)
             self._by_value.remove(track)
             self._by_value.append(track)
-            return track.generation, track.step
-        track = _ValueTrack(Generation(None), value)
+            return track.run, track.step
+        track = _ValueTrack(Run(None), value)
         self._by_value = [*self._by_value[-(MAX_VALUE_TRACKS - 1) :], track]
-        self.generations += 1
-        return track.generation, 0
+        self.runs += 1
+        return track.run, 0
 
 
 def _own_elements(timestep: torch.Tensor) -> int:

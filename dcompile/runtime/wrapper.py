@@ -13,7 +13,7 @@ from torch import nn
 _SLOTS = ("forward", "_old_forward")  # where a module's forward may be: accelerate moves it
 
 
-class StandIn:
+class ForwardWrapper:
     """Stands in for a module's ``forward``.
 
     Attributes:
@@ -97,15 +97,15 @@ class StandIn:
         )
 
 
-def free_slot(module: nn.Module) -> str:
+def wrapper_slot(module: nn.Module) -> str:
     """Where to install: beneath accelerate's hooks, which move weights before they call it."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
-def standin_of(module: Any) -> StandIn | None:
+def wrapper_of(module: Any) -> ForwardWrapper | None:
     """What stands in for the module's forward, if anything does."""
     for slot in _SLOTS:
         found = getattr(module, "__dict__", {}).get(slot)
-        if isinstance(found, StandIn):
+        if isinstance(found, ForwardWrapper):
             return found
     return None

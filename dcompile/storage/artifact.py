@@ -33,12 +33,12 @@ from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 from dcompile.backends import Backend
 from dcompile.compiler.capture import SizeGuard, TensorPattern
 from dcompile.compiler.program import (
-    Cached,
+    CacheLayout,
     CompiledGraph,
     Constant,
     Convention,
-    Cuts,
     Program,
+    ProgramSpec,
     graph_label,
 )
 from dcompile.errors import ArtifactError
@@ -106,7 +106,7 @@ class Artifact:
 
     network: str
     backend: tuple[str, dict[str, Any]]
-    cuts: Cuts
+    cuts: ProgramSpec
     dynamic: Any
     cuda_graphs: Any
     schedule: Schedule | None
@@ -130,7 +130,7 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
             f"programs of backend {backend.name!r} cannot be saved; those of 'inductor' and "
             "'eager' can"
         )
-    if backend.bakes_weights:
+    if backend.folds_weights:
         raise ArtifactError(
             "the backend folded the weights into its code (freezing), and saved programs hold no "
             "weights: compile without"
@@ -383,7 +383,7 @@ def read(
                         _graph_of(graph, backend, files, libraries, constants)
                         for graph in entry["graphs"]
                     ),
-                    tuple(Cached(*cut) for cut in entry["cached"]),
+                    tuple(CacheLayout(*cut) for cut in entry["cached"]),
                     tuple(entry["ratios"]),
                     entry["probed"],
                 ),
@@ -393,7 +393,7 @@ def read(
         artifact = Artifact(
             network=manifest["network"],
             backend=(name, options),
-            cuts=Cuts(
+            cuts=ProgramSpec(
                 tuple(manifest["cuts"]["depths"]),
                 tuple(manifest["cuts"]["histories"]),
                 manifest["cuts"]["probe"],

@@ -29,7 +29,7 @@ from dcompile.policy.tuned import Levels
 Array = np.ndarray[Any, Any]
 
 Choice = tuple[Levels, str]
-"""Cuts, and the name of the forecast they go with."""
+"""ProgramSpec, and the name of the forecast they go with."""
 
 _LOCAL_SWEEPS = 12
 # How many times as often as the next deeper cut each cut of several is refreshed.

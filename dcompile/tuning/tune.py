@@ -15,16 +15,19 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from dcompile.api import cache_compile, handle
 from dcompile.compiler.build import choose_skip
 from dcompile.compiler.fingerprint import identity_of
 from dcompile.errors import DepthError, ScheduleError, TuneError
+from dcompile.handles import Handle
+from dcompile.integrations.pipelines import denoiser_name, is_pipeline, network_of
 from dcompile.policy.adaptive import Adaptive
 from dcompile.policy.checks import require_speedup
 from dcompile.policy.fixed import Uniform
@@ -34,9 +37,9 @@ from dcompile.policy.multi_level import MultiLevel
 from dcompile.policy.placement import evenly
 from dcompile.policy.sampler import error_gains
 from dcompile.policy.tuned import Levels, Trial, Tuned
-from dcompile.runtime.dispatcher import Dispatcher, Refreshed, dispatcher_of
-from dcompile.runtime.lazy_network import OnDemand
-from dcompile.runtime.wrapper import standin_of
+from dcompile.runtime.dispatcher import Dispatcher, RefreshRecord, dispatcher_of
+from dcompile.runtime.lazy_network import LazyNetwork
+from dcompile.runtime.wrapper import wrapper_of
 from dcompile.tuning.prediction import (
     Choice,
     Objective,
@@ -45,9 +48,6 @@ from dcompile.tuning.prediction import (
     choices,
     compute_of,
 )
-
-if TYPE_CHECKING:
-    from dcompile.api import Handle
 
 FORMAT = 1
 # Beyond any sum of weighted drifts: nothing but max_interval refreshes.
@@ -132,7 +132,7 @@ class _Watched:
 
 
 class _Recorder:
-    """Watches the refreshes of uncached runs; see ``Dispatcher.watch``."""
+    """Watches the refreshes of uncached runs; see ``Dispatcher.observer``."""
 
     def __init__(self, depths: int, limit: int) -> None:
         self._depths = depths
@@ -141,7 +141,7 @@ class _Recorder:
         self._ratios: tuple[float, ...] = ()
         self.steps: set[int] = set()
 
-    def __call__(self, seen: Refreshed) -> None:
+    def __call__(self, seen: RefreshRecord) -> None:
         if seen.steps is None:
             raise TuneError(
                 "the network's timesteps are not elements of one tensor, such as "
@@ -474,20 +474,18 @@ class Session:
     def __enter__(self) -> Session:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from dcompile.api import _denoiser_name, _is_pipeline, _network_of
-
         # cache_compile takes torch.compile's wrapper off a pipeline's network.
         self._component = None
-        if _is_pipeline(self._module):
-            name = _denoiser_name(self._module)
+        if is_pipeline(self._module):
+            name = denoiser_name(self._module)
             self._component = name, getattr(self._module, name)
-        self.network = _network_of(self._module)
+        self.network = network_of(self._module)
         components = getattr(self._module, "components", {}).values()
-        found = [standin_of(part) for part in components if isinstance(part, nn.Module)]
-        self._beside = {one: one.state() for one in found if isinstance(one, OnDemand)}
+        found = [wrapper_of(part) for part in components if isinstance(part, nn.Module)]
+        self._companions = {one: one.state() for one in found if isinstance(one, LazyNetwork)}
         dispatcher = dispatcher_of(self.network)
         self._before = (dispatcher.settings, dispatcher.enabled) if dispatcher else None
-        self._known_beside = list(dispatcher.beside) if dispatcher else []
+        self._known_companions = list(dispatcher.companions) if dispatcher else []
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -501,23 +499,23 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from dcompile.api import Handle
-
         self._progress.stop()
         if self._component is not None:
             setattr(self._module, *self._component)
         dispatcher = dispatcher_of(self.network)
         if dispatcher is None:  # what was asked for could not be installed
             return
-        dispatcher.watch = None
+        dispatcher.observer = None
         if self._before is None:
             Handle(dispatcher).remove()
         else:
             settings, enabled = self._before
             dispatcher.configure(settings)
             dispatcher.enabled = enabled
-            dispatcher.leave([one for one in dispatcher.beside if one not in self._known_beside])
-        for one, state in self._beside.items():
+            dispatcher.detach(
+                [one for one in dispatcher.companions if one not in self._known_companions]
+            )
+        for one, state in self._companions.items():
             one.restore(state)
 
     # Recording
@@ -604,15 +602,15 @@ class Session:
         return recorder.recordings()
 
     def _uncached(
-        self, number: int, schedule: Any, watch: Callable[[Refreshed], None] | None = None
+        self, number: int, schedule: Any, watch: Callable[[RefreshRecord], None] | None = None
     ) -> torch.Tensor:
         """What a run gives that refreshes at every step."""
         dispatcher = self._compiled(schedule=schedule)
-        dispatcher.watch = watch
+        dispatcher.observer = watch
         try:
             picture = pictures_of(self._runs[number]())
         finally:
-            dispatcher.watch = None
+            dispatcher.observer = None
         stats = dispatcher.stats()
         if stats.refresh_steps < 2 and stats.uncached_calls:
             raise TuneError(_UNCACHED)
@@ -861,8 +859,6 @@ class Session:
         )
 
     def _compiled(self, **settings: Any) -> Dispatcher:
-        from dcompile.api import cache_compile
-
         cache_compile(self._module, cuda_graphs=False, **{**self._settings, **settings})
         return self._dispatcher()
 
@@ -871,8 +867,6 @@ class Session:
         return find() if find is not None else None
 
     def _handle(self) -> Handle:
-        from dcompile.api import handle
-
         return handle(self.network)
 
     def _dispatcher(self) -> Dispatcher:

@@ -31,9 +31,9 @@ from torch import nn
 
 import dcompile
 from dcompile import Adaptive, MultiLevel
-from dcompile.compiler.lazy import Deferred, Pending, computed
+from dcompile.compiler.lazy import LazyTensor, Pending, materialize
 from dcompile.runtime.cuda_graphs import RECORDERS
-from dcompile.runtime.lazy_network import OnDemand
+from dcompile.runtime.lazy_network import LazyNetwork
 
 RESIDUALS = 7  # two levels of three, and the deepest
 
@@ -121,21 +121,21 @@ def cached(pipe: Any, **settings: Any) -> Any:
     return dcompile.cache_compile(pipe, **{"backend": "eager", "verbose": False, **settings})
 
 
-def beside(pipe: Any) -> OnDemand:
-    return dcompile.handle(pipe)._dispatcher.beside[0]
+def beside(pipe: Any) -> LazyNetwork:
+    return dcompile.handle(pipe)._dispatcher.companions[0]
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many residuals were asked for, one number for each time."""
     found: list[int] = []
-    graph_of = OnDemand._graph
+    graph_of = LazyNetwork._graph
 
-    def graph(self: OnDemand, bound: Any, numbers: tuple[int, ...], *rest: Any) -> Any:
+    def graph(self: LazyNetwork, bound: Any, numbers: tuple[int, ...], *rest: Any) -> Any:
         found.append(len(numbers))
         return graph_of(self, bound, numbers, *rest)
 
-    monkeypatch.setattr(OnDemand, "_graph", graph)
+    monkeypatch.setattr(LazyNetwork, "_graph", graph)
     return found
 
 
@@ -156,7 +156,7 @@ def test_a_reuse_step_computes_what_it_reads(
     assert asked == [RESIDUALS, 1, 1] * 3
     explained = dcompile.handle(pipe).explain()
     row["ratio"] = explained.depths[0].ratio
-    (part,) = explained.beside
+    (part,) = explained.companions
     assert part.network == type(pipe.controlnet).__name__
     assert (part.results, part.of) == (1, RESIDUALS)
     assert part.ratio < 0.5
@@ -278,7 +278,7 @@ def test_a_copied_or_disabled_one_computes_everything(asked: list[int]) -> None:
     cached(pipe, interval=1)
     run(pipe)
     copied = copy.deepcopy(pipe.controlnet)
-    assert "forward" not in copied.__dict__ or not isinstance(copied.forward, OnDemand)
+    assert "forward" not in copied.__dict__ or not isinstance(copied.forward, LazyNetwork)
     asked.clear()
     dcompile.handle(pipe).disable()
     assert torch.equal(run(pipe), expected)
@@ -305,13 +305,13 @@ def test_by_itself_it_returns_what_it_did() -> None:
         (*expected.down_block_res_samples, expected.mid_block_res_sample),
         strict=True,
     ):
-        assert isinstance(one, Deferred)
+        assert isinstance(one, LazyTensor)
         assert (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
         assert torch.equal(one, two)
         assert torch.equal(one * 2, two * 2)
         assert repr(one) == repr(two)
     training = pipe.controlnet.train()(**call)
-    assert not isinstance(training.mid_block_res_sample, Deferred)
+    assert not isinstance(training.mid_block_res_sample, LazyTensor)
     assert training.mid_block_res_sample.requires_grad
 
 
@@ -351,7 +351,7 @@ def test_whatever_reads_a_promise_reads_the_true_tensor(reader: str) -> None:
     with torch.no_grad():
         down, _ = pipe.controlnet(**call)
         found = READERS[reader](down[1])
-        assert not isinstance(found, Deferred)
+        assert not isinstance(found, LazyTensor)
         assert torch.equal(torch.as_tensor(found), expected[1])
         assert down[1].data_ptr() == down[1].data_ptr() != 0
 
@@ -383,7 +383,7 @@ def test_a_controlnet_of_two_pipelines_stays_with_the_other() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dcompile.handle(one).remove()
-        assert isinstance(two.controlnet.forward, OnDemand)
+        assert isinstance(two.controlnet.forward, LazyNetwork)
         assert torch.equal(run(two), expected)
         dcompile.handle(two).remove()
     assert "forward" not in two.controlnet.__dict__
@@ -412,7 +412,7 @@ def test_tuning_leaves_a_controlnet_as_it_was(state: str) -> None:
     if state == "disabled":
         dcompile.handle(pipe).disable()
     before = pipe.controlnet.__dict__.get("forward")
-    seen = before.state() if isinstance(before, OnDemand) else None
+    seen = before.state() if isinstance(before, LazyNetwork) else None
     dcompile.tune(
         pipe, lambda: run(pipe), speedup=1.3, trials=1, depths=(0,), verbose=False, samples=1
     )
@@ -454,8 +454,8 @@ def test_results_are_computed_together_and_once() -> None:
         return [torch.full((2,), float(number)) for number in numbers]
 
     pending = Pending(compute, 4)
-    promised = [Deferred(torch.empty(2), pending, number) for number in range(4)]
-    two, other, zero = computed([promised[2], "other", promised[0]])
+    promised = [LazyTensor(torch.empty(2), pending, number) for number in range(4)]
+    two, other, zero = materialize([promised[2], "other", promised[0]])
     assert (two[0], other, zero[0]) == (2.0, "other", 0.0)
     assert asked == [(0, 2)]
     assert torch.equal(torch.stack(promised)[:, 0], torch.arange(4.0))

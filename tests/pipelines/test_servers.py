@@ -111,7 +111,7 @@ def test_threads_of_a_server(warm: Any, alone: list[torch.Tensor], compatible: C
     steps = [request.arguments["num_inference_steps"] for request in REQUESTS]
     assert stats.refresh_steps == sum(-(-count // 3) for count in steps)
     assert stats.refresh_steps + stats.reuse_steps == sum(steps)
-    assert (stats.generations, stats.captures, stats.uncached_calls) == (8, 0, 0)
+    assert (stats.runs, stats.captures, stats.uncached_calls) == (8, 0, 0)
 
 
 def test_threads_whose_first_calls_fall_together(
