@@ -20,9 +20,9 @@ import torch
 import dcompile
 from dcompile.backends import resolve
 from dcompile.compiler.build import build
+from dcompile.compiler.call import CallForms
 from dcompile.compiler.program import ProgramSpec, weights_of
-from dcompile.compiler.signature import CallForms
-from dcompile.policy.forecast import factors, resolve_forecast
+from dcompile.policy.forecast import coefficients_of, resolve_forecast
 from dcompile.progress import Display
 
 REUSE = ProgramSpec((0,), (1,))
@@ -171,7 +171,7 @@ def test_forecasts_on_a_reuse_step(benchmark: Any) -> None:
         _, cached = bound.refresh(leaves, cached)
         given = None
         if forecast.history > 1:
-            numbers = factors(forecast, 4, (3, 0))
+            numbers = coefficients_of(forecast, 4, (3, 0))
             given = torch.tensor([*numbers, *(0.0,) * (forecast.history - len(numbers))])
 
         def step(bound: Any = bound, cached: Any = cached, given: Any = given) -> None:

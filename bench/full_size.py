@@ -18,8 +18,8 @@ from rich.progress import track
 from shapes import GPU_SHAPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture import capture
-from dcompile.compiler.signature import CallForms
 from dcompile.passes import SkipConnection, find_skip_connections
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from dcompile.policy.tuned import Tuned as Tuned
     from dcompile.report.explain import DepthReport as DepthReport
     from dcompile.report.explain import Explanation as Explanation
-    from dcompile.runtime.dispatcher import Stats as Stats
+    from dcompile.runtime.counters import Stats as Stats
     from dcompile.tuning.profile import DepthProfile as DepthProfile
     from dcompile.tuning.profile import Profile as Profile
     from dcompile.tuning.profile import profile as profile
@@ -77,7 +77,7 @@ _MODULES = {
     "dcompile.policy.schedule": ("Plan", "RunInfo", "Schedule"),
     "dcompile.policy.tuned": ("Trial", "Tuned"),
     "dcompile.report.explain": ("DepthReport", "Explanation"),
-    "dcompile.runtime.dispatcher": ("Stats",),
+    "dcompile.runtime.counters": ("Stats",),
     "dcompile.tuning.profile": ("DepthProfile", "Profile", "profile"),
     "dcompile.tuning.tune": ("calibrate", "tune"),
 }

@@ -1,4 +1,4 @@
-"""What a user calls: ``cache_compile`` to make a network faster, ``handle`` to see and steer it."""
+"""What a user calls: ``cache_compile``, ``load`` and ``handle``."""
 
 from __future__ import annotations
 
@@ -8,26 +8,21 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import nn
 
 from dcompile.backends import GraphCompiler, resolve
-from dcompile.compiler.capture import DynamicSizes
+from dcompile.compat.hooks import without_torch_compile
 from dcompile.compiler.fingerprint import identity_of, portable, structure_of
-from dcompile.errors import (
-    BackendError,
-    DepthError,
-    NotCompiledError,
-    ScheduleError,
-)
+from dcompile.compiler.program import ProgramSpec
+from dcompile.compiler.sizes import DynamicSizes
+from dcompile.errors import BackendError, DepthError, NotCompiledError, ScheduleError
 from dcompile.handles import Handle, device_of
 from dcompile.integrations.pipelines import (
-    denoiser_name,
+    companions_of,
     denoiser_of,
     is_pipeline,
     network_of,
     sampler_of,
-    timed_components,
-    without_torch_compile,
+    take_denoiser,
 )
 from dcompile.policy.checks import require_speedup
 from dcompile.policy.fixed import Uniform
@@ -35,9 +30,9 @@ from dcompile.policy.forecast import Forecast, resolve_forecast
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.schedule import RefreshRule, Schedule, as_schedule
 from dcompile.progress import Display
-from dcompile.runtime.dispatcher import Dispatcher, Settings, dispatcher_of
-from dcompile.runtime.lazy_network import LazyNetwork
-from dcompile.runtime.wrapper import wrapper_of, wrapper_slot
+from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
+from dcompile.runtime.install import install, install_companions
+from dcompile.runtime.settings import Settings
 from dcompile.storage.artifact import read
 
 M = TypeVar("M")
@@ -121,29 +116,24 @@ def cache_compile(
             DeepSpeed) or weights spread over processes.
         TimestepError: the network's forward takes no timestep.
     """
-    chosen = _chosen_schedule(interval, schedule, speedup)
-    found = without_torch_compile(denoiser_of(module))
-    if isinstance(found, nn.Module):
-        chosen.require_fit(identity_of(found))
+    plan = _schedule_of(interval, schedule, speedup)
+    depths = _depths_of(plan, depth)
     if forecast is None and speedup is not None:
         forecast = "auto"
-    depths = _chosen_depths(chosen, depth)
     settings = Settings(
-        schedule=chosen,
+        schedule=plan,
         depths=depths,
         backend=resolve(backend, options),
         dynamic=DynamicSizes.of(dynamic),
         verbose=verbose,
         cuda_graphs=_checked_cuda_graphs(cuda_graphs),
-        forecasts=_chosen_forecasts(chosen, depths, [forecast] * len(depths)),
+        forecasts=_forecasts_of(plan, [forecast] * len(depths)),
         sampler=sampler_of(module, sampler),
     )
     _require_sampler(settings)
-    network = network_of(module)
-    dispatcher = _install(network, settings)
-    if is_pipeline(module):
-        _install_companions(module, dispatcher)
-    return module if is_pipeline(module) else cast(M, network)
+    plan.require_fit(identity_of(network_of(module)))
+    _install(module, settings)
+    return module if is_pipeline(module) else cast(M, network_of(module))
 
 
 def load(
@@ -182,66 +172,38 @@ def load(
         ScheduleError: a bad schedule or forecast, one that needs a sampler where there is none, or
             none given where a class of your own was saved.
     """
-    network = without_torch_compile(denoiser_of(module))
-    if not isinstance(network, nn.Module):
-        network = network_of(module)  # raises
-    device = device_of(network)
+    network = network_of(module)
     source = Path(folder).expanduser().resolve()
     with Display(type(network).__name__, verbose).stage(f"loading {source}"):
         artifact, backend = read(
             source,
             network,
-            device,
+            device_of(network),
             resolve,
             lambda written: portable(structure_of(network, written)),
         )
     if (interval, speedup, schedule) != (None, None, None):
-        chosen = _chosen_schedule(interval, schedule, speedup)
-    elif artifact.schedule is None:
-        raise ScheduleError(
-            f"{source} was saved with a schedule class of your own, which is not part of it: give "
-            "load(..., schedule=...)"
-        )
+        plan = _schedule_of(interval, schedule, speedup)
     else:
-        chosen = artifact.schedule
-    cuts = artifact.cuts
-    chosen.require_fit(identity_of(network))
-    depth = 0 if chosen.depths is not None else cuts.depths[0]
-    if _chosen_depths(chosen, depth) != cuts.depths:
-        raise ScheduleError(
-            f"{source} was saved at depth {_listed(cuts.depths)}, {chosen!r} cuts at depth "
-            f"{_listed(_chosen_depths(chosen, depth))}: compile for it"
-        )
-    forecasts = artifact.forecasts if forecast is None else (forecast,) * len(cuts.depths)
-    if None in forecasts:
-        raise ScheduleError(
-            f"{source} was saved with a forecast class of your own, which is not part of it: give "
-            "load(..., forecast=...)"
-        )
+        plan = _saved("schedule", artifact.schedule, source)
+    plan.require_fit(identity_of(network))
+    depths = artifact.cuts.depths
+    _require_depths(source, depths, plan)
+    forecasts = artifact.forecasts if forecast is None else (forecast,) * len(depths)
     settings = Settings(
-        schedule=chosen,
-        depths=cuts.depths,
+        schedule=plan,
+        depths=depths,
         backend=backend,
         dynamic=DynamicSizes.of(artifact.dynamic),
         verbose=verbose,
         cuda_graphs=artifact.cuda_graphs,
-        forecasts=_chosen_forecasts(chosen, cuts.depths, forecasts),
+        forecasts=_forecasts_of(plan, [_saved("forecast", one, source) for one in forecasts]),
         sampler=sampler_of(module, sampler),
     )
     _require_sampler(settings)
-    if settings.cuts != cuts:
-        one, other = (
-            f"forecasts from {_listed(wanted.histories)} refreshes and "
-            f"{'no probe' if wanted.probe is None else f'probe {wanted.probe!r}'}"
-            for wanted in (cuts, settings.cuts)
-        )
-        raise ScheduleError(
-            f"{source} was saved for {one}; what is asked for takes {other}: compile for it"
-        )
-    dispatcher = _install(network_of(module), settings)
-    dispatcher.adopt(artifact)
-    if is_pipeline(module):
-        _install_companions(module, dispatcher)
+    _require_spec(source, artifact.cuts, settings.target.spec)
+    dispatcher = _install(module, settings)
+    dispatcher.programs.adopt(artifact.programs, artifact.written, settings.target)
     return module if is_pipeline(module) else cast(M, network)
 
 
@@ -251,8 +213,8 @@ def handle(module: Any) -> Handle:
     Raises:
         NotCompiledError: it was not.
     """
-    network = denoiser_of(module)
-    dispatcher = dispatcher_of(getattr(network, "_orig_mod", network))
+    network = without_torch_compile(denoiser_of(module))
+    dispatcher = dispatcher_of(network)
     if dispatcher is None:
         raise NotCompiledError(
             f"this {type(network).__name__} is not compiled: call dcompile.cache_compile first"
@@ -260,39 +222,18 @@ def handle(module: Any) -> Handle:
     return Handle(dispatcher)
 
 
-def _install(network: nn.Module, settings: Settings) -> Dispatcher:
-    found = wrapper_of(network)
-    if isinstance(found, Dispatcher):
-        found.configure(settings)
-        return found
-    if found is not None:
-        found.uninstall()
-    slot = wrapper_slot(network)
-    dispatcher = Dispatcher(network, getattr(network, slot), settings)
-    dispatcher.install(slot)
+def _install(module: Any, settings: Settings) -> Dispatcher:
+    dispatcher = install(take_denoiser(module), settings)
+    if is_pipeline(module):
+        install_companions(companions_of(module), dispatcher)
     return dispatcher
 
 
-def _install_companions(pipeline: Any, dispatcher: Dispatcher) -> None:
-    """Have the denoiser's companions, such as a ControlNet, compute only what it reads."""
-    settings = dispatcher.settings
-    names = [name for name in timed_components(pipeline) if name != denoiser_name(pipeline)]
-    for network in (getattr(pipeline, name) for name in names):
-        found = wrapper_of(network)
-        if isinstance(found, LazyNetwork):
-            found.configure(settings.backend, settings.verbose)
-        elif found is None and not hasattr(network, "_orig_mod"):  # torch.compile's are the user's
-            slot = wrapper_slot(network)
-            found = LazyNetwork(network, getattr(network, slot), settings.backend, settings.verbose)
-            found.install(slot)
-        if isinstance(found, LazyNetwork):
-            found.users.add(dispatcher)
-            if found not in dispatcher.companions:
-                dispatcher.companions.append(found)
+# What was asked for
 
 
-def _chosen_schedule(
-    interval: int | None, schedule: Schedule | RefreshRule | None, speedup: float | None = None
+def _schedule_of(
+    interval: int | None, schedule: Schedule | RefreshRule | None, speedup: float | None
 ) -> Schedule:
     named = {"interval": interval, "speedup": speedup, "schedule": schedule}
     given = {name: value for name, value in named.items() if value is not None}
@@ -306,7 +247,7 @@ def _chosen_schedule(
     return as_schedule(schedule)
 
 
-def _chosen_depths(schedule: Schedule, depth: int) -> tuple[int, ...]:
+def _depths_of(schedule: Schedule, depth: int) -> tuple[int, ...]:
     """Where to cut: what the schedule says, or at ``depth``."""
     depths = schedule.depths
     if depths is None:
@@ -318,11 +259,11 @@ def _chosen_depths(schedule: Schedule, depth: int) -> tuple[int, ...]:
     return tuple(_checked_depth(value) for value in depths)
 
 
-def _chosen_forecasts(
-    schedule: Schedule, depths: Sequence[int], given: Sequence[str | Forecast | None]
+def _forecasts_of(
+    schedule: Schedule, given: Sequence[str | Forecast | None]
 ) -> tuple[Forecast | Literal["auto"], ...]:
     """One for each cut: the schedule's own where it has one."""
-    own = schedule.forecasts or (None,) * len(depths)
+    own = schedule.forecasts or (None,) * len(given)
     pairs = list(zip(own, given, strict=True))
     if None not in own and any(other not in (None, one) for one, other in pairs):
         raise ScheduleError(
@@ -331,10 +272,6 @@ def _chosen_forecasts(
         )
     wanted = [one if one is not None else other for one, other in pairs]
     return tuple("auto" if item == "auto" else resolve_forecast(item or "reuse") for item in wanted)
-
-
-def _listed(items: Sequence[Any]) -> str:
-    return ", ".join(map(str, items))
 
 
 def _require_sampler(settings: Settings) -> None:
@@ -362,3 +299,41 @@ def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto
             "there is one"
         )
     return wanted
+
+
+# What was saved
+
+
+def _saved(what: str, value: Any, source: Path) -> Any:
+    """A part of an artefact, if it could be saved."""
+    if value is None:
+        raise ScheduleError(
+            f"{source} was saved with a {what} class of your own, which is not part of it: give "
+            f"load(..., {what}=...)"
+        )
+    return value
+
+
+def _require_depths(source: Path, saved: tuple[int, ...], schedule: Schedule) -> None:
+    wanted = schedule.depths or saved[:1]
+    if wanted != saved:
+        raise ScheduleError(
+            f"{source} was saved at depth {_listed(saved)}, {schedule!r} cuts at depth "
+            f"{_listed(wanted)}: compile for it"
+        )
+
+
+def _require_spec(source: Path, saved: ProgramSpec, wanted: ProgramSpec) -> None:
+    if wanted != saved:
+        one, other = (
+            f"forecasts from {_listed(spec.histories)} refreshes and "
+            f"{'no probe' if spec.probe is None else f'probe {spec.probe!r}'}"
+            for spec in (saved, wanted)
+        )
+        raise ScheduleError(
+            f"{source} was saved for {one}; what is asked for takes {other}: compile for it"
+        )
+
+
+def _listed(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items))

@@ -12,27 +12,35 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from dcompile.compiler.capture import CapturedNetwork
+from dcompile.compiler.fingerprint import portable
 from dcompile.compiler.signature import example_of
 from dcompile.errors import CaptureError, ExportError, NotCompiledError
+from dcompile.policy.forecast import name_of
 from dcompile.progress import Display
-from dcompile.report.explain import Explanation, explain
-from dcompile.runtime.dispatcher import Dispatcher, Stats
-from dcompile.storage.artifact import write
+from dcompile.report.explain import CompanionReport, Explanation, explain
+from dcompile.runtime.counters import Stats
+from dcompile.runtime.dispatcher import Dispatcher
+from dcompile.runtime.install import detach
+from dcompile.runtime.warmup import captured_network, warm_up
+from dcompile.storage.artifact import Artifact, write
 from dcompile.storage.onnx import export, without_autocast
 
 
 class Handle:
-    """Steers one compiled module; ``handle(module)`` makes it."""
+    """Steers one compiled network; ``dcompile.handle(module)`` makes it."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
 
     @property
     def module(self) -> nn.Module:
+        """The network."""
         return self._dispatcher.module
 
     @property
     def enabled(self) -> bool:
+        """Whether calls are cached; False after ``disable`` and after a failed compile."""
         return self._dispatcher.enabled
 
     @property
@@ -42,36 +50,33 @@ class Handle:
 
     def enable(self) -> None:
         """Cache again, after ``disable`` or after a failed compile."""
-        self._dispatcher.enabled = True
-        for standin in self._dispatcher.companions:
-            standin.follow_users()
+        self._switch(True)
 
     def disable(self) -> None:
         """Run uncached, as before ``cache_compile``, and drop what is cached."""
-        self._dispatcher.enabled = False
-        for standin in self._dispatcher.companions:
-            standin.follow_users()
+        self._switch(False)
         self._dispatcher.release()
 
     def reset(self) -> None:
-        """Drop what is cached: the next step of every running generation refreshes."""
-        self._dispatcher.reset()
+        """Drop what is cached: the next step of every run refreshes."""
+        self._dispatcher.state.tracker.reset()
 
     def remove(self) -> None:
         """Give the module its own forward back. Afterwards it is no longer a compiled one."""
         self.disable()
         self._dispatcher.uninstall()
-        self._dispatcher.detach(self._dispatcher.companions)
+        detach(self._dispatcher, self._dispatcher.companions)
 
     @property
     def signatures(self) -> list[str]:
         """The call signatures compiled or loaded so far, to be given to ``warmup`` elsewhere."""
-        return self._dispatcher.signatures()
+        return self._dispatcher.programs.signatures()
 
     def warmup(self, *calls: str | Mapping[str, Any] | Sequence[Any]) -> None:
         """Compile ahead of traffic: capture, compile and run both graphs once for each call.
 
-        Before traffic, not during it: see README. The kernels of a graph are compiled in parallel
+        Before traffic, not during it: a capture is not safe while other threads run the same
+        network uncached. The kernels of a graph are compiled in parallel
         processes, as many as ``TORCHINDUCTOR_COMPILE_THREADS`` says.
 
         Args:
@@ -92,7 +97,7 @@ class Handle:
                 display.stage(f"warming up, call {number} of {len(prepared)}"),
                 torch.autocast(device.type, autocast) if autocast else nullcontext(),
             ):
-                dispatcher.warm_up(args, kwargs)
+                warm_up(dispatcher, args, kwargs)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the compiled programs of all call signatures so far, for ``dcompile.load``.
@@ -114,7 +119,7 @@ class Handle:
         settings = self._dispatcher.settings
         device = device_of(self.module)
         with Display(type(self.module).__name__, settings.verbose).stage(f"saving to {target}"):
-            write(target, self._dispatcher.saved(), settings.backend, device)
+            write(target, self._artifact(), settings.backend, device)
         return target
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
@@ -129,21 +134,19 @@ class Handle:
             CaptureError: the network cannot be captured.
         """
         dispatcher = self._dispatcher
-        networks = dispatcher.networks()
-        if not args and not kwargs and not networks and dispatcher.signatures():
-            # Loaded programs are code only: the graph is captured again, which is quick.
-            args, kwargs, _ = example_of(dispatcher.signatures()[0], device_of(self.module))
+        networks = dispatcher.programs.captures.networks()
         if args or kwargs:
-            network = dispatcher.network_for(args, kwargs)
+            network = captured_network(dispatcher, args, kwargs)
         elif networks:
             network = networks[0]
         else:
-            raise NotCompiledError(
-                "nothing is captured yet: call the network or its pipeline once, or give an "
-                "example call: handle(unet).explain(sample, timestep, ...)"
-            )
-        least = [parts[0] for parts in (one.parts() for one in dispatcher.companions) if parts]
-        companions = tuple(part for part in least if part.results < part.of)
+            network = self._captured_again("explain(sample, timestep, ...)")
+        least = [costs[0] for one in dispatcher.companions if (costs := one.programs.costs())]
+        companions = tuple(
+            CompanionReport(cost.network, cost.results, cost.total, cost.ratio)
+            for cost in least
+            if cost.results < cost.total
+        )
         name = type(self.module).__name__
         return explain(network, dispatcher.settings.depths[0], name, companions)
 
@@ -159,7 +162,7 @@ class Handle:
         Weights and inputs keep their dtypes; autocast and forecasts are no part of the graphs: the
         shallow one takes one boundary, which the caller may have extrapolated. A capture made
         with ``dynamic=True`` has named sizes, such as ``sample_2``, where others have numbers.
-        The folder appears at once, when it is complete; an export that stands there is replaced.
+        The folder appears at once, when it is complete; an earlier export in it is replaced.
 
         Args:
             folder: where to write.
@@ -178,30 +181,26 @@ class Handle:
             NoSkipConnectionError, DepthError: there is nothing to cut at this depth.
         """
         dispatcher = self._dispatcher
+        settings = dispatcher.settings
         if self.module.training:
             raise ExportError("the network is in training mode: call .eval() before the export")
-        if len(dispatcher.settings.depths) > 1:
+        if len(settings.depths) > 1:
             raise ExportError(
                 "an export is one full and one shallow graph, and this schedule takes more: "
                 "cache_compile with another schedule first"
             )
+        captures = dispatcher.programs.captures
+        current = captures.current_networks(settings.dynamic)
         if args or kwargs:
             with without_autocast(tree_leaves((args, kwargs))):
-                network = dispatcher.network_for(args, kwargs)
-        else:
-            current = dispatcher.current_networks()
-            if not dispatcher.networks() and dispatcher.signatures():  # loaded: code only
-                args, kwargs, _ = example_of(dispatcher.signatures()[0], device_of(self.module))
-                current = [dispatcher.network_for(args, kwargs)]
-            if not current:
-                raise NotCompiledError(
-                    "nothing is captured of the network as it is now: call it or its pipeline "
-                    "once, or give an example call: "
-                    "handle(unet).export_onnx(folder, sample, timestep, ...)"
-                )
+                network = captured_network(dispatcher, args, kwargs)
+        elif current:
             network = current[0]
+        elif captures.networks():
+            raise NotCompiledError(_NOTHING_CAPTURED.format("export_onnx(folder, sample, ...)"))
+        else:
+            network = self._captured_again("export_onnx(folder, sample, timestep, ...)")
         target = Path(folder).expanduser().resolve()
-        settings = dispatcher.settings
         export(
             network,
             self.module,
@@ -212,6 +211,47 @@ class Handle:
             Display(type(self.module).__name__, settings.verbose),
         )
         return target
+
+    def _switch(self, enabled: bool) -> None:
+        self._dispatcher.enabled = enabled
+        for companion in self._dispatcher.companions:
+            companion.follow_users()
+
+    def _captured_again(self, example: str) -> CapturedNetwork:
+        """Capture a call that a loaded program serves: such a program is code, and has no graph.
+
+        Raises:
+            NotCompiledError: there is none; the message suggests ``example``.
+        """
+        loaded = self.signatures
+        if not loaded:
+            raise NotCompiledError(_NOTHING_CAPTURED.format(example))
+        args, kwargs, _ = example_of(loaded[0], device_of(self.module))
+        return captured_network(self._dispatcher, args, kwargs)
+
+    def _artifact(self) -> Artifact:
+        """Everything compiled so far for the module and the settings as they are now."""
+        dispatcher, settings = self._dispatcher, self._dispatcher.settings
+        programs = dispatcher.programs.programs_to_save(settings.target)
+        captures = dispatcher.programs.captures
+        return Artifact(
+            network=type(self.module).__name__,
+            backend=(settings.backend.name, dict(getattr(settings.backend, "options", {}))),
+            cuts=settings.target.spec,
+            dynamic=settings.dynamic.as_argument() if settings.dynamic is not None else False,
+            cuda_graphs=settings.cuda_graphs,
+            schedule=settings.schedule,
+            forecasts=tuple(map(name_of, settings.forecasts)),
+            structure=portable(captures.structure()),
+            written=tuple(sorted(captures.written)),
+            programs=programs,
+        )
+
+
+_NOTHING_CAPTURED = (
+    "nothing is captured of the network as it is now: call the network or its pipeline once, or "
+    "give an example call: handle(unet).{}"
+)
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,12 +15,19 @@ class Display:
     """Progress on standard error: a spinner while a stage runs, one line when it is done.
 
     Rich is imported when the first stage begins, not with the package.
+
+    Attributes:
+        subject: what the stages are about, such as a class name.
+        verbose: whether anything is shown.
+        seconds: what each stage took, the latest time it ran.
+        completed: how often each stage was completed.
     """
 
     def __init__(self, subject: str, verbose: bool) -> None:
         self.subject = subject
         self.verbose = verbose
         self.seconds: dict[str, float] = {}
+        self.completed: Counter[str] = Counter()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -30,6 +38,7 @@ class Display:
         with spinner:
             yield
         took = self.seconds[name] = time.perf_counter() - started
+        self.completed[name] += 1
         if console and took >= SHOWN_FROM:
             console.print(f"[dim]{self.subject}:[/dim] {name} [cyan]{took:.1f} s[/cyan]")
 

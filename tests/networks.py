@@ -31,6 +31,7 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture import CapturedNetwork, capture
 from dcompile.compiler.program import (
     CompiledGraph,
@@ -39,7 +40,6 @@ from dcompile.compiler.program import (
     convention_of,
     weights_of,
 )
-from dcompile.compiler.signature import CallForms
 from dcompile.passes import SkipConnection, find_skip_connections, split_at
 
 BATCH = 2

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import pytest
+import seam
 import torch
 from diffusers import DDIMScheduler
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
@@ -121,7 +122,7 @@ def test_a_run_follows_what_enters_the_deep_region(forecast: str, probe: str) ->
 
 def refresh_steps(network: Plain, x: torch.Tensor) -> list[int]:
     found: list[int] = []
-    dispatcher = dcompile.handle(network)._dispatcher
+    dispatcher = seam.dispatcher_of(network)
     dispatcher.observer = lambda seen: found.append(seen.step)
     sampled(network, x, timesteps(20))
     dispatcher.observer = None
@@ -157,7 +158,7 @@ def test_it_reads_the_sampler(recwarn: pytest.WarningsRecorder) -> None:
             backend="eager",
             verbose=False,
         )
-        dispatcher = dcompile.handle(network)._dispatcher
+        dispatcher = seam.dispatcher_of(network)
         steps: list[int] = []
         dispatcher.observer = lambda seen, steps=steps: steps.append(seen.step)
         sampled(network, x, scheduler.timesteps)
@@ -187,7 +188,7 @@ def test_the_full_graph_is_shared_between_probes_of_another_norm() -> None:
             network, schedule=Adaptive(0.6, probe=probe), backend="eager", verbose=False
         )
         sampled(network, picture(), timesteps(5))
-    one, two = dcompile.handle(network)._dispatcher._programs.values()
+    one, two = seam.programs_of(network)
     assert one.full is two.full
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import seam
 import torch
 from plain import Plain, picture, plain, sampled, timesteps
 from torch import nn
@@ -56,8 +57,8 @@ def test_nothing_is_captured_or_compiled_after_loading(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("captured")
 
-    monkeypatch.setattr(dcompile.runtime.dispatcher, "capture", never)
-    monkeypatch.setattr(dcompile.runtime.dispatcher, "build", never)
+    monkeypatch.setattr(dcompile.compiler.capture_cache, "capture", never)
+    monkeypatch.setattr(dcompile.compiler.program_cache, "build", never)
     network = loaded(saved)
     expected = dcompile.handle(network)
     reference = plain()
@@ -439,7 +440,7 @@ def test_schedules_come_back(tmp_path: Path, schedule: dcompile.Schedule) -> Non
     network = dcompile.cache_compile(plain(), schedule=schedule, backend="eager", verbose=False)
     sampled(network, picture(), timesteps())
     again = loaded(dcompile.handle(network).save(tmp_path / "a"))
-    assert dcompile.handle(again)._dispatcher.settings.schedule == schedule
+    assert seam.settings_of(again).schedule == schedule
 
 
 def test_not_a_module(saved: Path) -> None:

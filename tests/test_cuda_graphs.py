@@ -7,6 +7,7 @@ from typing import Any
 
 import plain as plain_module
 import pytest
+import seam
 import torch
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
 from simulated_graphs import SimulatedRecorder
@@ -32,7 +33,7 @@ def unrecorded(x: torch.Tensor, ts: torch.Tensor, **settings: Any) -> torch.Tens
 
 
 def only_recording(network: Plain) -> RecordedProgram:
-    (found,) = dcompile.handle(network)._dispatcher._recorded.values()
+    (found,) = seam.recorded_of(network)
     return found
 
 
@@ -43,7 +44,7 @@ def test_the_shallow_graph_reads_the_boundary_where_the_full_graph_wrote_it() ->
     (address,) = [x.data_ptr() for x in found._boundary]
     sampled(network, picture(), ts[1:])
     assert [x.data_ptr() for x in found._boundary] == [address]
-    (held,) = dcompile.handle(network)._dispatcher._tracker.cached()
+    (held,) = seam.cached_of(network)
     assert held.tensors is found._boundary
 
 
@@ -247,12 +248,12 @@ def test_an_argument_elsewhere_falls_back(graphs: str) -> None:
 
 
 def test_few_signatures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dcompile.runtime.dispatcher, "MAX_RECORDED", 2)
+    monkeypatch.setattr(dcompile.runtime.binder, "MAX_RECORDED", 2)
     network = compiled()
     for size in (4, 8, 12, 8, 4):
         x = picture(size=(size, size))
         assert torch.equal(sampled(network, x, timesteps()), unrecorded(x, timesteps()))
-        assert len(dcompile.handle(network)._dispatcher._recorded) <= 2
+        assert len(seam.recorded_of(network)) <= 2
     assert dcompile.handle(network).stats.captures == 3
 
 
@@ -261,7 +262,7 @@ def test_disable_frees_the_buffers_and_enable_records_again() -> None:
     sampled(network, picture(), timesteps())
     handle = dcompile.handle(network)
     handle.disable()
-    assert not handle._dispatcher._recorded
+    assert not seam.recorded_of(handle.module)
     handle.enable()
     expected = unrecorded(picture(), timesteps())
     assert torch.equal(sampled(network, picture(), timesteps()), expected)
@@ -339,7 +340,7 @@ def test_a_backend_that_records_by_itself_is_left_alone() -> None:
 
     network = dcompile.cache_compile(plain(), backend=cudagraphs, verbose=False)
     sampled(network, picture(), timesteps())
-    assert not dcompile.handle(network)._dispatcher._recorded
+    assert not seam.recorded_of(network)
 
 
 def test_a_warmed_up_call_is_recorded_once_however_it_is_written() -> None:

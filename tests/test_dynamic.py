@@ -7,6 +7,7 @@ from typing import Any
 
 import networks
 import pytest
+import seam
 import torch
 from plain import Plain, picture, plain, sampled, timesteps
 
@@ -145,7 +146,7 @@ def test_a_backend_that_needs_fixed_sizes_gets_them() -> None:
         return graph_module
 
     network = compiled(backend=fixed_only, dynamic=RANGES)
-    with pytest.warns(UserWarning, match=r"no symbols, please; compiled for each size by itself"):
+    with pytest.warns(UserWarning, match=r"no symbols, please; compiled for each size separately"):
         check(network, (2, (8, 8)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -258,8 +259,8 @@ def test_a_warm_network_neither_captures_nor_compiles(
     assert (stats.captures, stats.runs, stats.refresh_steps) == (1, 0, 0)
     assert stats.cache_bytes == 0
     if isinstance(call, tuple) and len(call) == 3:
-        monkeypatch.setattr(dcompile.runtime.dispatcher, "capture", None)
-        monkeypatch.setattr(dcompile.runtime.dispatcher, "build", None)
+        monkeypatch.setattr(dcompile.compiler.capture_cache, "capture", None)
+        monkeypatch.setattr(dcompile.compiler.program_cache, "build", None)
         x = picture()
         assert sampled(network, x, timesteps()).isfinite().all()
 
@@ -293,8 +294,8 @@ def test_signatures_warm_up_another_process(monkeypatch: pytest.MonkeyPatch) -> 
     other = compiled()
     dcompile.handle(other).warmup(*signatures)
     assert dcompile.handle(other).signatures == signatures
-    monkeypatch.setattr(dcompile.runtime.dispatcher, "capture", None)
-    monkeypatch.setattr(dcompile.runtime.dispatcher, "build", None)
+    monkeypatch.setattr(dcompile.compiler.capture_cache, "capture", None)
+    monkeypatch.setattr(dcompile.compiler.program_cache, "build", None)
     for condition in conditions:
         sampled(other, picture(), timesteps(), condition)
     with torch.autocast("cpu", torch.bfloat16):
@@ -361,7 +362,7 @@ def test_the_next_generation_sees_changed_weights_without_compiling(
     result = sampled(network, picture(), timesteps())
     assert torch.equal(result, sampled(reference, picture(), timesteps()))
     assert captures(network) == 1
-    assert len(dcompile.handle(network)._dispatcher._programs) == 1
+    assert len(seam.programs_of(network)) == 1
 
 
 def test_another_dtype_is_another_program_and_back_again() -> None:

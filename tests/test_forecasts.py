@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import seam
 import torch
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
 
@@ -17,7 +18,7 @@ from dcompile.policy.forecast import (
     Lagrange,
     Reuse,
     Taylor,
-    factors,
+    coefficients_of,
     name_of,
     resolve_forecast,
 )
@@ -26,7 +27,7 @@ from dcompile.policy.forecast import (
 def forecasted(forecast: Forecast, values: dict[int, float], step: int) -> float:
     """Of a scalar feature that had these values when it was refreshed."""
     refreshed = sorted(values, reverse=True)
-    given = factors(forecast, step, refreshed)
+    given = coefficients_of(forecast, step, refreshed)
     return sum(f * values[s] for f, s in zip(given, refreshed, strict=False))
 
 
@@ -58,9 +59,9 @@ def test_taylor_takes_differences_of_the_past() -> None:
 
 @pytest.mark.parametrize("forecast", [Lagrange(1), Lagrange(2), Taylor(2)])
 def test_with_too_little_history_it_makes_do(forecast: Forecast) -> None:
-    assert factors(forecast, 3, [2])[0] == 1.0
-    assert len(factors(forecast, 3, [2])) == forecast.history
-    two = factors(forecast, 3, [2, 1])
+    assert coefficients_of(forecast, 3, [2])[0] == 1.0
+    assert len(coefficients_of(forecast, 3, [2])) == forecast.history
+    two = coefficients_of(forecast, 3, [2, 1])
     assert two[:2] == pytest.approx((2.0, -1.0))
     assert not any(two[2:])
 
@@ -87,7 +88,7 @@ def test_bad_coefficients(answer: Any) -> None:
             return answer  # type: ignore[no-any-return]
 
     with pytest.raises(ScheduleError, match=r"gave .* coefficients"):
-        factors(Bad(), 3, [2, 1])
+        coefficients_of(Bad(), 3, [2, 1])
 
 
 # In a run -----------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[
     """The same run with the two graphs of the split, and arithmetic in the open."""
     network = plain()
     probe = dcompile.cache_compile(plain(), backend="eager", verbose=False)
-    captured = dcompile.handle(probe)._dispatcher.network_for((x, ts[0]), {})
+    captured = seam.captured(probe, x, ts[0])
     full, shallow = split_at(
         captured.graph_module, find_skip_connections(captured.graph_module, captured.sample)[0]
     )
@@ -140,7 +141,7 @@ def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[
         else:
             given = forecast.coefficients(step, [s for s, _ in past])
             if isinstance(forecast, Damped):
-                given = forecast.share(given, trust[-1 if x.device.type == "cpu" else -2])
+                given = forecast.apply(given, trust[-1 if x.device.type == "cpu" else -2])
             total = sum(c * b for c, (_, b) in zip(given, past, strict=False))
             (output,) = call(shallow, x, t, total)
         x = x - 0.2 * output
@@ -172,10 +173,10 @@ def test_a_checked_forecast_by_hand(refresh: set[int]) -> None:
 
 
 def test_what_is_trusted_is_a_share_of_what_is_added() -> None:
-    given = factors(Lagrange(1), 5, (3, 0))
-    assert Damped.share(given, 1.0) == pytest.approx(given)
-    assert Damped.share(given, 0.0) == (1.0, 0.0)
-    assert sum(Damped.share(given, 0.3)) == pytest.approx(1.0)
+    given = coefficients_of(Lagrange(1), 5, (3, 0))
+    assert Damped.apply(given, 1.0) == pytest.approx(given)
+    assert Damped.apply(given, 0.0) == (1.0, 0.0)
+    assert sum(Damped.apply(given, 0.3)) == pytest.approx(1.0)
 
 
 @pytest.mark.usefixtures("each_way")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seam
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from networks import stable_diffusion as build_stable_diffusion
@@ -131,7 +132,7 @@ def test_both_graphs_equal_eager(stable_diffusion: tuple[Path, UNet2DConditionMo
     sessions = Sessions(folder)
     sample, timestep, prompt = torch.randn(2, 4, 8, 8), torch.tensor(321), text()
     inputs = arrays(sample=sample, timestep=timestep, **prompt)
-    expected = handle(unet)._dispatcher.original(sample, timestep, **prompt).sample
+    expected = seam.original_of(unet)(sample, timestep, **prompt).sample
     assert_close(sessions.full(inputs), expected)
     assert_close(sessions.shallow(inputs), expected)
 
@@ -305,7 +306,7 @@ def test_awkward_networks_in_silence(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert sessions.manifest["results"] == ["out_sample", "out_again.0", "out_again.1"]
     assert len(full["outputs"]) == 4
     assert sessions.manifest["schedule"]["fields"] == {"refresh_steps": [0, 2]}
-    expected = handle(network)._dispatcher.original(x, t, more, add=add)["sample"]
+    expected = seam.original_of(network)(x, t, more, add=add)["sample"]
     assert_close(sessions.full(arrays(**inputs)), expected)
     assert_close(sessions.shallow(arrays(**inputs)), expected)
 
@@ -321,7 +322,7 @@ def test_deeper_cut_of_changed_weights(tmp_path: Path) -> None:
     assert sessions.manifest["depth"] == 1
     assert sessions.manifest["full"]["outputs"][1]["shape"] == [2, 8, 4, 4]
     inputs = arrays(sample=sample, timestep=timestep)
-    expected = handle(network)._dispatcher.original(sample, timestep)[0]
+    expected = seam.original_of(network)(sample, timestep)[0]
     assert_close(sessions.full(inputs), expected)
     assert_close(sessions.shallow(inputs), expected)
 

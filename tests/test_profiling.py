@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seam
 import torch
 from PIL import Image
 from plain import picture, plain, sampled, timesteps
@@ -53,7 +54,7 @@ def test_profile_equals_features_taken_by_hand() -> None:
     seen: list[torch.Tensor] = []
     found = dcompile.profile(network, run_of(network), depths=(1,), verbose=False)
     dcompile.cache_compile(network, interval=1, depth=1, backend="eager", verbose=False)
-    dispatcher = dcompile.handle(network)._dispatcher
+    dispatcher = seam.dispatcher_of(network)
     dispatcher.observer = lambda refreshed: seen.append(refreshed.cached[0].flatten().double())
     run_of(network)()
     (depth,) = found.depths

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import seam
 import torch
 from networks import capture_call
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
@@ -156,7 +157,7 @@ def test_warmup_runs_every_graph(graphs: str) -> None:
     sampled(network, picture(), timesteps(9))
     assert handle.stats.captures == captures == 1
     if graphs != "plain":
-        (recorded,) = handle._dispatcher._recorded.values()
+        (recorded,) = seam.recorded_of(handle.module)
         assert sorted(recorded._graphs) == [0, 1, 2]
 
 

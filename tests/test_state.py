@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+import seam
 import torch
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
 
@@ -77,7 +78,7 @@ def test_exception_in_the_middle(network: Plain, error: type[BaseException]) -> 
     ts = timesteps()
 
     calls = 0
-    run = dcompile.handle(network)._dispatcher.settings.schedule
+    run = seam.settings_of(network).schedule
 
     class Interrupting:
         def refresh(self, step: int, steps: int | None) -> bool:

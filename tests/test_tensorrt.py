@@ -30,9 +30,9 @@ import dcompile
 from dcompile.backends import resolve, tensorrt
 from dcompile.backends.tensorrt import Engine, TensorRT
 from dcompile.compiler.build import choose_skip, with_weights
+from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture import capture
 from dcompile.compiler.program import weights_of
-from dcompile.compiler.signature import CallForms
 from dcompile.errors import BackendError
 from dcompile.passes import split_at
 

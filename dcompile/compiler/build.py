@@ -36,6 +36,9 @@ from dcompile.passes import (
 from dcompile.passes.base import is_floating
 from dcompile.progress import Display
 
+# A reuse step that takes more than this share of a refresh step's FLOPs is hardly worth it.
+LITTLE_GAIN = 0.9
+
 
 def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
     """The skip connection at ``depth``.
@@ -60,6 +63,12 @@ def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
         )
         raise DepthError(f"depth {depth} is out of range; this network has\n{listed}")
     return skips[depth]
+
+
+def gains_little(network: CapturedNetwork) -> bool:
+    """Whether a reuse step takes nearly as much compute as a full one, wherever it is cut."""
+    skips = find_skip_connections(network.graph_module, network.sample)
+    return bool(skips) and min(skip.ratio for skip in skips) > LITTLE_GAIN
 
 
 def graphs_of(

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from dcompile.compiler.guards import SizeGuard, TensorPattern, autocast_dtype
+from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import CaptureError
 from dcompile.passes import Canonicalize
 from dcompile.passes.base import is_mutating
@@ -27,177 +29,13 @@ from dcompile.passes.base import is_mutating
 # torch.compiler.is_compiling() is true in all threads while one of them captures.
 capturing_threads: set[int] = set()
 
+
+def capturing_in_this_thread() -> bool:
+    """Whether it is this thread that torch compiles or exports in, as far as can be known."""
+    return not capturing_threads or threading.get_ident() in capturing_threads
+
+
 _PACKAGES = (Path(torch.__file__).parent, Path(__file__).parent)
-
-
-@dataclass(frozen=True)
-class DynamicSizes:
-    """Which sizes of the sample one capture leaves open: each None, or (least, greatest).
-
-    Sizes of the other inputs (prompt embeddings, residuals) vary along where they have to.
-
-    Attributes:
-        free: leave all of them open, within no range.
-        batch: of the sample's first dimension.
-        height, width: of its last two, in the sample's own units (latents, not pixels).
-
-    Raises:
-        CaptureError: a range is not two ascending positive ints.
-    """
-
-    free: bool = True
-    batch: tuple[int, int] | None = None
-    height: tuple[int, int] | None = None
-    width: tuple[int, int] | None = None
-
-    @staticmethod
-    def of(dynamic: bool | Mapping[str, Sequence[int]]) -> DynamicSizes | None:
-        """From what ``cache_compile`` takes. None for fixed sizes."""
-        if isinstance(dynamic, bool):
-            return DynamicSizes() if dynamic else None
-        if not isinstance(dynamic, Mapping) or not dynamic:
-            raise CaptureError(
-                f"dynamic: expected True, False or sizes such as {_EXAMPLE_SIZES}, got {dynamic!r}"
-            )
-        ranges: dict[str, tuple[int, int]] = {}
-        for name, bounds in dynamic.items():
-            if name not in ("batch", "height", "width"):
-                raise CaptureError(
-                    f"dynamic: unknown size {name!r}; expected batch, height or width"
-                )
-            numbers = tuple(bounds) if isinstance(bounds, Sequence) else ()
-            if (
-                len(numbers) != 2
-                or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers)
-                or not 1 <= numbers[0] <= numbers[1]
-            ):
-                raise CaptureError(
-                    f"dynamic: {name} must be (least, greatest), two ascending ints of at least "
-                    f"1, got {bounds!r}"
-                )
-            ranges[name] = (numbers[0], numbers[1])
-        return DynamicSizes(free=False, **ranges)
-
-    def as_argument(self) -> bool | dict[str, tuple[int, int]]:
-        """What ``of`` takes."""
-        named = {"batch": self.batch, "height": self.height, "width": self.width}
-        return True if self.free else {name: r for name, r in named.items() if r is not None}
-
-    def ranges(self, leaf: int, dimensions: int) -> tuple[tuple[int, int, int, int], ...]:
-        """(leaf, dimension, least, greatest) of a sample with so many dimensions."""
-        places = ((0, self.batch), (dimensions - 2, self.height), (dimensions - 1, self.width))
-        return tuple((leaf, place, *bounds) for place, bounds in places if bounds is not None)
-
-    def covers(self, sample: torch.Tensor) -> bool:
-        """Whether a sample's sizes lie within the ranges."""
-        return all(
-            low <= sample.shape[d] <= high for _, d, low, high in self.ranges(0, sample.dim())
-        )
-
-    def of_call(
-        self, leaves: Sequence[Any], spec: TreeSpec, sample_leaf: int, bounded: bool
-    ) -> Any:
-        """``dynamic_shapes`` for ``torch.export``, with or without the ranges in it."""
-
-        def sizes(leaf: int, value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or not value.dim():
-                return None
-            hints: dict[int, Any] = dict.fromkeys(range(value.dim()), Dim.AUTO)
-            if leaf == sample_leaf and not self.free:
-                hints = dict.fromkeys(hints, Dim.STATIC)
-                for _, place, low, high in self.ranges(leaf, value.dim()):
-                    # torch.export treats sizes 0 and 1 as constants, because they broadcast.
-                    if value.shape[place] > 1:
-                        hints[place] = Dim.AUTO(min=max(low, 2), max=high) if bounded else Dim.AUTO
-            return hints
-
-        return tree_unflatten([sizes(i, leaf) for i, leaf in enumerate(leaves)], spec)
-
-
-_EXAMPLE_SIZES = '{"batch": (2, 8), "height": (64, 128), "width": (64, 128)}'
-
-
-def _known_size(size: int | torch.SymInt) -> int | None:
-    """None if it may vary. A symbol may have been tied to a number since it was made."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression) if expression.is_number else None
-
-
-class TensorPattern(NamedTuple):
-    """What a dynamic capture wants of a tensor; a size of None may vary."""
-
-    shape: tuple[int | None, ...]
-    dtype: torch.dtype
-    device: torch.device
-    contiguous: bool
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> TensorPattern:
-        shape = tuple(map(_known_size, tensor.shape))
-        return TensorPattern(shape, tensor.dtype, tensor.device, tensor.is_contiguous())
-
-    def fits(self, given: Any) -> bool:
-        return (
-            isinstance(given, torch.Tensor)
-            and given.dtype == self.dtype
-            and given.device == self.device
-            and given.dim() == len(self.shape)
-            and given.is_contiguous() == self.contiguous
-            and all(
-                size in (None, actual) for size, actual in zip(self.shape, given.shape, strict=True)
-            )
-        )
-
-
-def _autocast(tensors: Sequence[torch.Tensor]) -> str | None:
-    """The dtype of autocast where the tensors are, if it is on."""
-    for kind in {tensor.device.type for tensor in tensors} - {"meta"}:
-        if torch.is_autocast_enabled(kind):
-            return str(torch.get_autocast_dtype(kind))
-    return None
-
-
-@dataclass(frozen=True)
-class SizeGuard:
-    """The calls that a dynamic capture is right for.
-
-    Attributes:
-        leaves: position among the call's leaves, and the pattern of a tensor or a constant.
-        expression: further conditions on sizes, as Python over ``L["t0"]``, ``L["t1"]``, ..., the
-            tensors among the leaves in order; from torch's ``ShapeEnv``.
-        ranges: leaf, dimension, least and greatest size that the user asked for.
-        autocast: its dtype if it was on.
-    """
-
-    leaves: tuple[tuple[int, Any], ...]
-    expression: str | None
-    ranges: tuple[tuple[int, int, int, int], ...] = ()
-    autocast: str | None = None
-
-    def fits(self, leaves: Sequence[Any]) -> bool:
-        """Whether a call with these leaves can run the captured graph."""
-        tensors: list[torch.Tensor] = []
-        for leaf, wanted in self.leaves:
-            given = leaves[leaf]
-            if isinstance(wanted, TensorPattern):
-                if not wanted.fits(given):
-                    return False
-                tensors.append(given)
-            elif type(given) is not type(wanted) or given != wanted:
-                return False
-        if _autocast(tensors) != self.autocast:
-            return False
-        if any(not low <= leaves[leaf].shape[d] <= high for leaf, d, low, high in self.ranges):
-            return False
-        if self.expression is None:
-            return True
-        from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP  # imports sympy
-
-        # As ShapeEnv.evaluate_guards_expression does, without its ShapeEnv.
-        known = {"L": {f"t{number}": tensor for number, tensor in enumerate(tensors)}}
-        return bool(eval(self.expression, SYMPY_INTERP, known))
 
 
 @dataclass(frozen=True, eq=False)
@@ -578,7 +416,7 @@ def _size_guard(
     if not symbols:
         return None
     shape_env = cast(Any, symbols[0]).node.shape_env
-    autocast = _autocast(tensors)
+    autocast = autocast_dtype(tensors)
 
     def guard() -> SizeGuard:
         leaves = tuple(

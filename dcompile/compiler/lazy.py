@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 
-class Pending:
+class PendingCall:
     """The results of one call that has not run yet.
 
     Args:
@@ -38,7 +38,7 @@ class Pending:
 
 
 class LazyTensor(torch.Tensor):
-    """One of the results of a ``Pending`` call.
+    """One of the results of a ``PendingCall`` call.
 
     Has its shape, strides, dtype and device from the start. Any operator that is called with it
     gets the true tensor, and so does whatever reads its memory (``numpy``, DLPack, ``data_ptr``,
@@ -46,12 +46,12 @@ class LazyTensor(torch.Tensor):
     ``materialize`` asks for some of them only.
     """
 
-    pending: Pending
+    pending: PendingCall
     number: int
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor, pending: Pending, number: int) -> LazyTensor:
+    def __new__(cls, like: torch.Tensor, pending: PendingCall, number: int) -> LazyTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
@@ -91,7 +91,7 @@ for _name in (
 
 def materialize(values: Sequence[Any]) -> list[Any]:
     """The same values, deferred ones computed: of each call, these results and no others."""
-    wanted: dict[Pending, list[int]] = {}
+    wanted: dict[PendingCall, list[int]] = {}
     for value in values:
         if type(value) is LazyTensor:
             wanted.setdefault(value.pending, []).append(value.number)

@@ -198,6 +198,10 @@ class Program:
         """r of the outermost cut."""
         return self.ratios[0]
 
+    def cost(self, level: int) -> float:
+        """FLOPs of the graph that refreshes ``level`` cuts over FLOPs of the full graph."""
+        return 1.0 if level == len(self.cached) else self.ratios[level]
+
     def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether the weights folded into the code, if any were, are still the module's."""
         return all(graph.folded is None or graph.folded.match(weights) for graph in self.graphs)

@@ -1,204 +1,27 @@
-"""What a call of the network consists of: its leaves, and a signature to find a program by."""
+"""Call signatures: what a program depends on besides the values of tensors."""
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import (
-    TreeSpec,
-    tree_flatten,
-    tree_unflatten,
-    treespec_dumps,
-    treespec_loads,
-)
+from torch.utils._pytree import tree_unflatten, treespec_dumps, treespec_loads
 
+from dcompile.compiler.call import CallForm
 from dcompile.compiler.lazy import LazyTensor
-from dcompile.errors import TimestepError
-
-
-@dataclass(frozen=True, eq=False)
-class CallForm:
-    """One way to call the network: which arguments are given, and which leaves are what.
-
-    Attributes:
-        spec: structure of ``(args, kwargs)``.
-        sample: position of the noisy sample among the leaves.
-        timestep: position of the timestep.
-    """
-
-    spec: TreeSpec
-    sample: int
-    timestep: int
-
-
-class StandardCall(NamedTuple):
-    """A call in the plainest of the ways to write it: what is captured and compiled.
-
-    Attributes:
-        form: its form; the same object for all calls written alike.
-        leaves: its leaves.
-        order: where each of them is among the given call's leaves.
-    """
-
-    form: CallForm
-    leaves: list[Any]
-    order: tuple[int, ...]
-
-
-class CallForms:
-    """Finds sample and timestep in the calls of one forward function.
-
-    The sample is the first parameter. The timestep is the first one whose name speaks of time,
-    else the second: ``(sample, timestep, ...)``, ``(x, timesteps)``, ``(x, t)``.
-    """
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._parameters = inspect.signature(forward)
-        self._decorated = hasattr(forward, "__wrapped__")
-        names = list(self._parameters.parameters)
-        timed = [name for name in names[1:] if "time" in name.lower()]
-        if len(names) < 2:
-            raise TimestepError(
-                f"forward{inspect.signature(forward)} takes no timestep: without one, steps cannot "
-                "be told apart. Expected (sample, timestep, ...)"
-            )
-        self._sample = names[0]
-        self._timestep = (timed or names[1:])[0]
-        self._position = names.index(self._timestep)
-        self._known: dict[tuple[Any, ...], CallForm | None] = {}
-
-    def flatten(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[Any], CallForm | None]:
-        """The call's leaves and form; no form if sample or timestep is not given as one leaf.
-
-        Leaves come in the order of ``torch.utils._pytree``, whose own flattening would take half
-        of all that a reuse step may cost; it is asked once for each form.
-        """
-        leaves: list[Any] = []
-        structure: list[Any] = [len(args), *kwargs]
-        for value in args:
-            _flatten_into(value, leaves, structure)
-        for value in kwargs.values():
-            _flatten_into(value, leaves, structure)
-        key = tuple(structure)
-        try:
-            return leaves, self._known[key]
-        except KeyError:
-            _, spec = tree_flatten((args, kwargs))
-            form = self._known[key] = self._analyse(spec, args, kwargs)
-            return leaves, form
-
-    def standard(self, form: CallForm, leaves: Sequence[Any]) -> StandardCall:
-        """The same call with arguments by keyword, in order, and none that has its default value.
-
-        So programs do not depend on how a pipeline happens to write its calls. A decorator may see
-        how, so of a decorated forward only the order of keywords is changed. For every new
-        signature, not for every call.
-        """
-        given = StandardCall(form, list(leaves), tuple(range(len(leaves))))
-        args, kwargs = tree_unflatten(list(leaves), form.spec)
-        places, named_places = tree_unflatten(list(given.order), form.spec)
-        parameters = self._parameters.parameters
-        positional: tuple[Any, ...] = (args, places)
-        if not self._decorated:
-            taken = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-            if args and (len(args) > len(taken) or next(iter(parameters.values())) != taken[0]):
-                return given
-            names = [p.name for p in taken[: len(args)]]
-            if not kwargs.keys().isdisjoint(names):
-                return given  # which the network will refuse
-            kwargs = dict(zip(names, args, strict=True)) | kwargs
-            named_places = dict(zip(names, places, strict=True)) | named_places
-            positional = ((), ())
-        if not kwargs.keys() <= parameters.keys():
-            return given
-        asked = (self._sample, self._timestep)
-        kept = [
-            name
-            for name, parameter in parameters.items()
-            if name in kwargs
-            and (self._decorated or name in asked or not _is_default(parameter, kwargs[name]))
-        ]
-        leaves, standard = self.flatten(positional[0], {name: kwargs[name] for name in kept})
-        order, _ = tree_flatten((positional[1], {name: named_places[name] for name in kept}))
-        if standard is None or len(order) != len(leaves):
-            return given
-        return StandardCall(standard, leaves, tuple(order))
-
-    def _analyse(
-        self, spec: TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> CallForm | None:
-        sample = _leaf_of(args, kwargs, 0, self._sample)
-        timestep = _leaf_of(args, kwargs, self._position, self._timestep)
-        if sample is None or timestep is None:
-            return None
-        return CallForm(spec, sample, timestep)
-
-
-def _is_default(parameter: inspect.Parameter, value: Any) -> bool:
-    default = parameter.default
-    return type(value) is type(default) and type(value) in _CONSTANT_TYPES and value == default
-
-
-_CONSTANT_TYPES = (type(None), bool, int, float, str)
-_LEAVES = frozenset({type(None), bool, int, float, str, torch.Tensor, nn.Parameter, LazyTensor})
-
-
-def _flatten_into(value: Any, leaves: list[Any], structure: list[Any]) -> None:
-    """Append the leaves of one argument, and what tells its structure from others'."""
-    kind = type(value)
-    if kind in _LEAVES:
-        leaves.append(value)
-    elif kind is dict:
-        structure.append((dict, len(leaves), *value))
-        for item in value.values():
-            _flatten_into(item, leaves, structure)
-    elif kind is list or kind is tuple:
-        structure.append((kind, len(leaves), len(value)))
-        for item in value:
-            _flatten_into(item, leaves, structure)
-    else:
-        found, spec = tree_flatten(value)
-        if not spec.is_leaf():
-            structure.append((len(leaves), spec))
-        leaves.extend(found)
-
-
-def _leaf_of(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str
-) -> int | None:
-    """Position among the leaves of one argument, if it is a single leaf."""
-    mark = object()
-    if name in kwargs:
-        marked: tuple[Any, Any] = (args, {**kwargs, name: mark})
-    elif position < len(args):
-        marked = ((*args[:position], mark, *args[position + 1 :]), dict(kwargs))
-    else:
-        return None
-    original, _ = tree_flatten((args, dict(kwargs)))
-    leaves, _ = tree_flatten(marked)
-    if len(leaves) != len(original):
-        return None
-    return next(index for index, leaf in enumerate(leaves) if leaf is mark)
-
 
 Signature = tuple[Any, ...]
-"""Everything a graph depends on besides the values of tensors: the call's form, each tensor's
-shape, strides, dtype and device, each constant's type and value, and autocast."""
+"""The call's form, each tensor's shape, dtype, device and strides, each constant's type and value,
+and autocast's state."""
 
 
 def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list[torch.Tensor]]:
-    """The signature of a call, and its conditioning: its tensors but for sample and timestep, as
-    far as they lasted from step to step.
+    """The signature of a call, and its conditioning.
 
-    Calls of equal signatures can run the same program.
+    Calls of equal signatures can run the same program. The conditioning is all tensors except
+    sample and timestep, and except lazy ones, which belong to one call only.
     """
     parts: list[Any] = [form]
     conditioning: list[torch.Tensor] = []
@@ -206,7 +29,6 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             parts += (leaf.shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride())
-            # What is promised belongs to this call alone.
             if leaf is not sample and leaf is not timestep and type(leaf) is not LazyTensor:
                 conditioning.append(leaf)
         else:
@@ -218,7 +40,7 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
 
 
 def portable_signature(signature: Signature) -> str | None:
-    """A call signature in a form that is equal in every process; None if it has no such form."""
+    """A call signature as JSON, equal in every process; None if it cannot be written as JSON."""
     form, *parts = signature
     try:
         return json.dumps([treespec_dumps(form.spec), *map(_plain, parts)])
@@ -271,10 +93,10 @@ def example_of(
             if isinstance(first, str):
                 leaves.append(_CONSTANTS[first](next(rest)))
                 continue
-            dtype, place, layout = next(rest), next(rest), next(rest)
+            dtype, kind, layout = next(rest), next(rest), next(rest)
             options: dict[str, Any] = {
                 "dtype": _dtype(dtype),
-                "device": "cpu" if place == "cpu" else device,
+                "device": "cpu" if kind == "cpu" else device,
             }
             if layout is True:
                 leaves.append(torch.zeros(first, **options))

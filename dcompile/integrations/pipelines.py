@@ -1,4 +1,4 @@
-"""What diffusers' pipelines are made of: the denoiser, its companions, the sampler."""
+"""What diffusers' pipelines consist of: the denoiser, its companions, the sampler."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from typing import Any, cast
 
 from torch import nn
 
+from dcompile.compat.hooks import spread_parameter, without_torch_compile
 from dcompile.errors import DcompileError, ScheduleError
 
 
 def is_pipeline(module: Any) -> bool:
-    """Whether this is a pipeline: no module itself, and has named ``components``."""
+    """Whether this is a pipeline: no module itself, with named ``components``."""
     return not isinstance(module, nn.Module) and isinstance(
         getattr(module, "components", None), dict
     )
 
 
 def denoiser_of(module: Any) -> Any:
-    """A pipeline's denoiser, as it stands there; anything else itself."""
+    """A pipeline's denoiser, with any wrapper around it; anything else itself.
+
+    Raises:
+        DcompileError: a pipeline without a recognisable denoiser.
+    """
     return getattr(module, denoiser_name(module)) if is_pipeline(module) else module
 
 
 def denoiser_name(pipeline: Any) -> str:
-    """The component that is called with a timestep. Usual names settle it if there are several."""
+    """The component that is called with a timestep. Usual names settle it if there are several.
+
+    Raises:
+        DcompileError: there is none, or it cannot be decided.
+    """
     timed = timed_components(pipeline)
     preferred: tuple[str, ...] = ("unet", "transformer", *(timed if len(timed) == 1 else ()))
     for name in preferred:
@@ -46,33 +55,37 @@ def timed_components(pipeline: Any) -> list[str]:
     ]
 
 
-def _takes_timestep(module: nn.Module) -> bool:
-    names = list(inspect.signature(module.forward).parameters)
-    return any("time" in name.lower() for name in names[1:])
+def companions_of(pipeline: Any) -> list[nn.Module]:
+    """The other networks that are called with a timestep, such as ControlNets."""
+    denoiser = denoiser_name(pipeline)
+    return [getattr(pipeline, name) for name in timed_components(pipeline) if name != denoiser]
 
 
 def network_of(module: Any) -> nn.Module:
-    """The network itself: a pipeline's denoiser, and without ``torch.compile`` around it."""
-    if is_pipeline(module):
-        name = denoiser_name(module)
-        network: nn.Module = without_torch_compile(getattr(module, name))
-        _unwrapped(network)
-        if network is not getattr(module, name):
-            setattr(module, name, network)
-        return network
-    if not isinstance(module, nn.Module):
+    """The network itself: a pipeline's denoiser, and without ``torch.compile`` around it.
+
+    Raises:
+        DcompileError: neither a module nor a pipeline; a parallel wrapper is around the network, or
+            its weights are spread over several processes.
+    """
+    if not isinstance(module, nn.Module) and not is_pipeline(module):
         raise DcompileError(
             f"expected a torch.nn.Module or a diffusers pipeline, got {type(module).__name__}"
         )
-    return _unwrapped(cast(nn.Module, without_torch_compile(module)))
+    network = cast(nn.Module, without_torch_compile(denoiser_of(module)))
+    _require_one_process(network)
+    return network
 
 
-def _unwrapped(network: nn.Module) -> nn.Module:
-    """The network, if it is one process's own.
+def take_denoiser(module: Any) -> nn.Module:
+    """``network_of``, and a pipeline is made to hold it instead of ``torch.compile``'s wrapper."""
+    network = network_of(module)
+    if is_pipeline(module) and getattr(module, denoiser_name(module)) is not network:
+        setattr(module, denoiser_name(module), network)
+    return network
 
-    Raises:
-        DcompileError: a parallel wrapper is around it, or its weights are spread over processes.
-    """
+
+def _require_one_process(network: nn.Module) -> None:
     name = type(network).__name__
     parameters = inspect.signature(network.forward).parameters.values()
     inner = getattr(network, "module", None)
@@ -81,27 +94,28 @@ def _unwrapped(network: nn.Module) -> nn.Module:
     ):
         raise DcompileError(
             f"{name} is a parallel wrapper around {type(inner).__name__}: a captured graph would "
-            "go past what it does with the weights. Compile the network inside, which runs in "
+            "bypass what it does with the weights. Compile the network inside, which runs in "
             "each process by itself: cache_compile(wrapper.module, ...)"
         )
-    for key, parameter in network.named_parameters():
-        spread = hasattr(parameter, "ds_id") or hasattr(parameter, "_local_tensor")
-        if spread or "_flat_param" in key.rpartition(".")[2]:
-            raise DcompileError(
-                f"{name}.{key} is spread over several processes (FSDP, DeepSpeed ZeRO-3 or tensor "
-                "parallel), and a captured graph reads whole weights. Load the network unsharded "
-                "for inference"
-            )
-    return network
-
-
-def without_torch_compile(module: Any) -> Any:
-    """The module inside of ``torch.compile``'s wrapper, if there is one."""
-    return getattr(module, "_orig_mod", module)
+    spread = spread_parameter(network)
+    if spread is not None:
+        raise DcompileError(
+            f"{name}.{spread} is spread over several processes (FSDP, DeepSpeed ZeRO-3 or tensor "
+            "parallel), and a captured graph reads whole weights. Load the network unsharded "
+            "for inference"
+        )
 
 
 def sampler_of(module: Any, given: Any) -> Callable[[], Any] | None:
-    """Where to find the sampler when a generation starts; a pipeline's may be replaced."""
+    """Where to find the sampler when a run starts; a pipeline's may be replaced meanwhile.
+
+    Args:
+        module: a network or pipeline.
+        given: a diffusers scheduler, or None for the pipeline's.
+
+    Raises:
+        ScheduleError: ``given`` is no scheduler.
+    """
     if given is not None:
         if not callable(getattr(given, "set_timesteps", None)):
             raise ScheduleError(
@@ -113,9 +127,14 @@ def sampler_of(module: Any, given: Any) -> Callable[[], Any] | None:
     pipeline, latest = weakref.ref(module), module.scheduler
 
     def sampler() -> Any:
-        # The network may outlive its pipeline, in another one made of the same parts.
+        # The network may outlive its pipeline, in another one built of the same parts.
         nonlocal latest
         latest = getattr(pipeline(), "scheduler", latest)
         return latest
 
     return sampler
+
+
+def _takes_timestep(module: nn.Module) -> bool:
+    names = list(inspect.signature(module.forward).parameters)
+    return any("time" in name.lower() for name in names[1:])

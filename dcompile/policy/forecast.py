@@ -123,10 +123,10 @@ class Damped:
         return self.forecast.coefficients(step, refreshed)
 
     @staticmethod
-    def share(given: Sequence[float], trust: float) -> tuple[float, ...]:
+    def apply(coefficients: Sequence[float], damping: float) -> tuple[float, ...]:
         """The coefficients, with that share of what they add to the latest boundary."""
-        first, *others = given
-        return (1.0 + trust * (first - 1.0), *(trust * factor for factor in others))
+        first, *others = coefficients
+        return (1.0 + damping * (first - 1.0), *(damping * factor for factor in others))
 
 
 _NAMED: dict[str, Forecast] = {
@@ -167,7 +167,7 @@ def name_of(forecast: Forecast | str) -> str | None:
     return next((name for name, known in _NAMED.items() if known == forecast), None)
 
 
-def factors(forecast: Forecast, step: int, refreshed: Sequence[int]) -> tuple[float, ...]:
+def coefficients_of(forecast: Forecast, step: int, refreshed: Sequence[int]) -> tuple[float, ...]:
     """The forecast's coefficients, one for each of ``history`` boundaries.
 
     Raises:

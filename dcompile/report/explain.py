@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from dcompile.compiler.build import LITTLE_GAIN
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.passes import find_skip_connections
 from dcompile.passes.cost import tensor_bytes, tensor_sizes
 
 INTERVALS = (2, 3, 5, 10)
-LITTLE_GAIN = 0.9  # a reuse step that takes more than this of a refresh step is hardly worth it
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class DepthReport:
 
 
 @dataclass(frozen=True)
-class PartReport:
-    """What a network beside the denoiser, such as a ControlNet, computes on a reuse step.
+class CompanionReport:
+    """What a companion of the denoiser, such as a ControlNet, computes on a reuse step.
 
     Attributes:
         network: name of its class.
@@ -63,14 +63,14 @@ class Explanation:
         chosen: the depth in use.
         flops: FLOPs of one uncached call.
         depths: one report for each depth, outermost first.
-        companions: one report for each network beside it, once it took part in a reuse step.
+        companions: one report for each companion that took part in a reuse step.
     """
 
     network: str
     chosen: int
     flops: int
     depths: tuple[DepthReport, ...]
-    companions: tuple[PartReport, ...] = ()
+    companions: tuple[CompanionReport, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -125,7 +125,7 @@ class Explanation:
 
 
 def explain(
-    network: CapturedNetwork, chosen: int, name: str, companions: tuple[PartReport, ...] = ()
+    network: CapturedNetwork, chosen: int, name: str, companions: tuple[CompanionReport, ...] = ()
 ) -> Explanation:
     """Report on every skip connection of a captured network."""
     skips = find_skip_connections(network.graph_module, network.sample)
@@ -141,12 +141,6 @@ def explain(
         for skip in skips
     )
     return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows, companions)
-
-
-def gains_little(network: CapturedNetwork) -> bool:
-    """Whether a reuse step takes nearly as much compute as a full one, wherever it is cut."""
-    skips = find_skip_connections(network.graph_module, network.sample)
-    return bool(skips) and min(skip.ratio for skip in skips) > LITTLE_GAIN
 
 
 def _tensors(nodes: tuple[Node, ...]) -> list[torch.Tensor]:

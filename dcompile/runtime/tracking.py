@@ -1,10 +1,10 @@
-"""Which run, step and lane a call of the network belongs to.
+"""Which run, lane and step a call of the network belongs to.
 
 The timestep's *value* is never read where that can be avoided: on a GPU reading it waits for the
 device, and second-order samplers visit the same value twice. Samplers iterate over
 ``scheduler.timesteps``, so each ``t`` is a view of it: the storage behind the view identifies the
-run, the view's offset the step. A timestep that is a number, or a tensor of its own, is
-told by value instead (see ``_ValueTrack``).
+run, the view's offset the step. A timestep that is a number, or a tensor of its own, is identified
+by its value instead (see ``_ValueTrack``).
 
 One rule governs all that is uncertain: when in doubt, refresh. A wrong refresh costs time, a
 wrong reuse costs the picture.
@@ -20,83 +20,18 @@ from typing import Any
 
 import torch
 
-from dcompile.compiler.program import Program
+from dcompile.compat.storages import storage_of, weak_storage
+from dcompile.compiler.fingerprint import ToggleSnapshot
+from dcompile.policy.forecast import Forecast
+from dcompile.policy.schedule import Plan
+from dcompile.runtime.lanes import Anchor, Lane
 
-# Value-told runs kept at a time; interleaving more than this only refreshes more often.
+# Runs identified by timestep value that are kept; interleaving more only refreshes more often.
 MAX_VALUE_TRACKS = 8
-# Calls at one timestep that are told apart; no sampler makes more.
+# Calls at one timestep that are distinguished; no sampler makes more.
 MAX_LANES = 8
-# Of a value-told run's first value: a second one further away begins another run.
+# Of the first value of a run identified by value: a second one further away begins another run.
 FIRST_GAP = 0.3
-
-
-@dataclass(eq=False)
-class Lane:
-    """One of several calls at the same timestep, and what it cached.
-
-    Unbatched guidance calls the network twice a step, and the two calls must not share a cache.
-    Lanes are told apart by their conditioning: tensors a pipeline holds on to for the whole run,
-    such as prompt embeddings, and by their signature. Storage that was freed meanwhile proves
-    nothing, unless it was held from one step to the next: then its run is over.
-
-    Attributes:
-        anchors: the conditioning's storages, weakly, with offsets.
-        steady: whether a later step came with the same ones.
-        program, signature: what made the cached values; None before the first refresh.
-        bound: the program with the module's weights as it was when this lane began: what a pipeline
-            swaps between two calls of a step stays with each.
-        cached: they, as ``program.CacheLayout`` orders them, or what holds them
-            (``cuda_graphs.HeldBoundary``). The lane owns them: they are freed with the lane.
-        refreshed: for each cut the steps that made them, the latest first; as many as its forecast
-            looks back.
-        finite: whether they are, if that is still under way from a device.
-        trust: for each cut, how far a ``forecast.Damped`` was right at the latest refreshes.
-        news: the same, where it is still under way.
-        tally: what that follows from: two sums for each cut, on its device.
-    """
-
-    anchors: tuple[tuple[weakref.ref[Any], int], ...]
-    program: Program | None = None
-    signature: Any = None
-    bound: Any = None
-    cached: Any = ()
-    refreshed: tuple[tuple[int, ...], ...] = ()
-    finite: Any = None
-    trust: tuple[float, ...] = ()
-    news: tuple[Any, ...] = ()
-    tally: tuple[Any, ...] = ()
-    steady: bool = False
-
-    def contradicts(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
-        """Whether a call with this conditioning and signature is certainly not this lane's."""
-        if signature is not None and self.signature is not None and signature != self.signature:
-            return True
-        if len(conditioning) != len(self.anchors):
-            return True
-        for (reference, offset), tensor in zip(self.anchors, conditioning, strict=True):
-            storage = reference()
-            if storage is None:
-                if self.steady:
-                    return True
-            elif storage is not tensor.untyped_storage() or offset != tensor.storage_offset():
-                return True
-        return False
-
-    def resembles(self, other: Lane) -> bool:
-        """Whether a call might be taken for either lane's."""
-        if None not in (self.signature, other.signature) and self.signature != other.signature:
-            return False
-        return len(self.anchors) == len(other.anchors) and not any(
-            one[0]() is not None and two[0]() is not None and one != two
-            for one, two in zip(self.anchors, other.anchors, strict=True)
-        )
-
-
-def _anchors(conditioning: Sequence[torch.Tensor]) -> tuple[tuple[weakref.ref[Any], int], ...]:
-    return tuple(
-        (weakref.ref(tensor.untyped_storage()), int(tensor.storage_offset()))
-        for tensor in conditioning
-    )
 
 
 @dataclass(eq=False)
@@ -106,26 +41,33 @@ class Run:
     Attributes:
         steps: number of steps from the first call to the end of the timesteps, if known.
         step: the step of the latest call, counted from this run's first call.
-        beats: for each cut, the latest step at which the schedule wanted it refreshed.
-        programs: what runs lanes that begin, by call signature; filled by the dispatcher.
-        plan, forecasts: chosen for this run when it began.
-        flags: the module's switches as they were when its programs were bound.
+        due: for each cut the latest step at which the plan wanted it refreshed.
+        programs: the bound programs of lanes that begin, by call signature.
+        plan: chosen when the run begins; None until then.
+        forecasts: one for each cut, chosen with the plan.
+        toggles: the module's switches as they were when its programs were bound.
+        lanes: the calls of a step, each with what it cached.
     """
 
     steps: int | None
     step: int = -1
-    beats: list[int] = field(default_factory=lambda: [0])
+    due: list[int] = field(default_factory=lambda: [0])
     programs: dict[Any, Any] = field(default_factory=dict)
-    plan: Any = None
-    forecasts: Any = ()
-    toggles: Any = None
+    plan: Plan | None = None
+    forecasts: tuple[Forecast, ...] = ()
+    toggles: ToggleSnapshot | None = None
     lanes: list[Lane] = field(default_factory=list)
-    _served: set[int] = field(default_factory=set)
-    # Two runs may walk over one timesteps tensor (a loop that is begun again, or a server
-    # that interleaves requests). Then the next call may belong to either, and until it is clear,
-    # nothing is reused. _open_ends are the steps at which an abandoned walk might go on.
+    _served: set[int] = field(default_factory=set)  # lanes called at the present step, by id
+    # Two runs may go over one timesteps tensor (a loop that is begun again, or a server that
+    # interleaves requests). Then the next call may belong to either, and until it is clear, nothing
+    # is reused. _open_ends are the steps at which an abandoned pass might go on.
     _doubtful: bool = False
     _open_ends: set[int] = field(default_factory=set)
+
+    @property
+    def last_step(self) -> int | None:
+        """The number of the last step, if known."""
+        return None if self.steps is None else self.steps - 1
 
     def enter(self, step: int, conditioning: Sequence[torch.Tensor], signature: Any = None) -> Lane:
         """Register a call and return its lane; a lane without a program has to be refreshed."""
@@ -143,23 +85,37 @@ class Run:
         self.step = step
         for lane in self.lanes:
             if id(lane) not in self._served and not lane.contradicts(conditioning, signature):
-                if not lane.steady and lane.anchors:
-                    lane.steady = all(held() is not None for held, _ in lane.anchors)
+                lane.note_steady()
                 break
         else:
-            lane = Lane(_anchors(conditioning))
+            lane = Lane(tuple(map(Anchor.of, conditioning)))
             self.lanes.append(lane)
-            if step == 0:  # perhaps another run's first step: look at the module again
+            if step == 0:  # perhaps another run's first step: the module may have changed
                 self.programs.clear()
         self._served.add(id(lane))
         return lane
 
+    def begin(self, plan: Plan, forecasts: tuple[Forecast, ...]) -> None:
+        """Go by this plan, with one forecast for each cut."""
+        self.due = [0] * len(forecasts)
+        self.forecasts = forecasts
+        self.plan = plan
+
+    def toggled(self) -> bool:
+        """Whether a switch of the module was flipped since its programs were bound."""
+        return self.toggles is not None and self.toggles.changed()
+
+    def note_due(self, step: int, level: int) -> None:
+        """The plan wants the ``level`` outermost cuts refreshed at this step."""
+        for cut in range(level):
+            self.due[cut] = step
+
     def knows(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
-        """Whether a lane may be of such a call."""
+        """Whether a call like this may be one of the lanes'."""
         return any(not lane.contradicts(conditioning, signature) for lane in self.lanes)
 
     def takes_another(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
-        """Whether a call at this run's step may be a lane that was not called yet."""
+        """Whether a call at the present step may belong to a lane that was not called yet."""
         return all(
             lane.contradicts(conditioning, signature)
             for lane in self.lanes
@@ -183,12 +139,12 @@ class Run:
         self.invalidate_programs()
 
     def inherit_doubts(self, earlier: Run, shift: int) -> None:
-        """Another walk over the same timesteps, ``shift`` steps behind, may go on at any time."""
+        """Another pass over the same timesteps, ``shift`` steps behind, may go on at any time."""
         self._open_ends = {end + shift for end in (*earlier._open_ends, earlier.step + 1)}
         self._doubtful = True
 
     def _advance(self) -> None:
-        """Keep the lanes that the step before went through, and nothing that is doubtful."""
+        """Keep the lanes that were called at the step before, unless it is doubtful whose."""
         if len(self._served) == len(self.lanes) and not self._doubtful:
             self._served.clear()
             return
@@ -209,15 +165,15 @@ class Run:
         self.invalidate_programs()
         self._served = set()
         self._doubtful = True
-        self.beats = [min(beat, step) for beat in self.beats]
+        self.due = [min(due, step) for due in self.due]
 
 
 @dataclass(eq=False)
 class _ValueTrack:
-    """A run told by timestep values: they go one way, in steps of similar size.
+    """A run identified by timestep values: they go one way, in steps of similar size.
 
-    A new run that begins just where an interrupted one would have gone on cannot be told from
-    it by values; its conditioning tells, where there is any.
+    A new run that begins just where an interrupted one would have gone on cannot be distinguished
+    from it by values; its conditioning does, where there is any.
     """
 
     run: Run
@@ -237,6 +193,7 @@ class _ValueTrack:
         return abs(gap - self.gap)
 
     def move_to(self, value: float) -> None:
+        """The run's latest timestep has this value."""
         if value != self.value:
             self.gap = value - self.value
             self.value = value
@@ -244,7 +201,11 @@ class _ValueTrack:
 
 
 class StepTracker:
-    """Finds the run and lane of each call. Safe to call from several threads."""
+    """Finds the run and lane of each call. Safe to call from several threads.
+
+    Attributes:
+        runs: how many were seen.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held for bookkeeping only, never while anything computes
@@ -264,7 +225,7 @@ class StepTracker:
         """
         with self._lock:
             if isinstance(timestep, torch.Tensor):
-                storage = timestep.untyped_storage()
+                storage = storage_of(timestep)
                 if storage.nbytes() > timestep.element_size() * _own_elements(timestep):
                     run, step = self._step_by_storage(timestep, storage)
                     if step == 0 < run.step:  # another run over the same timesteps
@@ -276,7 +237,7 @@ class StepTracker:
     def forget(self, run: Run) -> None:
         """Drop a run: something went wrong in the middle of it."""
         with self._lock:
-            self._by_value = [t for t in self._by_value if t.run is not run]
+            self._by_value = [track for track in self._by_value if track.run is not run]
             for key, (_, known, _) in list(self._by_storage.items()):
                 if known is run:
                     del self._by_storage[key]
@@ -289,7 +250,7 @@ class StepTracker:
             self._by_value.clear()
 
     def cached(self) -> list[Any]:
-        """What is held at present."""
+        """What all lanes have cached at present."""
         with self._lock:
             known = [run for _, run, _ in list(self._by_storage.values())]
             known += [track.run for track in self._by_value]
@@ -304,11 +265,11 @@ class StepTracker:
             run = Run(steps)
             if entry is not None and entry[0]() is storage:
                 run.inherit_doubts(entry[1], entry[2] - offset)
-            # The storage dies with scheduler.timesteps, and its run with it. Dictionary
-            # operations are atomic, so the callback needs no lock (it may run inside of one).
+            # The storage dies with scheduler.timesteps, and its run with it. Dictionary operations
+            # are atomic, so the callback needs no lock (it may run while this thread holds it).
             table = self._by_storage
-            entry = (weakref.ref(storage, lambda _: table.pop(key, None)), run, offset)
-            table[key] = entry
+            reference = weak_storage(timestep, lambda _: table.pop(key, None))
+            entry = table[key] = (reference, run, offset)
             self.runs += 1
         _, run, first = entry
         return run, offset - first

@@ -1,4 +1,4 @@
-"""What takes the place of a module's ``forward``, and how it gets there and away again."""
+"""What replaces a module's ``forward``, and how it is installed and removed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 
 from torch import nn
 
-_SLOTS = ("forward", "_old_forward")  # where a module's forward may be: accelerate moves it
+from dcompile.compat.hooks import forward_slots
 
 
 class ForwardWrapper:
-    """Stands in for a module's ``forward``.
+    """Replaces a module's ``forward``.
 
     Attributes:
         module: the module.
         original: its own forward.
-        enabled: whether calls are served here; else they go to ``original``.
-        replaced: what the module had in the slot this now sits in.
+        replaced: what the module had in the attribute that this is installed in.
         compiled_call: what ``nn.Module.compile()`` had left.
     """
 
@@ -30,7 +29,6 @@ class ForwardWrapper:
         "__dict__",
         "__weakref__",
         "compiled_call",
-        "enabled",
         "module",
         "original",
         "replaced",
@@ -41,19 +39,23 @@ class ForwardWrapper:
         self.__code__ = getattr(original, "__code__", None)  # torch.export looks at it
         self.module = module
         self.original = original
-        self.enabled = True
         self.replaced: dict[str, Any] = {}
         self.compiled_call: Any = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether calls are served here; if not, they go to ``original``."""
+        raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
     def install(self, slot: str) -> None:
-        """Take the place of the module's forward in this attribute."""
+        """Replace the module's forward in this attribute, one of ``forward_slots``."""
         attributes = self.module.__dict__
         if slot in attributes:
             self.replaced[slot] = attributes[slot]
-        if self.module._compiled_call_impl is not None:  # nn.Module.compile() calls around ours
+        if self.module._compiled_call_impl is not None:  # nn.Module.compile() would go around this
             self.compiled_call = self.module._compiled_call_impl
             self.module._compiled_call_impl = None
         attributes[slot] = self
@@ -61,7 +63,7 @@ class ForwardWrapper:
     def uninstall(self) -> None:
         """Give the module its own forward back."""
         attributes = self.module.__dict__
-        for slot in _SLOTS:
+        for slot in forward_slots:
             if attributes.get(slot) is self:
                 if slot in self.replaced:
                     attributes[slot] = self.replaced[slot]
@@ -97,14 +99,9 @@ class ForwardWrapper:
         )
 
 
-def wrapper_slot(module: nn.Module) -> str:
-    """Where to install: beneath accelerate's hooks, which move weights before they call it."""
-    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-
-
 def wrapper_of(module: Any) -> ForwardWrapper | None:
-    """What stands in for the module's forward, if anything does."""
-    for slot in _SLOTS:
+    """What replaces the module's forward, if anything of dcompile's does."""
+    for slot in forward_slots:
         found = getattr(module, "__dict__", {}).get(slot)
         if isinstance(found, ForwardWrapper):
             return found

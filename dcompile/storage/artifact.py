@@ -28,10 +28,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
+from torch.utils._pytree import treespec_dumps, treespec_loads
 
 from dcompile.backends import Backend
-from dcompile.compiler.capture import SizeGuard, TensorPattern
+from dcompile.compiler.guards import SizeGuard, TensorPattern
 from dcompile.compiler.program import (
     CacheLayout,
     CompiledGraph,
@@ -41,6 +41,7 @@ from dcompile.compiler.program import (
     ProgramSpec,
     graph_label,
 )
+from dcompile.compiler.saved import SavedProgram
 from dcompile.errors import ArtifactError
 from dcompile.policy import codec
 from dcompile.policy.schedule import Schedule
@@ -63,29 +64,6 @@ class Saveable(Protocol):
     def restore(self, files: Mapping[str, bytes]) -> Callable[..., Any]:
         """The callable of what ``dump`` returned."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class SavedProgram:
-    """A program and the calls it serves.
-
-    Attributes:
-        calls: the call signatures it was used for, as ``portable_signature`` writes them.
-        in_spec: the structure of such a call.
-        guard: if sizes may vary, the calls it serves besides.
-        program: its graphs.
-    """
-
-    calls: tuple[str, ...]
-    in_spec: TreeSpec
-    guard: SizeGuard | None
-    program: Program
-
-    def serves(self, call: str | None, spec: TreeSpec, leaves: Sequence[Any]) -> bool:
-        """Whether a call can run it."""
-        if call in self.calls:
-            return True
-        return self.guard is not None and spec == self.in_spec and self.guard.fits(leaves)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dcompile.policy.forecast import Damped, Forecast, factors, resolve_forecast
+from dcompile.policy.forecast import Damped, Forecast, coefficients_of, resolve_forecast
 from dcompile.policy.placement import by_load, evenly
 from dcompile.policy.tuned import Levels
 
@@ -84,7 +84,7 @@ def boundary_errors(gram: Array, forecast: Forecast, refreshed: Sequence[int]) -
     rows: list[Array] = []  # for each reuse step, what its forecast and the truth are made of
     places: list[list[int]] = []
     for step in range(steps):
-        given = factors(forecast, step, past)[: len(past)] if past else ()
+        given = coefficients_of(forecast, step, past)[: len(past)] if past else ()
         if step in known:
             if isinstance(forecast, Damped) and len(past) > 1:
                 now_right, now_claimed = _claims(gram, given, [*past, step])
@@ -177,7 +177,7 @@ class Objective:
         steps = range(latest + 1, after)
         if not steps:
             return 0.0
-        given = np.array([(*factors(forecast, s, past)[: len(past)], -1.0) for s in steps])
+        given = np.array([(*coefficients_of(forecast, s, past)[: len(past)], -1.0) for s in steps])
         at = np.array([(*past, s) for s in steps])
         blocks = self._gram[:, at[:, :, None], at[:, None, :]]
         squares = np.maximum(0.0, np.einsum("si,rsij,sj->rs", given, blocks, given, optimize=True))

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from dcompile.api import cache_compile, handle
 from dcompile.compiler.build import choose_skip
+from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.fingerprint import identity_of
 from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.handles import Handle
@@ -37,8 +38,10 @@ from dcompile.policy.multi_level import MultiLevel
 from dcompile.policy.placement import evenly
 from dcompile.policy.sampler import error_gains
 from dcompile.policy.tuned import Levels, Trial, Tuned
-from dcompile.runtime.dispatcher import Dispatcher, RefreshRecord, dispatcher_of
+from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
+from dcompile.runtime.install import detach
 from dcompile.runtime.lazy_network import LazyNetwork
+from dcompile.runtime.state import RefreshRecord
 from dcompile.runtime.wrapper import wrapper_of
 from dcompile.tuning.prediction import (
     Choice,
@@ -512,8 +515,9 @@ class Session:
             settings, enabled = self._before
             dispatcher.configure(settings)
             dispatcher.enabled = enabled
-            dispatcher.detach(
-                [one for one in dispatcher.companions if one not in self._known_companions]
+            detach(
+                dispatcher,
+                [one for one in dispatcher.companions if one not in self._known_companions],
             )
         for one, state in self._companions.items():
             one.restore(state)
@@ -539,7 +543,7 @@ class Session:
             chosen = sorted({depth for depth in depths if depth in there})
             missing = [depth for depth in depths if depth not in there]
             if missing and (every or not chosen):
-                choose_skip(self._dispatcher().current_networks()[-1], missing[0])  # raises
+                choose_skip(self._current_networks()[-1], missing[0])  # raises
         elif not every:
             worth = [depth for depth in chosen if there[depth] <= _LARGEST_RATIO]
             chosen = worth[:_MOST_DEPTHS] or chosen[:1]
@@ -631,7 +635,7 @@ class Session:
                 f"run makes runs over {sorted(self._timesteps)} timesteps: tune for one"
             )
         (timesteps,) = self._timesteps
-        ahead = self._dispatcher().describe_run(timesteps, recordings[0].ratio)
+        ahead = self._dispatcher().state.planner.describe_run(timesteps, recordings[0].ratio)
         weights = np.ones(steps)
         if ahead.gains is not None and len(ahead.gains) >= timesteps:
             # A run may end before its timesteps do.
@@ -868,6 +872,10 @@ class Session:
 
     def _handle(self) -> Handle:
         return handle(self.network)
+
+    def _current_networks(self) -> list[CapturedNetwork]:
+        dispatcher = self._dispatcher()
+        return dispatcher.programs.captures.current_networks(dispatcher.settings.dynamic)
 
     def _dispatcher(self) -> Dispatcher:
         return self._handle()._dispatcher

@@ -8,6 +8,7 @@ from typing import Any
 
 import networks
 import numpy as np
+import seam
 import torch
 from diffusers import (
     AnimateDiffPipeline,
@@ -112,7 +113,7 @@ def outermost(handle: Handle) -> DepthReport:
 
     Where less than that is cached, it is computed from it.
     """
-    network = handle._dispatcher.networks()[0]
+    network = seam.networks_of(handle.module)[0]
     deep = find_skip_connections(network.graph_module, network.sample)[0].deep
     shape = tuple(deep.meta["val"].shape)
     return replace(handle.explain().depths[0], boundary_shapes=(shape,))

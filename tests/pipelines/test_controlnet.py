@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seam
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 from diffusers import (
@@ -31,7 +32,7 @@ from torch import nn
 
 import dcompile
 from dcompile import Adaptive, MultiLevel
-from dcompile.compiler.lazy import LazyTensor, Pending, materialize
+from dcompile.compiler.lazy import LazyTensor, PendingCall, materialize
 from dcompile.runtime.cuda_graphs import RECORDERS
 from dcompile.runtime.lazy_network import LazyNetwork
 
@@ -122,7 +123,7 @@ def cached(pipe: Any, **settings: Any) -> Any:
 
 
 def beside(pipe: Any) -> LazyNetwork:
-    return dcompile.handle(pipe)._dispatcher.companions[0]
+    return seam.companions_of(pipe)[0]
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ def test_recorded_graphs(pipes: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
     cached(reference.unet, interval=3, cuda_graphs=False)
     cached(pipe, interval=3)
     assert torch.equal(run(pipe), run(reference))
-    assert dcompile.handle(pipe)._dispatcher._recorded
+    assert seam.recorded_of(pipe)
 
 
 @pytest.mark.parametrize("backend", ["inductor"])
@@ -453,7 +454,7 @@ def test_results_are_computed_together_and_once() -> None:
         asked.append(numbers)
         return [torch.full((2,), float(number)) for number in numbers]
 
-    pending = Pending(compute, 4)
+    pending = PendingCall(compute, 4)
     promised = [LazyTensor(torch.empty(2), pending, number) for number in range(4)]
     two, other, zero = materialize([promised[2], "other", promised[0]])
     assert (two[0], other, zero[0]) == (2.0, "other", 0.0)

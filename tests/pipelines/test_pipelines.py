@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import seam
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 from DeepCache import DeepCacheSDHelper
@@ -116,7 +117,7 @@ def test_recorded_graphs_with_samplers_that_keep_earlier_results(
         expected = run(pipe)
         cached(pipe, interval=3)
         found = run(pipe)
-        assert dcompile.handle(pipe)._dispatcher._recorded
+        assert seam.recorded_of(pipe)
     finally:
         cached(pipe).to("cpu")
     assert torch.equal(found, expected)

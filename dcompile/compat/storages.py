@@ -1,0 +1,31 @@
+"""Identity of tensor storages.
+
+Step tracking rests on two things that PyTorch does not document: ``Tensor.untyped_storage()``
+returns the same Python object for all views of one storage as long as anything refers to it, and
+that object can be referred to weakly. Seen in torch 2.11 to 2.15.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """The storage object: the very same one for all views of it, as long as any of them lives."""
+    return tensor.untyped_storage()
+
+
+def weak_storage(
+    tensor: torch.Tensor, callback: Callable[[Any], Any] | None = None
+) -> weakref.ref[Any]:
+    """A weak reference to the tensor's storage, which is cleared when its memory is freed.
+
+    Args:
+        tensor: any view of it.
+        callback: called with the reference when that happens.
+    """
+    return weakref.ref(tensor.untyped_storage(), callback)

@@ -1,0 +1,164 @@
+"""The networks captured of one module, by its structure and the call's signature.
+
+Used for a denoiser (``ProgramCache``) and for its companions (``runtime.lazy_network``) alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dcompile.compiler.call import StandardCall
+from dcompile.compiler.capture import CapturedNetwork, capture
+from dcompile.compiler.fingerprint import (
+    Structure,
+    changed_by_running,
+    difference,
+    structure_of,
+)
+from dcompile.compiler.signature import Signature, signature_of
+from dcompile.compiler.sizes import DynamicSizes
+from dcompile.errors import CaptureError
+from dcompile.passes.base import is_random
+from dcompile.progress import Display
+
+IN_TRAINING_MODE = "the network is in training mode (call .eval())"
+
+
+class TrainingModeError(CaptureError):
+    """The network is in training mode, and what it computes depends on that."""
+
+
+class CaptureCache:
+    """Captures one module, once for each structure, call signature and range of sizes.
+
+    Not thread-safe: its owner holds a lock.
+
+    Attributes:
+        module: the network.
+        written: entries of its structure that its own forward pass writes, such as counters; they
+            are left out when structures are compared (see ``fingerprint.changed_by_running``).
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module = module
+        self.written: frozenset[str] = frozenset()
+        self._forward = forward
+        self._structures: list[Structure] = []
+        self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
+
+    def structure(self) -> Structure:
+        """The module's structure as it is now."""
+        return structure_of(self.module, self.written)
+
+    def structure_number(self, display: Display) -> int:
+        """The number of the module's present structure; a new one if it was not seen before."""
+        now = self.structure()
+        number = self.known_structure(now)
+        if number is None:
+            if self._structures:
+                changed = difference(self._structures[-1], now)
+                display.note(f"the module changed ({changed}): new capture")
+            self._structures.append(now)
+            number = len(self._structures) - 1
+        return number
+
+    def known_structure(self, structure: Structure) -> int | None:
+        """The number of a structure that was seen before; None if it was not."""
+        return next((i for i, seen in enumerate(self._structures) if seen == structure), None)
+
+    def captured(
+        self, call: StandardCall, dynamic: DynamicSizes | None, display: Display
+    ) -> CapturedNetwork:
+        """The network for calls like this one: captured before, or captured now.
+
+        Raises:
+            TrainingModeError: the module is in training mode, and that makes a difference.
+            CaptureError: it cannot be captured.
+        """
+        form, leaves = call.form, call.leaves
+        signature = signature_of(form, leaves)[0]
+        if dynamic is not None and not dynamic.covers(leaves[form.sample]):
+            display.note("sizes outside of the dynamic ranges: captured for these sizes alone")
+            dynamic = None
+        number = self.structure_number(display)
+        key = (number, signature, dynamic)
+        network = self._networks.get(key)
+        if (
+            network is not None
+            and network.guard is not None
+            and not network.accepts(form.spec, leaves)
+        ):
+            network = None  # a compiler has specialized sizes since
+        if network is None and dynamic is not None:
+            network = self._of_other_sizes(number, dynamic, call)
+        if network is None:
+            network = self._capture(number, call, dynamic, display)
+        self._networks.pop(key, None)
+        self._networks[key] = network  # the latest last
+        return network
+
+    def networks(self) -> list[CapturedNetwork]:
+        """All networks captured so far, the latest last."""
+        return list(self._networks.values())
+
+    def current_networks(self, dynamic: DynamicSizes | None) -> list[CapturedNetwork]:
+        """Those captured with these sizes that fit the module as it is now."""
+        now = self.structure()
+        return [
+            network
+            for (number, _, sizes), network in list(self._networks.items())
+            if sizes == dynamic and self._structures[number] == now
+        ]
+
+    def signatures(self) -> list[tuple[int, Signature, CapturedNetwork]]:
+        """Number of the structure, call signature and network of all that was captured."""
+        return [
+            (number, signature, network)
+            for (number, signature, _), network in self._networks.items()
+        ]
+
+    def refresh_guard(self, network: CapturedNetwork) -> None:
+        """After a compile: forget calls that were given ``network`` before its guard got tighter.
+
+        Lowering may specialize sizes that the capture had left open.
+        """
+        before = network.guard
+        network.refresh_guard()
+        if network.guard != before:
+            for key in [key for key, other in self._networks.items() if other is network][:-1]:
+                del self._networks[key]
+
+    def _of_other_sizes(
+        self, number: int, dynamic: DynamicSizes, call: StandardCall
+    ) -> CapturedNetwork | None:
+        """A network captured for other sizes that is right for this call."""
+        for (known, _, sizes), network in self._networks.items():
+            alike = known == number and sizes == dynamic
+            if alike and network.accepts(call.form.spec, call.leaves):
+                return network
+        return None
+
+    def _capture(
+        self, number: int, call: StandardCall, dynamic: DynamicSizes | None, display: Display
+    ) -> CapturedNetwork:
+        form, leaves = call.form, call.leaves
+        with display.stage("capturing"):
+            try:
+                network = capture(
+                    self.module, self._forward, leaves, form.spec, form.sample, dynamic
+                )
+            except CaptureError as error:
+                if not self.module.training:
+                    raise
+                raise TrainingModeError(IN_TRAINING_MODE) from error
+            # Pipelines that build a network out of another's parts leave it in training mode.
+            if self.module.training and any(map(is_random, network.graph_module.graph.nodes)):
+                raise TrainingModeError(IN_TRAINING_MODE)
+        written = changed_by_running(self._structures[number], self.structure())
+        if written:  # by the forward pass itself: the structure has not changed
+            self.written |= written
+            self._structures[number] = self.structure()
+        return network

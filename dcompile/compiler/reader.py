@@ -1,0 +1,277 @@
+"""Reads a call of the network: leaves, signature, conditioning. The first part of the hot path.
+
+The first call of a kind is taken apart by ``CallForms`` and ``signature_of``. From what was found
+there a function is generated that recognises further calls of that kind: it picks the leaves out of
+``(args, kwargs)`` and compares shapes, dtypes, devices, strides and constants with those it was
+made for. It is the guard of a program, and what a step pays for reading its call. Signatures are
+interned: calls of equal signature have the very same one, so the rest compares by identity.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dcompile.compiler.call import LEAF_TYPES, CallForm, CallForms
+from dcompile.compiler.lazy import LazyTensor
+from dcompile.compiler.signature import Signature, signature_of
+
+# Generated functions that are tried one after the other; further kinds of call go without.
+MAX_MATCHERS = 8
+
+Matcher = Callable[[tuple[Any, ...], dict[str, Any]], tuple[list[Any], list[torch.Tensor]] | None]
+
+
+class Call:
+    """One call of the network.
+
+    Attributes:
+        leaves: its leaves, the timestep as a tensor. The list belongs to this call alone.
+        form: which leaves are what; None if sample or timestep is missing.
+        signature: the same object for all calls with an equal one; None if ``refusal`` is set.
+        conditioning: the tensors except sample and timestep.
+        timestep: as the caller gave it: a tensor or a number.
+        refusal: why a call like this one cannot be cached; None if it can.
+    """
+
+    __slots__ = ("conditioning", "form", "leaves", "refusal", "signature", "timestep")
+
+    def __init__(
+        self,
+        leaves: list[Any],
+        form: CallForm | None,
+        signature: Signature | None,
+        conditioning: list[torch.Tensor],
+        timestep: Any,
+        refusal: str | None = None,
+    ) -> None:
+        self.leaves = leaves
+        self.form = form
+        self.signature = signature
+        self.conditioning = conditioning
+        self.timestep = timestep
+        self.refusal = refusal
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sample is."""
+        assert self.form is not None
+        device: torch.device = self.leaves[self.form.sample].device
+        return device
+
+
+class CallReader:
+    """Reads the calls of one network. Safe to use from several threads.
+
+    Args:
+        forms: of the network's forward.
+        timestep_to_device: whether a timestep is copied to the sample's CUDA device, as CUDA graphs
+            need it. The copy is asynchronous.
+    """
+
+    def __init__(self, forms: CallForms, timestep_to_device: bool = False) -> None:
+        self._forms = forms
+        self._timestep_to_device = timestep_to_device
+        self._interned: dict[Signature, Signature] = {}
+        self._matchers: tuple[tuple[Matcher, CallForm, Signature], ...] = ()
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The call's leaves, signature and conditioning; or why it has none."""
+        for matches, form, signature in self._matchers:
+            found = matches(args, kwargs)
+            if found is not None:
+                leaves, conditioning = found
+                timestep = leaves[form.timestep]
+                if self._timestep_to_device or type(timestep) is not torch.Tensor:
+                    self._convert_timestep(leaves, form)
+                return Call(leaves, form, signature, conditioning, timestep)
+        return self._read_new(args, kwargs)
+
+    def _read_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        leaves, form = self._forms.flatten(args, kwargs)
+        refusal = _refusal(leaves, form)
+        if refusal is not None or form is None:
+            return Call(leaves, form, None, [], None, refusal)
+        timestep = leaves[form.timestep]
+        self._convert_timestep(leaves, form)
+        signature, conditioning = signature_of(form, leaves)
+        try:
+            signature = self._interned.setdefault(signature, signature)
+        except TypeError:
+            refusal = "an argument cannot be hashed"
+            return Call(leaves, form, None, conditioning, timestep, refusal)
+        if len(self._matchers) < MAX_MATCHERS:
+            matcher = make_matcher(args, kwargs, form)
+            if matcher is not None:
+                self._matchers = (*self._matchers, (matcher, form, signature))
+        return Call(leaves, form, signature, conditioning, timestep)
+
+    def _convert_timestep(self, leaves: list[Any], form: CallForm) -> None:
+        timestep = leaves[form.timestep]
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor(timestep)  # an input of the graph, not a constant
+        sample = leaves[form.sample]
+        if self._timestep_to_device and sample.device.type == "cuda":
+            timestep = timestep.to(sample.device, non_blocking=True)
+        leaves[form.timestep] = timestep
+
+
+def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
+    """Why a call cannot be cached, as far as its arguments tell."""
+    if form is None:
+        return "no sample or no timestep is given"
+    sample, timestep = leaves[form.sample], leaves[form.timestep]
+    if not isinstance(sample, torch.Tensor):
+        return "the sample is no tensor"
+    if not isinstance(timestep, (torch.Tensor, int, float)):
+        return "the timestep is neither a tensor nor a number"
+    if sample.numel() == 0:
+        return "the sample is empty"
+    return None
+
+
+def make_matcher(args: tuple[Any, ...], kwargs: dict[str, Any], form: CallForm) -> Matcher | None:
+    """Generate a function that recognises calls with the form and signature of this one.
+
+    Args:
+        args, kwargs: the example call.
+        form: its form.
+
+    Returns:
+        ``(args, kwargs) -> (leaves, conditioning)``, or None for other calls. No function if an
+        argument is a container that only pytree knows how to take apart.
+    """
+    writer = _MatcherWriter(form)
+    try:
+        writer.write(args, kwargs)
+    except _NoMatcherError:
+        return None
+    return writer.compiled()
+
+
+class _NoMatcherError(Exception):
+    """An argument is of a type that the generated code does not handle."""
+
+
+class _MatcherWriter:
+    """Writes the source of one matcher, one check a line; constants are bound by name."""
+
+    def __init__(self, form: CallForm) -> None:
+        self._form = form
+        self._checks: list[str] = []  # conditions under which the call is another one
+        self._loads: list[str] = []
+        self._names: dict[str, Any] = {"Tensor": torch.Tensor}
+        self._fresh = itertools.count()
+        self._leaves: list[str] = []
+        self._conditioning: list[str] = []
+        self._values: list[Any] = []
+
+    def write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the code for all arguments."""
+        self._check(f"len(args) != {len(args)} or len(kwargs) != {len(kwargs)}")
+        values = [(f"args[{place}]", value) for place, value in enumerate(args)]
+        values += [(f"kwargs[{name!r}]", value) for name, value in kwargs.items()]
+        for source, value in values:
+            self._value(source, value)
+        self._distinguish_conditioning()
+
+    def compiled(self) -> Matcher:
+        """The function."""
+        body = ["def matches(args, kwargs):", " try:"]
+        body += [f"  {line}" for line in self._loads]
+        body += [
+            " except KeyError:",
+            "  return None",
+            f" return [{', '.join(self._leaves)}], [{', '.join(self._conditioning)}]",
+        ]
+        exec(compile("\n".join(body), "<call matcher>", "exec"), self._names)
+        matcher: Matcher = self._names["matches"]
+        return matcher
+
+    def _check(self, condition: str) -> None:
+        self._loads.append(f"if {condition}: return None")
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{next(self._fresh)}"
+        self._names[name] = value
+        return name
+
+    def _value(self, source: str, value: Any) -> None:
+        name = f"v{next(self._fresh)}"
+        self._loads.append(f"{name} = {source}")
+        kind = type(value)
+        if kind in LEAF_TYPES:
+            self._leaf(name, value)
+        elif kind is dict:
+            keys = self._constant(tuple(value))
+            self._check(f"type({name}) is not dict or tuple({name}) != {keys}")
+            for key, item in value.items():
+                self._value(f"{name}[{self._constant(key)}]", item)
+        elif kind in (list, tuple):
+            expected = f"type({name}) is not {kind.__name__}"
+            self._check(f"{expected} or len({name}) != {len(value)}")
+            for place, item in enumerate(value):
+                self._value(f"{name}[{place}]", item)
+        else:
+            raise _NoMatcherError
+
+    def _leaf(self, name: str, value: Any) -> None:
+        number = len(self._leaves)
+        self._leaves.append(name)
+        self._values.append(value)
+        if isinstance(value, torch.Tensor):
+            self._tensor(name, value)
+            if number == self._form.sample:
+                self._autocast(value)
+        elif number == self._form.timestep:  # a number; its value does not matter
+            self._check(f"type({name}) is not {self._constant(type(value))}")
+        elif value is None or isinstance(value, bool):
+            self._check(f"{name} is not {value}")
+        else:
+            kind, expected = self._constant(type(value)), self._constant(value)
+            self._check(f"type({name}) is not {kind} or {name} != {expected}")
+
+    def _distinguish_conditioning(self) -> None:
+        """Which tensors are neither the sample nor the timestep, and not lazy."""
+        own = (self._form.sample, self._form.timestep)
+        for number, (name, value) in enumerate(zip(self._leaves, self._values, strict=True)):
+            if number in own or not isinstance(value, torch.Tensor) or type(value) is LazyTensor:
+                continue
+            for other in own:  # a network may get its sample in a second argument, too
+                same = value is self._values[other]
+                self._check(f"{name} is {'not ' if same else ''}{self._leaves[other]}")
+            if not any(value is self._values[other] for other in own):
+                self._conditioning.append(name)
+
+    def _tensor(self, name: str, value: torch.Tensor) -> None:
+        kind = "Tensor" if type(value) is torch.Tensor else self._constant(type(value))
+        shape, dtype = self._constant(value.shape), self._constant(value.dtype)
+        device = self._constant(value.device)
+        self._check(
+            f"type({name}) is not {kind} or {name}.shape != {shape} or {name}.dtype is not {dtype} "
+            f"or {name}.device != {device}"
+        )
+        if value.is_contiguous():
+            self._check(f"not {name}.is_contiguous()")
+        else:
+            self._check(f"{name}.stride() != {self._constant(value.stride())}")
+
+    def _autocast(self, sample: torch.Tensor) -> None:
+        kind = sample.device.type
+        if kind == "meta":
+            return
+        self._names["is_autocast_enabled"] = torch.is_autocast_enabled
+        if not torch.is_autocast_enabled(kind):
+            self._check(f"is_autocast_enabled({kind!r})")
+            return
+        self._names["get_autocast_dtype"] = torch.get_autocast_dtype
+        dtype = self._constant(torch.get_autocast_dtype(kind))
+        self._check(
+            f"not is_autocast_enabled({kind!r}) or get_autocast_dtype({kind!r}) is not {dtype}"
+        )
+
+
+__all__ = ["Call", "CallReader", "make_matcher"]

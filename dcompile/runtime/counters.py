@@ -1,0 +1,100 @@
+"""Counts of what calls ran, since the last ``cache_compile``."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from dcompile.progress import Display
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts since the last ``cache_compile``.
+
+    Attributes:
+        refresh_steps: calls that ran the full graph.
+        partial_steps: calls that ran a graph in between, of several cuts.
+        reuse_steps: calls that ran the shallow graph.
+        forced_steps: calls that refreshed more than the schedule wanted, because a cache was
+            missing or stale.
+        uncached_calls: calls that went to the module itself (training, gradients).
+        uncached_reasons: how many of them for which reason.
+        runs: sampling runs seen.
+        captures: networks captured.
+        compile_seconds: spent capturing and compiling.
+        cache_bytes: bytes of cached tensors held now.
+        flops_speedup: FLOPs of refreshing at each of these calls, over the FLOPs that they took.
+    """
+
+    refresh_steps: int
+    partial_steps: int
+    reuse_steps: int
+    uncached_calls: int
+    runs: int
+    captures: int
+    compile_seconds: float
+    cache_bytes: int
+    flops_speedup: float
+    forced_steps: int = 0
+    uncached_reasons: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Counters:
+    """Counts calls. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._refresh = self._partial = self._reuse = self._forced = 0
+        self._uncached: Counter[str] = Counter()
+        self._cost = 0.0  # of all calls counted, in refresh steps
+        self._captures = 0
+        self._seconds = 0.0
+
+    def reuse(self, cost: float) -> None:
+        """A call ran the shallow graph; ``cost`` is its share of a refresh step's FLOPs."""
+        with self._lock:
+            self._reuse += 1
+            self._cost += cost
+
+    def refresh(self, cost: float, *, full: bool, forced: bool) -> None:
+        """A call refreshed all cuts (``full``) or some of them, perhaps unplanned."""
+        with self._lock:
+            self._refresh += full
+            self._partial += not full
+            self._forced += forced
+            self._cost += cost
+
+    def uncached(self, reason: str) -> None:
+        """A call went to the module itself."""
+        with self._lock:
+            self._uncached[reason] += 1
+            self._cost += 1.0
+
+    def built(self, display: Display) -> None:
+        """Something was captured and compiled."""
+        with self._lock:
+            self._captures += display.completed["capturing"]
+            self._seconds += sum(display.seconds.values())
+
+    def stats(self, runs: int, cache_bytes: int) -> Stats:
+        """All counts, with those that others keep."""
+        with self._lock:
+            uncached = self._uncached.total()
+            calls = self._refresh + self._partial + self._reuse + uncached
+            return Stats(
+                refresh_steps=self._refresh,
+                partial_steps=self._partial,
+                reuse_steps=self._reuse,
+                uncached_calls=uncached,
+                runs=runs,
+                captures=self._captures,
+                compile_seconds=self._seconds,
+                cache_bytes=cache_bytes,
+                flops_speedup=calls / self._cost if self._cost else 1.0,
+                forced_steps=self._forced,
+                uncached_reasons=MappingProxyType(dict(self._uncached)),
+            )

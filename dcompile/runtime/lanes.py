@@ -1,0 +1,243 @@
+"""Lanes: what one of the calls of a step has cached, and the arithmetic of its forecasts.
+
+Unbatched guidance calls the network twice a step, and the two calls must not share a cache. Lanes
+are distinguished by their conditioning: tensors a pipeline holds for the whole run, such as prompt
+embeddings, and by their call signature.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dcompile.compat.storages import storage_of, weak_storage
+from dcompile.compiler.program import CacheLayout, Program
+from dcompile.policy.forecast import Damped, Forecast, coefficients_of
+from dcompile.runtime.cuda_graphs import HeldBoundary
+from dcompile.runtime.damping import Damping
+from dcompile.runtime.readback import Readback
+
+
+@dataclass(eq=False)
+class Anchor:
+    """One conditioning tensor, held weakly: its storage, with the offset in it.
+
+    A storage that was freed meanwhile proves nothing, unless it was held from one step to the next:
+    then its run is over.
+    """
+
+    __slots__ = ("offset", "storage")
+
+    storage: weakref.ref[Any]
+    offset: int
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Anchor:
+        """Hold on to this tensor weakly."""
+        return Anchor(weak_storage(tensor), int(tensor.storage_offset()))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the storage still exists."""
+        return self.storage() is not None
+
+    def contradicts(self, tensor: torch.Tensor, steady: bool) -> bool:
+        """Whether this is certainly another tensor.
+
+        Args:
+            tensor: in the same place of another call.
+            steady: whether the anchor was seen at two steps.
+        """
+        storage = self.storage()
+        if storage is None:
+            return steady
+        return storage is not storage_of(tensor) or self.offset != tensor.storage_offset()
+
+    def differs(self, other: Anchor) -> bool:
+        """Whether both exist and are different."""
+        return (
+            self.alive
+            and other.alive
+            and (self.storage, self.offset) != (other.storage, other.offset)
+        )
+
+
+@dataclass(eq=False)
+class Lane:
+    """One of several calls at the same timestep, and what it cached.
+
+    Attributes:
+        anchors: the conditioning.
+        steady: whether a later step came with the same conditioning.
+        signature: of the calls; None before the first refresh.
+        program: what made the cached values; None before the first refresh.
+        bound: the program with the module's weights as they were when this lane began: what a
+            pipeline swaps between two calls of a step stays with each.
+        cached: as ``Program.cached`` lays it out, or a ``HeldBoundary``. The lane owns it: it is
+            freed with the lane.
+        refreshed: for each cut the steps that made what is cached, the latest first.
+        damping: for each cut, of its damped forecast.
+        finite: whether what is cached is finite, if that number is still on its way from a device.
+    """
+
+    anchors: tuple[Anchor, ...]
+    steady: bool = False
+    signature: Any = None
+    program: Program | None = None
+    bound: Any = None
+    cached: Any = ()
+    refreshed: tuple[tuple[int, ...], ...] = ()
+    damping: tuple[Damping, ...] = ()
+    finite: Readback | None = None
+
+    # Whose call is it?
+
+    def contradicts(self, conditioning: Sequence[torch.Tensor], signature: Any = None) -> bool:
+        """Whether a call with this conditioning and signature is certainly not this lane's."""
+        if (
+            signature is not self.signature
+            and None not in (signature, self.signature)
+            and signature != self.signature
+        ):
+            return True
+        if len(conditioning) != len(self.anchors):
+            return True
+        for anchor, tensor in zip(self.anchors, conditioning, strict=True):
+            if anchor.contradicts(tensor, self.steady):
+                return True
+        return False
+
+    def resembles(self, other: Lane) -> bool:
+        """Whether a call might be taken for either lane's."""
+        if None not in (self.signature, other.signature) and self.signature != other.signature:
+            return False
+        return len(self.anchors) == len(other.anchors) and not any(
+            one.differs(two) for one, two in zip(self.anchors, other.anchors, strict=True)
+        )
+
+    def note_steady(self) -> None:
+        """A later step came with the same conditioning, as far as it still exists."""
+        if not self.steady and self.anchors:
+            self.steady = all(anchor.alive for anchor in self.anchors)
+
+    # What does it take?
+
+    def required_level(self, wanted: int, due: Sequence[int]) -> int:
+        """The level to run: the one wanted, raised by what is missing or stale.
+
+        Args:
+            wanted: the plan's level.
+            due: for each cut the latest step at which it was due in this run, now included.
+        """
+        if not self.cached:
+            return len(due)
+        for cut in range(len(due) - 1, wanted - 1, -1):
+            if self.refreshed[cut][0] < due[cut]:
+                return cut + 1
+        return wanted
+
+    def coefficients(
+        self, forecast: Forecast, cut: int, history: int, step: int, device: torch.device
+    ) -> torch.Tensor:
+        """The forecast's coefficients at a step, shape (history,), float32, on ``device``.
+
+        Args:
+            forecast: of the cut.
+            cut: its number.
+            history: how many boundaries its graph takes; more than the forecast's are multiplied
+                by 0.
+            step: of the call.
+            device: where the graph runs.
+        """
+        given = coefficients_of(forecast, step, self.refreshed[cut])
+        if isinstance(forecast, Damped):
+            given = forecast.apply(given, self.damping[cut].factor)
+        return on_device(given + (0.0,) * (history - len(given)), device)
+
+    # What a refresh leaves behind
+
+    def refresh(
+        self,
+        run: Callable[[], tuple[Any, Any]],
+        forecasts: Sequence[Forecast],
+        layouts: Sequence[CacheLayout],
+        level: int,
+        step: int,
+    ) -> Any:
+        """Run a graph that computes the boundaries of the ``level`` outermost cuts.
+
+        Args:
+            run: returns the network's result, and what to cache.
+            forecasts, layouts: one for each cut of the program.
+            level: at least 1.
+            step: of the call.
+
+        Returns:
+            The network's result.
+        """
+        earlier = self.refreshed
+        if not self.cached:
+            earlier = ((),) * len(layouts)
+            self.damping = tuple(Damping() for _ in layouts)
+        pending = [
+            damping.residuals_of(forecast, self._reading(), layout, step, steps)
+            for damping, forecast, layout, steps in zip(
+                self.damping[:level], forecasts, layouts, earlier, strict=False
+            )
+        ]
+        result, self.cached = run()
+        for damping, layout, residuals in zip(self.damping, layouts, pending, strict=False):
+            if residuals:
+                damping.update(self._reading(), layout, residuals)
+        self.refreshed = tuple(
+            (step, *steps[: layout.history - 1]) if cut < level else steps
+            for cut, (layout, steps) in enumerate(zip(layouts, earlier, strict=True))
+        )
+        return result
+
+    def check_finite(self, layouts: Sequence[CacheLayout], level: int) -> bool:
+        """Drop what is cached if it is not finite: nothing is extrapolated from that.
+
+        On a CPU. From another device the answer comes with the next refresh, and until then the
+        shallow graph itself passes on the latest features where a forecast is not finite.
+
+        Returns:
+            Whether it was finite, as far as that is known.
+        """
+        with self._reading() as cached:
+            finite = [
+                torch.isfinite(value).all()
+                for layout in layouts[:level]
+                for value in cached[layout.latest]
+                if isinstance(value, torch.Tensor) and value.is_floating_point()
+            ]
+        if not finite:
+            return True
+        answer = Readback(functools.reduce(torch.logical_and, finite))
+        known, self.finite = (self.finite, answer) if answer.late else (answer, None)
+        if known is not None and not float(known):
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Free what is cached: the next call refreshes."""
+        self.cached = ()
+
+    def _reading(self) -> AbstractContextManager[tuple[Any, ...]]:
+        """The cached values, to be read: recorded graphs share their buffers between lanes."""
+        held = self.cached
+        return held.steady() if isinstance(held, HeldBoundary) else nullcontext(held)
+
+
+@functools.lru_cache(maxsize=1024)
+def on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A small float32 tensor that is copied to its device once, however often it is used."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)

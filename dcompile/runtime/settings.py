@@ -1,0 +1,52 @@
+"""What ``cache_compile`` was asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dcompile.backends import Backend
+from dcompile.compiler.program import ProgramSpec
+from dcompile.compiler.program_cache import Target
+from dcompile.compiler.sizes import DynamicSizes
+from dcompile.policy.forecast import Forecast, Reuse
+from dcompile.policy.schedule import Schedule
+
+# Boundaries that a shallow graph takes while its forecast is not chosen yet.
+AUTO_HISTORY = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``cache_compile`` was asked for.
+
+    Attributes:
+        schedule: plans each run.
+        depths: of the cuts, ascending.
+        backend: compiles the graphs.
+        dynamic: which sizes one capture leaves open; None for fixed sizes.
+        verbose: whether progress is shown.
+        cuda_graphs: whether programs are recorded as CUDA graphs.
+        forecasts: one for each cut; "auto" is chosen at the start of each run.
+        sampler: where to find the sampler then; None without one.
+    """
+
+    schedule: Schedule
+    depths: tuple[int, ...]
+    backend: Backend
+    dynamic: DynamicSizes | None
+    verbose: bool
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    forecasts: tuple[Forecast | Literal["auto"], ...] = (Reuse(),)
+    sampler: Callable[[], Any] | None = None
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """What programs are built for."""
+        histories = tuple(
+            AUTO_HISTORY if forecast == "auto" else forecast.history for forecast in self.forecasts
+        )
+        spec = ProgramSpec(self.depths, histories, self.schedule.probe)
+        return Target(spec, self.backend, self.dynamic)

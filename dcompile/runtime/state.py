@@ -1,0 +1,86 @@
+"""The dispatcher's state: replaced as a whole by ``cache_compile``, never changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from dcompile.compiler.call import CallForms
+from dcompile.compiler.reader import CallReader
+from dcompile.notices import Notices
+from dcompile.runtime.binder import Binder, Runner
+from dcompile.runtime.counters import Counters
+from dcompile.runtime.lanes import Lane
+from dcompile.runtime.planner import Planner
+from dcompile.runtime.settings import Settings
+from dcompile.runtime.tracking import StepTracker
+
+
+class RefreshRecord(NamedTuple):
+    """A refresh, as an observer sees it.
+
+    Attributes:
+        step: of the call.
+        steps: from the run's first call to the end of its timesteps, if known.
+        lane: whose cache was refreshed.
+        program: what ran.
+        leaves: the call's leaves.
+        result: what the network returned.
+        cached: what the lane now has cached, laid out by ``program.cached``.
+    """
+
+    step: int
+    steps: int | None
+    lane: Lane
+    program: Runner
+    leaves: list[Any]
+    result: Any
+    cached: Any
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a call needs, read once at its start.
+
+    A call that is under way while another thread calls ``cache_compile`` goes on with the state it
+    began with.
+
+    Attributes:
+        settings: what was asked for.
+        enabled: whether calls are cached at all.
+        reader: reads calls.
+        tracker: finds the run, lane and step of a call; owns, through them, all that is cached.
+        planner: plans runs.
+        binder: binds programs; owns the buffers of CUDA graphs.
+        counters: counts calls.
+        notices: shows messages to the user.
+        observer: sees every refresh; None for nobody.
+    """
+
+    settings: Settings
+    enabled: bool
+    reader: CallReader
+    tracker: StepTracker
+    planner: Planner
+    binder: Binder
+    counters: Counters
+    notices: Notices
+    observer: Callable[[RefreshRecord], None] | None = None
+
+    @staticmethod
+    def of(module: nn.Module, forms: CallForms, settings: Settings) -> State:
+        """The state right after ``cache_compile``: nothing cached, nothing counted."""
+        notices = Notices()
+        return State(
+            settings=settings,
+            enabled=True,
+            reader=CallReader(forms, timestep_to_device=settings.cuda_graphs is not False),
+            tracker=StepTracker(),
+            planner=Planner(settings, notices),
+            binder=Binder(module, settings, notices),
+            counters=Counters(),
+            notices=notices,
+        )

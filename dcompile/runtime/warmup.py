@@ -1,0 +1,68 @@
+"""Captures and compiles ahead of traffic, without a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dcompile.compiler.capture import CapturedNetwork
+from dcompile.errors import CaptureError
+from dcompile.progress import Display
+from dcompile.runtime.dispatcher import Dispatcher
+from dcompile.runtime.lanes import on_device
+
+
+def captured_network(
+    dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CapturedNetwork:
+    """Capture the network for a call like this one, without compiling or running it.
+
+    Raises:
+        CaptureError: it cannot be captured.
+    """
+    state, programs = dispatcher.state, dispatcher.programs
+    call = state.reader.read(args, kwargs)
+    if call.form is None:
+        raise CaptureError("expected a call with a sample and a timestep")
+    if call.refusal is not None:
+        raise CaptureError(f"a call like this is never cached: {call.refusal}")
+    with programs.lock:
+        display = Display(type(dispatcher.module).__name__, state.settings.verbose)
+        standard = dispatcher.forms.standard(call.form, call.leaves)
+        try:
+            return programs.captures.captured(standard, state.settings.dynamic, display)
+        finally:
+            state.counters.built(display)
+
+
+def warm_up(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compile for calls like this one, and run each graph once.
+
+    No run notices. Where there are CUDA graphs, they are recorded.
+
+    Raises:
+        CaptureError: the call would run uncached, or cannot be captured.
+        BackendError, DepthError, NoSkipConnectionError: see ``compiler.build.build``.
+    """
+    state = dispatcher.state
+    call = state.reader.read(args, kwargs)
+    if call.form is None:
+        raise CaptureError("warmup: expected a call with a sample and a timestep")
+    reason = call.refusal or dispatcher.reason_not_to_cache(call)
+    if reason is not None:
+        raise CaptureError(f"warmup: {reason}, so such a call runs uncached")
+    try:
+        runner = dispatcher.runner_for(state, call)
+    finally:
+        dispatcher.enabled = state.enabled  # what is tried ahead of traffic does not end it
+    with torch.no_grad():
+        _, cached = runner.refresh(call.leaves)
+        for level, layout in enumerate(runner.program.cached):
+            latest = None
+            if layout.history > 1:
+                latest = on_device((1.0,) + (0.0,) * (layout.history - 1), call.device)
+            if level == 0:
+                runner.reuse(call.leaves, cached, latest)
+            else:
+                _, cached = runner.refresh(call.leaves, cached, level, latest)

@@ -1,0 +1,67 @@
+"""The one place where tests reach behind the public API. Names what they look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dcompile
+from dcompile.compiler.capture import CapturedNetwork
+from dcompile.compiler.program import Program
+from dcompile.runtime.cuda_graphs import RecordedProgram
+from dcompile.runtime.dispatcher import Dispatcher
+from dcompile.runtime.lazy_network import LazyNetwork
+from dcompile.runtime.settings import Settings
+from dcompile.runtime.tracking import Run
+from dcompile.runtime.warmup import captured_network
+
+
+def dispatcher_of(module: Any) -> Dispatcher:
+    """Of a compiled network or pipeline."""
+    return dcompile.handle(module)._dispatcher
+
+
+def settings_of(module: Any) -> Settings:
+    """What ``cache_compile`` was asked for."""
+    return dispatcher_of(module).settings
+
+
+def original_of(module: Any) -> Any:
+    """The network's own forward."""
+    return dispatcher_of(module).original
+
+
+def networks_of(module: Any) -> list[CapturedNetwork]:
+    """All that was captured."""
+    return dispatcher_of(module).programs.captures.networks()
+
+
+def captured(module: Any, *args: Any, **kwargs: Any) -> CapturedNetwork:
+    """The network as it is captured for such a call."""
+    return captured_network(dispatcher_of(module), args, kwargs)
+
+
+def programs_of(module: Any) -> list[Program]:
+    """All that was compiled."""
+    return list(dispatcher_of(module).programs._programs.values())
+
+
+def recorded_of(module: Any) -> list[RecordedProgram]:
+    """All that was recorded as CUDA graphs."""
+    return list(dispatcher_of(module).state.binder._recorded.values())
+
+
+def runs_of(module: Any) -> list[Run]:
+    """The runs that are tracked now."""
+    tracker = dispatcher_of(module).state.tracker
+    runs = [run for _, run, _ in tracker._by_storage.values()]
+    return runs + [track.run for track in tracker._by_value]
+
+
+def cached_of(module: Any) -> list[Any]:
+    """What all lanes have cached now."""
+    return dispatcher_of(module).state.tracker.cached()
+
+
+def companions_of(module: Any) -> list[LazyNetwork]:
+    """The wrappers of the networks whose results the denoiser reads."""
+    return dispatcher_of(module).companions
