@@ -80,9 +80,9 @@ def ratio_at_full_size() -> tuple[float, float]:
             "return_dict": False,
         }
     network.eval()
-    standin = LazyNetwork(network, network.forward, dcompile.backends.resolve("eager", None), False)
-    standin(**call)
-    (program,) = standin._programs.values()
+    wrapper = LazyNetwork(network, network.forward, dcompile.backends.resolve("eager", None), False)
+    wrapper(**call)
+    (program,) = wrapper.programs._programs.values()
     graph = program.network.graph_module
     whole = total_cost(graph.graph.nodes).flops
     return whole / 2e9, total_cost(with_outputs(graph, (0,)).graph.nodes).flops / whole

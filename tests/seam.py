@@ -10,6 +10,7 @@ from dcompile.compiler.program import Program
 from dcompile.runtime.cuda_graphs import RecordedProgram
 from dcompile.runtime.dispatcher import Dispatcher
 from dcompile.runtime.lazy_network import LazyNetwork
+from dcompile.runtime.partial_programs import PartialProgram
 from dcompile.runtime.settings import Settings
 from dcompile.runtime.tracking import Run
 from dcompile.runtime.warmup import captured_network
@@ -65,3 +66,8 @@ def cached_of(module: Any) -> list[Any]:
 def companions_of(module: Any) -> list[LazyNetwork]:
     """The wrappers of the networks whose results the denoiser reads."""
     return dispatcher_of(module).companions
+
+
+def partial_programs_of(companion: LazyNetwork) -> list[PartialProgram]:
+    """All that was captured of a companion."""
+    return list(companion.programs._programs.values())

@@ -35,6 +35,7 @@ from dcompile import Adaptive, MultiLevel
 from dcompile.compiler.lazy import LazyTensor, PendingCall, materialize
 from dcompile.runtime.cuda_graphs import RECORDERS
 from dcompile.runtime.lazy_network import LazyNetwork
+from dcompile.runtime.partial_programs import PartialPrograms
 
 RESIDUALS = 7  # two levels of three, and the deepest
 
@@ -122,7 +123,7 @@ def cached(pipe: Any, **settings: Any) -> Any:
     return dcompile.cache_compile(pipe, **{"backend": "eager", "verbose": False, **settings})
 
 
-def beside(pipe: Any) -> LazyNetwork:
+def companion_of(pipe: Any) -> LazyNetwork:
     return seam.companions_of(pipe)[0]
 
 
@@ -130,13 +131,13 @@ def beside(pipe: Any) -> LazyNetwork:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many residuals were asked for, one number for each time."""
     found: list[int] = []
-    graph_of = LazyNetwork._graph
+    graph_of = PartialPrograms.graph
 
-    def graph(self: LazyNetwork, bound: Any, numbers: tuple[int, ...], *rest: Any) -> Any:
+    def graph(self: PartialPrograms, bound: Any, numbers: tuple[int, ...], *rest: Any) -> Any:
         found.append(len(numbers))
         return graph_of(self, bound, numbers, *rest)
 
-    monkeypatch.setattr(LazyNetwork, "_graph", graph)
+    monkeypatch.setattr(PartialPrograms, "graph", graph)
     return found
 
 
@@ -197,10 +198,10 @@ def test_however_it_is_used(pipes: tuple[Any, Any], change: dict[str, Any]) -> N
 def test_another_scale_is_no_new_capture(pipes: tuple[Any, Any]) -> None:
     pipe = cached(pipes[1], interval=3)
     run(pipe)
-    known = len(beside(pipe)._programs)
+    known = len(seam.partial_programs_of(companion_of(pipe)))
     for scale in (0.1, 0.2, 0.9):
         run(pipe, controlnet_conditioning_scale=scale)
-    assert len(beside(pipe)._programs) == known
+    assert len(seam.partial_programs_of(companion_of(pipe))) == known
 
 
 @pytest.mark.parametrize(
@@ -427,7 +428,7 @@ def test_a_wrong_call_raises_the_network_s_own_error() -> None:
     with pytest.raises((TypeError, RuntimeError, ValueError)), torch.no_grad():
         pipe.controlnet(torch.randn(2, 4, 8, 8), 1, torch.randn(2, 5, 9), controlnet_cond=image())
     run(pipe)
-    assert beside(pipe).parts()
+    assert companion_of(pipe).programs.costs()
 
 
 class Unfollowable(nn.Module):
