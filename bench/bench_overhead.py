@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import seam
 import shapes
 import torch
 
@@ -37,13 +38,12 @@ def test_dispatch_of_a_reuse_step(benchmark: Any) -> None:
     """
     network, call = shapes.sdxl()
     dcompile.cache_compile(network, interval=10_000, backend="eager", verbose=False)
-    dispatcher = dcompile.handle(network)._dispatcher
     steps, others = iter(torch.arange(2000, 0, -1)), iter(torch.arange(2000, 0, -1))
     network(timestep=next(steps), **call)
-    leaves, form = dispatcher._forms.flatten((), {"timestep": next(others), **call})
+    leaves, form = CallForms(network.forward).flatten((), {"timestep": next(others), **call})
     assert form is not None
     position = form.timestep
-    ((_, run, _),) = dispatcher._tracker._by_storage.values()
+    (run,) = seam.runs_of(network)
     (bound,) = run.programs.values()
     (lane,) = run.lanes
 
@@ -67,7 +67,7 @@ def test_dispatch_of_a_reuse_step(benchmark: Any) -> None:
         submodules=sum(1 for _ in network.modules()),
         parameters=sum(1 for _ in network.parameters()),
     )
-    assert dispatcher.stats().reuse_steps == 1000
+    assert dcompile.handle(network).stats.reuse_steps == 1000
 
 
 def standard_leaves(network: Any, call: dict[str, Any]) -> list[Any]:
@@ -93,8 +93,7 @@ def test_capture_and_passes(benchmark: Any, subject: shapes.Subject) -> None:
     def capture() -> None:
         dcompile.cache_compile(network, backend="eager", verbose=False)
         try:
-            dispatcher = dcompile.handle(network)._dispatcher
-            captured = dispatcher.network_for((), {"timestep": t, **call})
+            captured = seam.captured(network, timestep=t, **call)
             build(captured, REUSE, resolve("eager", None), network, leaves, Display("", False))
         finally:
             dcompile.handle(network).remove()
@@ -117,9 +116,7 @@ def test_compiling_both_graphs(benchmark: Any, tmp_path: Any) -> None:
     network, call = shapes.sd15(small=True)
     leaves = standard_leaves(network, {"timestep": torch.tensor(100), **call})
     dcompile.cache_compile(network, backend="eager", verbose=False)
-    captured = dcompile.handle(network)._dispatcher.network_for(
-        (), {"timestep": torch.tensor(100), **call}
-    )
+    captured = seam.captured(network, timestep=torch.tensor(100), **call)
     dcompile.handle(network).remove()
     display = Display("", False)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)  # nothing compiled before
@@ -145,9 +142,7 @@ def test_forecasts_on_a_reuse_step(benchmark: Any) -> None:
     network, call = shapes.sd15(small=True)
     leaves = standard_leaves(network, {"timestep": torch.tensor(100), **call})
     dcompile.cache_compile(network, backend="eager", verbose=False)
-    captured = dcompile.handle(network)._dispatcher.network_for(
-        (), {"timestep": torch.tensor(100), **call}
-    )
+    captured = seam.captured(network, timestep=torch.tensor(100), **call)
     dcompile.handle(network).remove()
     kinds = {
         "reuse": ("reuse", None),

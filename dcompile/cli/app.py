@@ -140,7 +140,7 @@ def explain(
         if svg is not None:
             _check_writable(svg)
         from dcompile.api import cache_compile, handle
-        from dcompile.models.loading import example_call
+        from dcompile.cli.loading import example_call
         from dcompile.report.svg import draw_svg
 
         if depth < 0:
@@ -284,7 +284,7 @@ def _sampler(
     device: str,
 ) -> Sampler:
     from dcompile.cli.demo import DemoSettings, Sampler
-    from dcompile.models.loading import load_pipeline, resolve_device
+    from dcompile.cli.loading import load_pipeline, resolve_device
 
     settings = DemoSettings(
         model=model,

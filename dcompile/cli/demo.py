@@ -15,13 +15,13 @@ import torch
 
 from dcompile import models
 from dcompile.api import cache_compile, handle
-from dcompile.errors import DcompileError, ModelError
-from dcompile.models.loading import (
+from dcompile.cli.loading import (
     is_unconditional,
     load_pipeline,
     resolve_device,
     set_sample_size,
 )
+from dcompile.errors import DcompileError, ModelError
 from dcompile.policy.fixed import Uniform
 from dcompile.report.explain import Explanation
 
@@ -41,7 +41,7 @@ class DemoSettings:
     """What to run.
 
     Attributes:
-        model: see ``dcompile.models.loading.locate``.
+        model: see ``dcompile.cli.loading.locate``.
         prompts: for text-to-image pipelines; pictures take them in turn. None given: the model's
             own, see ``dcompile.models.defaults``.
         steps: denoising steps.
