@@ -14,6 +14,7 @@ from dcompile.backends.eager import Eager
 from dcompile.backends.inductor import Inductor
 from dcompile.backends.tensorrt import TensorRT
 from dcompile.backends.torch_registry import FromTorch, registered_names
+from dcompile.compat.dynamo import lookup_backend
 from dcompile.errors import BackendError
 
 GraphCompiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -94,8 +95,6 @@ def resolve(backend: str | GraphCompiler, options: Mapping[str, Any] | None) -> 
         return FromTorch(getattr(backend, "__name__", type(backend).__name__), backend)
     known = registered_names()
     if isinstance(backend, str) and backend in known:
-        from torch._dynamo.backends.registry import lookup_backend
-
         return FromTorch(backend, lookup_backend(backend))
     names = ", ".join(dict.fromkeys(["eager", "inductor", "tensorrt", *known]))
     raise BackendError(

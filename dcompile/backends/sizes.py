@@ -9,6 +9,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from dcompile.compat.export import (
+    bounds_of,
+    expression_of,
+    guards_of,
+    shape_env_of,
+    traced_size,
+    traced_sizes,
+)
+
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]  # smallest, best, largest: TensorRT's min, opt, max
 REQUESTED = "requested_sizes"  # see Backend.compile
@@ -24,20 +33,21 @@ def profiles_of(placeholders: list[Node], inputs: Sequence[Any]) -> list[Profile
         if _free_symbols(size)
     ]
     for axis, size, value, told in dimensions:  # the boundary's come last, and are never told
-        symbol, shape_env = size.node.expr, size.node.shape_env
+        symbol, shape_env = expression_of(size), shape_env_of(size)
         if symbol.is_symbol and symbol not in sizes:
-            captured = int(shape_env.backed_var_to_val[symbol])
+            captured = traced_size(shape_env, symbol)
             sizes[symbol] = _Size(symbol, captured, value.shape[axis], told, shape_env)
     for _, size, _, _ in dimensions:  # symbols that occur in expressions only
         for symbol in _free_symbols(size) - sizes.keys():
-            captured = int(size.node.shape_env.backed_var_to_val[symbol])
-            sizes[symbol] = _Size(symbol, captured, captured, None, size.node.shape_env)
+            shape_env = shape_env_of(size)
+            captured = traced_size(shape_env, symbol)
+            sizes[symbol] = _Size(symbol, captured, captured, None, shape_env)
     ranges = {symbol: size.range() for symbol, size in sizes.items()}
 
     def shape_at(node: Node, which: int) -> Shape:
         values = {symbol: ends[which] for symbol, ends in ranges.items()}
         return tuple(
-            int(size.node.expr.subs(values)) if isinstance(size, torch.SymInt) else size
+            int(expression_of(size).subs(values)) if isinstance(size, torch.SymInt) else size
             for size in node.meta["val"].shape
         )
 
@@ -45,7 +55,11 @@ def profiles_of(placeholders: list[Node], inputs: Sequence[Any]) -> list[Profile
 
 
 def _free_symbols(size: Any) -> frozenset[Any]:
-    return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
+    return (
+        frozenset(expression_of(size).free_symbols)
+        if isinstance(size, torch.SymInt)
+        else frozenset()
+    )
 
 
 @dataclass(frozen=True)
@@ -72,10 +86,10 @@ class _Size:
         reserves memory for the largest.
         """
         small, large = sorted((self.captured, self.now))
-        bounds = self.shape_env.var_to_range[self.symbol]
+        lower, upper = bounds_of(self.shape_env, self.symbol)
         low, high = self.told or ((small + 1) // 2, 3 * large // 2)
-        low = max(low, int(bounds.lower))
-        high = high if bounds.upper > high else int(bounds.upper)
+        low = max(low, int(lower))
+        high = high if upper > high else int(upper)
         while low < small and not self._taken(low):
             low += 1
         while high > large and not self._taken(high):
@@ -86,8 +100,8 @@ class _Size:
         """Whether the guards hold at ``size``, everything else as it was captured."""
         from sympy import false  # type: ignore[import-untyped]  # not with the package: slow
 
-        values = {**self.shape_env.backed_var_to_val, self.symbol: size}
-        guards = (self.shape_env.replace(guard.expr) for guard in self.shape_env.guards)
+        values = {**traced_sizes(self.shape_env), self.symbol: size}
+        guards = guards_of(self.shape_env)
         return not any(
             guard.subs(values) == false for guard in guards if self.symbol in guard.free_symbols
         )

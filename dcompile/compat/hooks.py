@@ -5,12 +5,19 @@ None of these attributes is documented. Seen in accelerate 1.2 to 1.12, diffuser
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 forward_slots = ("forward", "_old_forward")
 """Attributes in which a module's forward may be: accelerate's hooks move it to the second."""
+
+
+root_attributes = ("_hf_hook", "_is_torch_compile")
+"""Attributes that accelerate and torch.compile add to a network they wrap as a whole."""
 
 
 def forward_slot(module: nn.Module) -> str:
@@ -30,6 +37,64 @@ def offload_hooks(module: nn.Module) -> list[tuple[str, str]]:
         hooks = getattr(getattr(submodule, "_diffusers_hook", None), "hooks", {})
         found += [(path, name) for name in hooks if "offload" in name]
     return found
+
+
+def take_compiled_call(module: nn.Module) -> Any:
+    """Undo ``module.compile()``, which would bypass ``forward``. Returns what it had installed."""
+    installed = module._compiled_call_impl
+    if installed is not None:  # None is the class's own: an attribute would be a trace
+        module._compiled_call_impl = None
+    return installed
+
+
+def give_compiled_call(module: nn.Module, installed: Any) -> None:
+    """Put back what ``take_compiled_call`` returned."""
+    module._compiled_call_impl = installed
+
+
+@contextmanager
+def casts_in_graph(module: nn.Module) -> Iterator[None]:
+    """diffusers' layerwise casting, as casts that a capture can follow.
+
+    Its hooks write other weights over a layer's own before and after each call. Meanwhile they put
+    casts of them in their place.
+    """
+    replaced = []
+    for submodule in module.modules():
+        registry = getattr(submodule, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}).values():
+            if hasattr(hook, "storage_dtype") and hasattr(hook, "compute_dtype"):
+                where = hook.fn_ref
+                replaced.append((where, where.pre_forward, where.post_forward))
+                where.pre_forward, where.post_forward = _casting_to(hook.compute_dtype)
+    try:
+        yield
+    finally:
+        for where, before, after in replaced:
+            where.pre_forward, where.post_forward = before, after
+
+
+def _casting_to(dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What to do before and after a layer's forward."""
+    own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+
+    def before(layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for part in layer.modules():
+            tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_floating_point():
+                        own.append((table, name, tensor))
+                        table[name] = tensor.to(dtype)
+        return args, kwargs
+
+    def after(layer: nn.Module, output: Any) -> Any:
+        while own:
+            table, name, tensor = own.pop()
+            table[name] = tensor
+        return output
+
+    return before, after
 
 
 def without_torch_compile(module: Any) -> Any:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from dcompile.compat.export import (
+    conditions_of,
+    is_fake,
+    is_higher_order,
+    kept_kernels,
+    shape_env_of,
+)
+from dcompile.compat.hooks import casts_in_graph, offload_hooks
 from dcompile.compiler.guards import SizeGuard, TensorPattern, autocast_dtype
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import CaptureError
@@ -52,7 +57,7 @@ class CapturedNetwork:
         out_spec: the structure of what the network returns.
         in_spec: the structure of the call.
         guard: for a dynamic capture, the calls it is right for.
-        current_guard: the same, as it is known now.
+        current_guard: makes the guard as it is known now: compiling may specialize sizes.
     """
 
     graph_module: GraphModule
@@ -67,7 +72,7 @@ class CapturedNetwork:
     current_guard: Callable[[], SizeGuard] | None = None
 
     def refresh_guard(self) -> None:
-        """Take in what a compiler has taken for granted about sizes since the capture."""
+        """Take in what a compiler has specialized since the capture."""
         if self.current_guard is not None:
             object.__setattr__(self, "guard", self.current_guard())
 
@@ -133,7 +138,7 @@ def _put_back(held: Sequence[tuple[Any, dict[str, Any]]]) -> str | None:
     first = None
     for thing, before in held:
         for name, value in list(thing.__dict__.items()):
-            if isinstance(value, FakeTensor) and value is not before.get(name):
+            if is_fake(value) and value is not before.get(name):
                 first = first or f"{type(thing).__name__}.{name}"
                 if name in before:
                     thing.__dict__[name] = before[name]
@@ -158,7 +163,8 @@ def capture(
     Args:
         leaves, spec: the call's ``(args, kwargs)``, flattened by ``torch.utils._pytree``.
         sample_leaf: which of the leaves is the noisy sample.
-        dynamic: let these sizes vary as far as the network's code allows (``Dim.AUTO``).
+        dynamic: let these sizes vary as far as the network's code allows (``Dim.AUTO``). If the
+            conditions on them are not understood, the sizes are fixed.
 
     Raises:
         CaptureError: ``torch.export`` cannot follow the code; names the line.
@@ -182,7 +188,7 @@ def capture(
     )
     capturing_threads.add(threading.get_ident())
     try:
-        with torch.inference_mode(False), torch.no_grad(), _casts_in_graph(module), _kernels():
+        with torch.inference_mode(False), torch.no_grad(), casts_in_graph(module), kept_kernels():
             exported = _exported(network, (args, kwargs), hints)
             if not _is_functional(exported.graph_module):
                 exported = exported.run_decompositions({})
@@ -198,106 +204,25 @@ def capture(
             "read; a reuse step would leave that out. It runs uncached"
         )
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
-    return _from_exported(exported, spec, sample_leaf, ranges)
+    captured = _from_exported(exported, spec, sample_leaf, ranges)
+    if captured.guard is not None and not captured.guard.understood:
+        # Conditions on sizes that nothing here can check: capture these sizes alone.
+        return capture(module, forward, leaves, spec, sample_leaf)
+    return captured
 
 
 def _require_all_weights(module: nn.Module) -> None:
-    """Refuse hooks that bring the weights of one part after another, before they are disturbed.
+    """Refuse hooks that move the weights of one part after another, before they are disturbed.
 
     Raises:
         CaptureError: diffusers' group offload is on.
     """
-    for path, submodule in module.named_modules():
-        hooks = getattr(getattr(submodule, "_diffusers_hook", None), "hooks", {})
-        for name in hooks:
-            if "offload" in name:
-                raise CaptureError(
-                    f"{type(module).__name__} cannot be captured: a hook ({name}) on "
-                    f"{path or 'it'} moves the weights of one part after another, and a graph "
-                    "reads all of them. It runs uncached. enable_model_cpu_offload() moves the "
-                    "network as a whole, and is fine"
-                )
-
-
-@contextmanager
-def _casts_in_graph(module: nn.Module) -> Iterator[None]:
-    """Layerwise casting, as casts that capture can follow.
-
-    Its hooks write other weights over a layer's own before and after each call. Meanwhile they put
-    casts of them in their place.
-    """
-    replaced = []
-    for submodule in module.modules():
-        registry = getattr(submodule, "_diffusers_hook", None)
-        for hook in getattr(registry, "hooks", {}).values():
-            if hasattr(hook, "storage_dtype") and hasattr(hook, "compute_dtype"):
-                where = hook.fn_ref
-                replaced.append((where, where.pre_forward, where.post_forward))
-                where.pre_forward, where.post_forward = _casting_to(hook.compute_dtype)
-    try:
-        yield
-    finally:
-        for where, before, after in replaced:
-            where.pre_forward, where.post_forward = before, after
-
-
-class _Kernels:
-    """Keeps torch.export from turning oneDNN, NNPACK and cuDNN off while it traces.
-
-    It does so for the whole process, and other threads would compute by other kernels meanwhile:
-    slower, and not the same to the last bit. The operators of a graph are ATen's either way.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._captures = 0
-        self._own: Any = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        trace: Any = sys.modules.get("torch.export._trace")
-        name = "_ignore_backend_decomps"
-        if not hasattr(trace, name):
-            yield
-            return
-        with self._lock:
-            if not self._captures:
-                self._own = getattr(trace, name)
-                setattr(trace, name, nullcontext)
-            self._captures += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._captures -= 1
-                if not self._captures:
-                    setattr(trace, name, self._own)
-
-
-_kernels = _Kernels()
-
-
-def _casting_to(dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What to do before and after a layer's forward."""
-    own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-
-    def before(layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        for part in layer.modules():
-            tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-            for table in tables:
-                for name, tensor in table.items():
-                    if tensor is not None and tensor.is_floating_point():
-                        own.append((table, name, tensor))
-                        table[name] = tensor.to(dtype)
-        return args, kwargs
-
-    def after(layer: nn.Module, output: Any) -> Any:
-        while own:
-            table, name, tensor = own.pop()
-            table[name] = tensor
-        return output
-
-    return before, after
+    for path, name in offload_hooks(module):
+        raise CaptureError(
+            f"{type(module).__name__} cannot be captured: a hook ({name}) on {path or 'it'} moves "
+            "the weights of one part after another, and a graph reads all of them. It runs "
+            "uncached. enable_model_cpu_offload() moves the network as a whole, and is fine"
+        )
 
 
 def _is_among(leaf: Any, others: Sequence[Any]) -> bool:
@@ -331,8 +256,7 @@ def _export(network: nn.Module, call: tuple[Any, ...], shapes: Any) -> ExportedP
 def _is_functional(graph_module: GraphModule) -> bool:
     """No operator writes to its arguments, and no part is tucked away in a subgraph."""
     return not any(
-        is_mutating(node) or isinstance(node.target, torch._ops.HigherOrderOperator)
-        for node in graph_module.graph.nodes
+        is_mutating(node) or is_higher_order(node.target) for node in graph_module.graph.nodes
     )
 
 
@@ -401,9 +325,9 @@ def _size_guard(
     inputs: dict[str, int],
     ranges: tuple[tuple[int, int, int, int], ...],
 ) -> Callable[[], SizeGuard] | None:
-    """What the code takes for granted about sizes, as far as it is known when asked.
+    """Makes the guard of a dynamic capture, with the conditions on sizes known when it is called.
 
-    None if nothing can vary. Holds on to shapes only: the program has the example call in it.
+    None if nothing can vary. Keeps shapes alive and no tensors of the example call.
     """
     examples: dict[int, Any] = {}
     for node in exported.graph.find_nodes(op="placeholder"):
@@ -415,7 +339,7 @@ def _size_guard(
     ]
     if not symbols:
         return None
-    shape_env = cast(Any, symbols[0]).node.shape_env
+    shape_env = shape_env_of(symbols[0])
     autocast = autocast_dtype(tensors)
 
     def guard() -> SizeGuard:
@@ -423,7 +347,7 @@ def _size_guard(
             (leaf, TensorPattern.of(value) if isinstance(value, torch.Tensor) else value)
             for leaf, value in examples.items()
         )
-        return SizeGuard(leaves, shape_env.produce_guards_expression(tensors), ranges, autocast)
+        return SizeGuard(leaves, conditions_of(shape_env, tensors), ranges, autocast)
 
     return guard
 

@@ -20,10 +20,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from dcompile.compat.hooks import forward_slots, root_attributes
+from dcompile.compat.tensors import version_of
+
 # nn.Module's own bookkeeping is compared through what it holds, not as attributes.
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 # Around the whole network, where dcompile and accelerate's hooks take turns; capture goes beneath.
-_ROOT_WRAPPERS = frozenset({"forward", "_old_forward", "_hf_hook", "_is_torch_compile"})
+_ROOT_WRAPPERS = frozenset({*forward_slots, *root_attributes})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _MAX_DEPTH = 8  # levels of containers and objects within an attribute
 
@@ -299,7 +302,7 @@ def _describe(value: Any, depth: int) -> Any:
     if kind in _PLAIN:
         return value
     if isinstance(value, torch.Tensor):  # a constant of the graph: its values matter
-        version = 0 if value.is_inference() else value._version
+        version = version_of(value) or 0
         return _Identity((id(value), version), ("tensor", tuple(value.shape), value.dtype))
     if isinstance(value, nn.Module):  # its weights are constants of the graph
         return _Identity((id(value),), ("module", kind))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from dcompile.compat.tensors import no_torch_function, wrapper_subclass
+
 
 class PendingCall:
     """The results of one call that has not run yet.
@@ -48,13 +50,11 @@ class LazyTensor(torch.Tensor):
 
     pending: PendingCall
     number: int
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @staticmethod
     def __new__(cls, like: torch.Tensor, pending: PendingCall, number: int) -> LazyTensor:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
+        made = wrapper_subclass(cls, like)
         made.pending, made.number = pending, number
         return made
 

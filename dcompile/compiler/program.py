@@ -11,6 +11,8 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from dcompile.compat.storages import storage_of
+from dcompile.compat.tensors import version_of
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.lazy import LazyTensor, materialize
 
@@ -94,7 +96,7 @@ def _fingerprint(tensor: torch.Tensor) -> tuple[object, ...]:
     """Changes when the tensor does: by its version, and for writes through ``.data``, which bear
     none, by a sample of its values.
     """
-    version = None if tensor.is_inference() else tensor._version
+    version = version_of(tensor)
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
     sample = flat[:: max(1, flat.numel() // 64)].tolist()
     return version, tuple(sample)
@@ -320,7 +322,7 @@ class BoundProgram:
 
 def _share_storage(results: Sequence[Any], boundary: Sequence[Any]) -> bool:
     def storages(values: Sequence[Any]) -> set[int]:
-        return {id(x.untyped_storage()) for x in values if isinstance(x, torch.Tensor)}
+        return {id(storage_of(x)) for x in values if isinstance(x, torch.Tensor)}
 
     return not storages(results).isdisjoint(storages(boundary))
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from dcompile.api import cache_compile
+from dcompile.compat.dynamo import argument_name, example_value, is_of_module
 from dcompile.errors import BackendError, CaptureError, TimestepError
 
 
@@ -73,10 +74,10 @@ class _Traced(nn.Module):
         weights = {
             place: value
             for place, (node, value) in enumerate(zip(nodes, example_inputs, strict=True))
-            if isinstance(value, nn.Parameter) or _is_of_module(node)
+            if isinstance(value, nn.Parameter) or is_of_module(node)
         }
         given = [place for place in range(len(nodes)) if place not in weights]
-        arguments = {_name_of(nodes[place]): place for place in given}
+        arguments = {argument_name(nodes[place]): place for place in given}
         self._timestep = _timestep_of(arguments, example_inputs, timestep)
         self._sample = _sample_of(arguments, example_inputs, graph_module, self._timestep, sample)
         first = (self._sample, self._timestep)
@@ -117,32 +118,6 @@ class _Traced(nn.Module):
         return self.graph(*inputs)
 
 
-def _source_of(node: Node) -> Any:
-    argument = node.meta.get("grapharg")
-    return getattr(argument, "source", None)
-
-
-def _is_of_module(node: Node) -> bool:
-    """Whether Dynamo found it on the module rather than among the call's arguments."""
-    source = _source_of(node)
-    while getattr(source, "base", None) is not None:
-        source = source.base
-    return getattr(source, "local_name", None) == "self"
-
-
-def _name_of(node: Node) -> str:
-    """The parameter of forward it is; behind a decorator, its keyword or ``args[place]``."""
-    source = _source_of(node)
-    local, index = getattr(source, "local_name", None), getattr(source, "index", None)
-    if local is None and index is not None:
-        outer = getattr(source.base, "local_name", None)
-        if outer == "kwargs":
-            return str(index)
-        if outer == "args":
-            return f"args[{index}]"
-    return str(local or node.target)
-
-
 def _timestep_of(arguments: Mapping[str, int], values: Sequence[Any], wanted: str | None) -> int:
     tensors = [name for name, place in arguments.items() if isinstance(values[place], torch.Tensor)]
     timed = [name for name in tensors if "time" in name.lower()]
@@ -172,7 +147,7 @@ def _sample_of(
             raise CaptureError(f"sample: the graph has no input {wanted!r}, but {list(arguments)}")
         return arguments[wanted]
     output = next(iter(reversed(graph_module.graph.nodes)))
-    results = [node.meta.get("example_value") for node in output.all_input_nodes]
+    results = [example_value(node) for node in output.all_input_nodes]
     fitting = [
         name
         for name, place in arguments.items()

@@ -31,6 +31,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from dcompile.compat.cuda import clear_cublas_workspaces, copy_all
+from dcompile.compat.storages import storage_of
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program import BoundProgram, CacheLayout, Program, graph_label
 
@@ -77,13 +79,13 @@ class CudaRecorder:
             graph = torch.cuda.CUDAGraph()
             # cuBLAS keeps a workspace for each stream, and somebody may free it (Inductor's CUDA
             # graph trees do). One that is made while capturing lives in the graph's own pool.
-            torch._C._cuda_clearCublasWorkspaces()
+            clear_cublas_workspaces()
             # Other threads may go on launching and allocating meanwhile.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
             ):
                 outputs = tuple(run(reads))
-            torch._C._cuda_clearCublasWorkspaces()
+            clear_cublas_workspaces()
         return graph, outputs
 
     def replay(self, recording: Any) -> None:
@@ -154,7 +156,7 @@ class RecordedProgram:
         self._boundary: Tensors = ()
         self._owner: weakref.ref[HeldBoundary] | None = None
         weights = [weight for graph in bound.graphs for weight in graph.weights]
-        self._storages = [weight.untyped_storage() for weight in weights]
+        self._storages = [storage_of(weight) for weight in weights]
         self._addresses = _addresses(bound)
 
     def still_fits(self, bound: BoundProgram) -> bool:
@@ -283,7 +285,7 @@ class RecordedProgram:
         ]
         if graph.coefficients is not None:
             buffers, values = [*buffers, graph.coefficients], [*values, coefficients]
-        torch._foreach_copy_(buffers, values)
+        copy_all(buffers, values)
         self._recorder.replay(graph.recording)
         if graph is self._graphs.get(0):
             return tuple(map(_copy, graph.outputs))

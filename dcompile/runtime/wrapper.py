@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dcompile.compat.hooks import forward_slots
+from dcompile.compat.hooks import forward_slots, give_compiled_call, take_compiled_call
 
 
 class ForwardWrapper:
@@ -55,9 +55,7 @@ class ForwardWrapper:
         attributes = self.module.__dict__
         if slot in attributes:
             self.replaced[slot] = attributes[slot]
-        if self.module._compiled_call_impl is not None:  # nn.Module.compile() would go around this
-            self.compiled_call = self.module._compiled_call_impl
-            self.module._compiled_call_impl = None
+        self.compiled_call = take_compiled_call(self.module)
         attributes[slot] = self
 
     def uninstall(self) -> None:
@@ -72,7 +70,7 @@ class ForwardWrapper:
                 else:
                     attributes[slot] = self.original
                 if self.compiled_call is not None:
-                    self.module._compiled_call_impl = self.compiled_call
+                    give_compiled_call(self.module, self.compiled_call)
                 return
         warnings.warn(
             f"{type(self.module).__name__}.forward was replaced by something else since "

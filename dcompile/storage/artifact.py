@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils._pytree import treespec_dumps, treespec_loads
 
 from dcompile.backends import Backend
-from dcompile.compiler.guards import SizeGuard, TensorPattern
+from dcompile.compiler.guards import SizeGuard, TensorPattern, parse_condition
 from dcompile.compiler.program import (
     CacheLayout,
     CompiledGraph,
@@ -507,6 +507,8 @@ def _graph_of(
 def _guard_of(entry: Any, device: torch.device) -> SizeGuard | None:
     if entry is None:
         return None
+    if entry["expression"] is not None:
+        parse_condition(entry["expression"])  # raises now rather than at a call
     leaves: list[tuple[int, Any]] = []
     for leaf, wanted in entry["leaves"]:
         if "tensor" in wanted:

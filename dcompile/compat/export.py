@@ -1,0 +1,109 @@
+"""torch.export and symbolic sizes. Seen in torch 2.11 to 2.15."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def is_fake(value: Any) -> bool:
+    """Whether this is a tensor of a trace, which has no values."""
+    return isinstance(value, FakeTensor)
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
+    """The fake mode that the symbolic sizes among these tensors belong to; None if none has any."""
+    for value in values:
+        if isinstance(value, FakeTensor) and any(
+            isinstance(size, torch.SymInt) for size in value.shape
+        ):
+            return value.fake_mode
+    return None
+
+
+def expression_of(size: torch.SymInt) -> Any:
+    """A symbolic size as a sympy expression."""
+    return size.node.expr
+
+
+def shape_env_of(size: Any) -> Any:
+    """What knows the conditions that tracing put on a symbolic size: its ``ShapeEnv``."""
+    return size.node.shape_env
+
+
+def conditions_of(shape_env: Any, tensors: Sequence[torch.Tensor]) -> str | None:
+    """All conditions on the sizes of ``tensors``, as Python over ``L['t0']``, ``L['t1']``, ..."""
+    conditions: str | None = shape_env.produce_guards_expression(list(tensors))
+    return conditions
+
+
+def traced_size(shape_env: Any, symbol: Any) -> int:
+    """What a symbol was when the network was traced."""
+    return int(shape_env.backed_var_to_val[symbol])
+
+
+def traced_sizes(shape_env: Any) -> dict[Any, Any]:
+    """What all symbols were when the network was traced."""
+    return dict(shape_env.backed_var_to_val)
+
+
+def bounds_of(shape_env: Any, symbol: Any) -> tuple[Any, Any]:
+    """The least and greatest value of a symbol, as far as tracing found out; sympy numbers."""
+    bounds = shape_env.var_to_range[symbol]
+    return bounds.lower, bounds.upper
+
+
+def guards_of(shape_env: Any) -> list[Any]:
+    """The conditions that tracing recorded, as sympy expressions."""
+    return [shape_env.replace(guard.expr) for guard in shape_env.guards]
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether a graph node calls a subgraph (autocast regions, ``cond``, ...)."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+class _KeptKernels:
+    """Keeps torch.export from turning oneDNN, NNPACK and cuDNN off while it traces.
+
+    It does so for the whole process, and other threads would compute with other kernels meanwhile:
+    slower, and not the same to the last bit. The operators of a graph are ATen's either way.
+    Replaces ``torch.export._trace._ignore_backend_decomps``; where that no longer exists, nothing
+    happens.
+    """
+
+    NAME = "_ignore_backend_decomps"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._captures = 0
+        self._own: Any = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        trace: Any = sys.modules.get("torch.export._trace")
+        if not hasattr(trace, self.NAME):
+            yield
+            return
+        with self._lock:
+            if not self._captures:
+                self._own = getattr(trace, self.NAME)
+                setattr(trace, self.NAME, nullcontext)
+            self._captures += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._captures -= 1
+                if not self._captures:
+                    setattr(trace, self.NAME, self._own)
+
+
+kept_kernels = _KeptKernels()
+"""A context manager: other threads' kernels stay as they are while this one traces."""
