@@ -19,7 +19,7 @@ from torch import nn
 
 import dcompile
 from dcompile import ArtifactError, DcompileError, NotCompiledError, ScheduleError
-from dcompile.storage import artifact as artifacts
+from dcompile.storage import folder as folders
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["seal"]
     edit(manifest)
-    (folder / "manifest.json").write_bytes(artifacts._sealed(manifest))
+    (folder / "manifest.json").write_bytes(folders.sealed(manifest))
 
 
 def test_nothing_is_captured_or_compiled_after_loading(

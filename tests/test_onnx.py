@@ -390,7 +390,7 @@ def test_a_failed_export_leaves_the_old_one(
     def full_disk(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dcompile.storage.onnx._WeightsFile, "add", full_disk)
+    monkeypatch.setattr(dcompile.storage.onnx_folder.WeightsFile, "add", full_disk)
     with pytest.raises(ExportError, match="No space left on device; free some space or choose"):
         written(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -489,7 +489,7 @@ def test_schedule_in_the_manifest(schedule: Any, fields: Arrays) -> None:
 
 
 def test_large_tensors_can_be_mapped(tmp_path: Path) -> None:
-    with dcompile.storage.onnx._WeightsFile(tmp_path / "weights.data") as stored:
+    with dcompile.storage.onnx_folder.WeightsFile(tmp_path / "weights.data") as stored:
         offsets = [stored.add(bytes(3)), stored.add(b"x" * (1 << 20)), stored.add(bytes(3))]
     assert offsets == [0, 1 << 16, 0]
     content = (tmp_path / "weights.data").read_bytes()

@@ -1,26 +1,15 @@
 """Compiled programs on disk: build once, ship, load in seconds without capturing or compiling.
 
-A folder holds ``manifest.json`` and one folder of data that it names. The data folder is written
-under another name and renamed when it is complete; then the manifest, replaced in one step, points
-to it. So whoever reads finds the old programs or the new ones, and two writers cannot mix theirs.
-Weights are not part of it: a program is bound to the weights of the module it is loaded into.
-
-Compiled programs are code. Load them only from where you would install a package from.
+Weights are not part of an artefact: a program is bound to the weights of the module it is loaded
+into. Compiled programs are code. Load them only from where you would install a package from.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
-import io
 import json
-import os
 import platform
-import re
-import shutil
-import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +34,17 @@ from dcompile.compiler.saved import SavedProgram
 from dcompile.errors import ArtifactError
 from dcompile.policy import codec
 from dcompile.policy.schedule import Schedule
+from dcompile.storage.comparison import compare, compare_structures
+from dcompile.storage.folder import (
+    FORMAT,
+    digest_of,
+    read_files,
+    replace_folder,
+    sha256_of,
+    unzipped,
+    zipped,
+)
 from dcompile.version import __version__
-
-FORMAT = 3
-MANIFEST = "manifest.json"
-_LOCK = ".lock"
-_SHOWN = 160  # characters of a value that an error message quotes
 
 
 @runtime_checkable
@@ -127,10 +121,10 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
         raise ArtifactError(
             f"what the network takes or returns cannot be written to a file: {error}"
         ) from error
-    files["structure.json.zip"] = _zipped(
+    files["structure.json.zip"] = zipped(
         {"structure.json": json.dumps(artifact.structure).encode()}
     )
-    files["libraries.zip"] = _zipped(libraries)
+    files["libraries.zip"] = zipped(libraries)
     files["constants.safetensors"] = write_tensors(constants)
     name, options = artifact.backend
     manifest = {
@@ -146,10 +140,10 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
         "forecasts": list(artifact.forecasts),
         "written": list(artifact.written),
         "programs": programs,
-        "files": {name: _digest(content) for name, content in sorted(files.items())},
+        "files": {name: sha256_of(content) for name, content in sorted(files.items())},
     }
     try:
-        _replace(folder, manifest, files)
+        replace_folder(folder, manifest, files)
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
 
@@ -191,7 +185,7 @@ def _program_entry(
             if isinstance(weight, Constant):
                 value = weight.value.detach().cpu().contiguous()
                 # Captures may give one name to different literals.
-                key = f"{weight.name}#{_digest_of(value)}"
+                key = f"{weight.name}#{digest_of(value)}"
                 constants[key] = value.clone()
                 weights.append({"constant": key})
             else:
@@ -234,83 +228,6 @@ def _guard_entry(guard: SizeGuard | None) -> Any:
     }
 
 
-def _replace(folder: Path, manifest: dict[str, Any], files: Mapping[str, bytes]) -> None:
-    from filelock import FileLock  # torch's own dependency
-
-    folder.mkdir(parents=True, exist_ok=True)
-    _require_own(folder)
-    data = f"data-{uuid.uuid4().hex[:16]}"
-    draft = folder / f".{data}"
-    draft.mkdir()
-    try:
-        for name, content in files.items():
-            (draft / name).write_bytes(content)
-        content = _sealed({**manifest, "data": data})
-        (draft / MANIFEST).write_bytes(content)
-        # Writers take turns for the moment in which one set of files takes the other's place.
-        with FileLock(folder / _LOCK):
-            os.replace(draft / MANIFEST, folder / f".{data}.json")
-            os.replace(draft, folder / data)
-            os.replace(folder / f".{data}.json", folder / MANIFEST)
-            for item in folder.iterdir():
-                if _DATA.fullmatch(item.name) and item.name != data:
-                    shutil.rmtree(item, ignore_errors=True)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-_DATA = re.compile(r"data-[0-9a-f]{16}")
-_DRAFT = re.compile(r"\.data-[0-9a-f]{16}(\.json)?")
-
-
-def _require_own(folder: Path) -> None:
-    """The folder holds saved programs, whole or damaged, and nothing else: they will be removed."""
-    for item in folder.iterdir():
-        ours = _DATA.fullmatch(item.name) or _DRAFT.fullmatch(item.name)
-        known = item.name == _LOCK or ours is not None
-        if item.name == MANIFEST:
-            try:
-                content = json.loads(item.read_bytes())
-            except ValueError:
-                content = {"seal": "damaged"}
-            known = isinstance(content, dict) and "seal" in content
-        if not known:
-            raise ArtifactError(
-                f"{folder} holds other files ({item.name}): give a folder of its own"
-            )
-
-
-def _data_folder_of(folder: Path) -> str | None:
-    try:
-        return str(json.loads((folder / MANIFEST).read_bytes())["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _sealed(manifest: dict[str, Any]) -> bytes:
-    """JSON that notices a changed byte."""
-    body = json.dumps(manifest, sort_keys=True)
-    seal = hashlib.sha256(body.encode()).hexdigest()
-    return json.dumps({**manifest, "seal": seal}, indent=1, sort_keys=True).encode()
-
-
-def _digest_of(tensor: torch.Tensor) -> str:
-    content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content)[:16]
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _zipped(files: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in sorted(files.items()):
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
-
-
 # Reading ------------------------------------------------------------------------------------------
 
 
@@ -336,13 +253,13 @@ def read(
     """
     from safetensors.torch import load as read_tensors
 
-    manifest, files = _read_files(folder)
-    _compare("machine", manifest["machine"], machine(device))
+    manifest, files = read_files(folder)
+    compare("machine", manifest["machine"], machine(device))
     with _as_damage(folder):
-        structure = json.loads(_unzipped(files["structure.json.zip"])["structure.json"])
-    _compare_structure(structure, structure_of_module(manifest["written"]))
+        structure = json.loads(unzipped(files["structure.json.zip"])["structure.json"])
+    compare_structures(structure, structure_of_module(manifest["written"]))
     with _as_damage(folder):
-        libraries = _unzipped(files["libraries.zip"])
+        libraries = unzipped(files["libraries.zip"])
         constants = read_tensors(files["constants.safetensors"])
     for key, value in constants.items():
         constants[key] = _checked_constant(module, key.rpartition("#")[0], value, device)
@@ -385,86 +302,6 @@ def read(
             programs=programs,
         )
     return artifact, cast(Backend, backend)
-
-
-def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the files it lists, all of them whole."""
-    for attempt in range(3):
-        manifest = _read_manifest(folder)
-        try:
-            files = {
-                name: (folder / manifest["data"] / name).read_bytes() for name in manifest["files"]
-            }
-        except FileNotFoundError as error:
-            # Somebody may have replaced the artefact since the manifest was read.
-            if attempt < 2 and _data_folder_of(folder) != manifest["data"]:
-                continue
-            raise ArtifactError(f"{folder} is damaged: {error.filename} is missing") from error
-        except OSError as error:
-            raise ArtifactError(f"cannot read {folder}: {error}") from error
-        break
-    for name, digest in manifest["files"].items():
-        if _digest(files[name]) != digest:
-            raise ArtifactError(
-                f"{folder} is damaged: {name} is not what was written (SHA-256 differs); "
-                "save it again"
-            )
-    return manifest, files
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        content = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} holds no saved programs: {MANIFEST} cannot be read "
-            f"({error.strerror or error}). handle(module).save(folder) writes them"
-        ) from error
-    try:
-        manifest = json.loads(content)
-        seal = manifest.pop("seal")
-        body = json.dumps(manifest, sort_keys=True)
-        whole = hashlib.sha256(body.encode()).hexdigest() == seal
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArtifactError(f"{folder} is damaged: {MANIFEST} cannot be parsed") from error
-    if not whole:
-        raise ArtifactError(f"{folder} is damaged: {MANIFEST} is not what was written")
-    if manifest.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{folder} has format {manifest.get('format')!r}, this is dcompile {__version__}, "
-            f"which reads format {FORMAT}: save it again"
-        )
-    return cast(dict[str, Any], manifest)
-
-
-def _compare(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    for name in saved.keys() | here.keys():
-        if saved.get(name) != here.get(name):
-            raise ArtifactError(
-                f"saved for another {what}: {name} is {here.get(name)!r} here, "
-                f"{saved.get(name)!r} there. Compiled code fits only where it was made for: "
-                "compile and save it here"
-            )
-
-
-def _compare_structure(saved: dict[str, dict[str, Any]], here: dict[str, dict[str, Any]]) -> None:
-    for path in [*saved, *(path for path in here if path not in saved)]:
-        where = path or "the network itself"
-        if path not in here or path not in saved:
-            place = "the saved one" if path in saved else "this module"
-            raise ArtifactError(f"saved for another module: only {place} has {where}")
-        for name in [*saved[path], *(name for name in here[path] if name not in saved[path])]:
-            one, two = saved[path].get(name, "absent"), here[path].get(name, "absent")
-            if one != two:
-                raise ArtifactError(
-                    f"saved for another module: {name} of {where} is {_short(two)} here, "
-                    f"{_short(one)} there"
-                )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _checked_constant(
@@ -523,11 +360,6 @@ def _guard_of(entry: Any, device: torch.device) -> SizeGuard | None:
         tuple(tuple(item) for item in entry["ranges"]),
         entry["autocast"],
     )
-
-
-def _unzipped(content: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
 
 
 @contextlib.contextmanager

@@ -8,14 +8,11 @@ what to feed them and in which order.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
-import inspect
 import json
 import logging
 import math
 import re
-import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +25,6 @@ import torch
 from torch import nn
 from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import TreeSpec
 
 from dcompile.compiler.build import choose_skip, with_weights
 from dcompile.compiler.capture import CapturedNetwork
@@ -37,18 +33,21 @@ from dcompile.errors import ExportError
 from dcompile.passes import SkipConnection, split_at
 from dcompile.policy.schedule import Schedule
 from dcompile.progress import Display
+from dcompile.storage.onnx_folder import (
+    FORMAT,
+    FORMAT_VERSION,
+    GRAPHS,
+    MANIFEST,
+    WEIGHTS,
+    WeightsFile,
+    move_weights_out,
+    replacing,
+    require_replaceable,
+    root_cause,
+    write_model,
+)
+from dcompile.storage.onnx_names import Names
 from dcompile.version import __version__
-
-FORMAT = "dcompile-onnx"
-FORMAT_VERSION = 1
-WEIGHTS = "weights.data"
-MANIFEST = "manifest.json"
-GRAPHS = ("full.onnx", "shallow.onnx")
-
-_INLINE_BYTES = 1024  # Constants up to this size stay in the graph, where shape inference looks.
-_LARGE_BYTES = 1 << 20  # Tensors from this size begin where any system can map them into memory.
-_MAP_ALIGNMENT = 1 << 16
-_ALIGNMENT = 64
 
 
 def export(
@@ -76,13 +75,13 @@ def export(
         NoSkipConnectionError, DepthError: see ``choose_skip``.
     """
     _require_packages()
-    _require_replaceable(folder)
+    require_replaceable(folder)
     weights = weights_of(module)
     _require_values(weights, network)
     with display.stage("cutting"):
         skip = choose_skip(network, depth)
         full_graph, shallow_graph = split_at(network.graph_module, skip)
-    names = _Names.of(network, forward, len(skip.boundary), weights)
+    names = Names.of(network, forward, len(skip.boundary), weights)
     with display.stage("translating the full graph (ONNX)"):
         outputs = (*names.results, *names.boundary)
         full = _translated("full", full_graph, network, weights, names, outputs)
@@ -92,90 +91,15 @@ def export(
             "shallow", shallow_graph, network, weights, names, names.results, boundary
         )
     models = [full.model, shallow.model]
-    with display.stage("writing"), _replacing(folder) as draft:
-        stored = _WeightsFile(draft / WEIGHTS)
+    with display.stage("writing"), replacing(folder) as draft:
+        stored = WeightsFile(draft / WEIGHTS)
         with stored:
             for model in models:
-                _move_weights_out(model, network, stored)
+                move_weights_out(model, network, stored)
         for model, file in zip(models, GRAPHS, strict=True):
-            _write_model(model, draft / file)
+            write_model(model, draft / file)
         manifest = _manifest(type(module).__name__, skip, schedule, names, models, stored)
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-class _Names(NamedTuple):
-    """What the graphs call their inputs and outputs.
-
-    Attributes:
-        inputs: placeholder -> name; the path of the argument, as in
-            ``added_cond_kwargs.text_embeds``.
-        results: one for each value that the network returns: ``out_0``, or ``out_sample`` where
-            it returns named fields.
-        boundary: the full graph's further outputs, and the shallow graph's further inputs.
-    """
-
-    inputs: dict[str, str]
-    results: tuple[str, ...]
-    boundary: tuple[str, ...]
-    sample: str
-
-    @staticmethod
-    def of(
-        network: CapturedNetwork,
-        forward: Callable[..., Any],
-        boundary: int,
-        weights: Mapping[str, torch.Tensor],
-    ) -> _Names:
-        taken = set(weights)  # a graph's values are one name space
-
-        def unique(name: str) -> str:
-            free = name
-            while free in taken:
-                free += "_"
-            taken.add(free)
-            return free
-
-        leaves = _argument_names(forward, network.in_spec)
-        inputs = {name: unique(leaves[leaf]) for name, leaf in network.inputs.items()}
-        paths = list(_paths(network.out_spec))
-        results = [unique(f"out_{'.'.join(path) or 0}") for path in paths]
-        return _Names(
-            inputs,
-            tuple(results),
-            tuple(unique(f"boundary_{i}") for i in range(boundary)),
-            inputs[network.sample],
-        )
-
-
-def _argument_names(forward: Callable[..., Any], spec: TreeSpec) -> list[str]:
-    """A dotted path for each leaf of a call, from the parameters of ``forward``."""
-    parameters = list(inspect.signature(forward).parameters.values())
-    named = []
-    for top, position, *path in _paths(spec):
-        first = [position]
-        if top == "0":  # args, not kwargs
-            index = int(position)
-            parameter = parameters[min(index, len(parameters) - 1)]
-            first = [parameter.name]
-            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                first.append(str(index - parameters.index(parameter)))
-        named.append(".".join([*first, *path]))
-    return named
-
-
-def _paths(spec: TreeSpec) -> Iterator[tuple[str, ...]]:
-    """The keys and indices that lead to each leaf."""
-    if spec.is_leaf():
-        yield ()
-        return
-    keys = spec.context
-    if spec.type is not None and hasattr(keys, "_fields"):  # a named tuple's class
-        keys = keys._fields
-    if not isinstance(keys, (list, tuple)) or len(keys) != spec.num_children:
-        keys = range(spec.num_children)
-    for key, child in zip(keys, spec.children(), strict=True):
-        for path in _paths(child):
-            yield (str(key), *path)
 
 
 class _Translated(NamedTuple):
@@ -195,7 +119,7 @@ def _translated(
     graph_module: GraphModule,
     network: CapturedNetwork,
     weights: Mapping[str, torch.Tensor],
-    names: _Names,
+    names: Names,
     outputs: Sequence[str],
     boundary: Sequence[torch.Tensor] = (),
 ) -> _Translated:
@@ -226,7 +150,7 @@ def _translated(
             program.rename_axes(_axis_names(model))
     except Exception as error:
         raise ExportError(
-            f"the {label} graph has no ONNX form: {_root_cause(error)}\nA newer torch or "
+            f"the {label} graph has no ONNX form: {root_cause(error)}\nA newer torch or "
             'onnxscript may know the operator (pip install --upgrade "dcompile[onnx]"). A capture '
             "without dynamic=True asks less of the exporter; one made under autocast asks for what "
             "ONNX may not have: give an example call"
@@ -343,86 +267,13 @@ def _axis_names(model: Any) -> dict[Any, str]:
     return found
 
 
-class _WeightsFile:
-    """One file of tensors, in the order they came; equal bytes are stored once.
-
-    Attributes:
-        path: the file; it must not exist yet.
-        size: bytes written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self._file = path.open("xb")
-        self._checksum = hashlib.sha256()
-        self._offsets: dict[bytes, int] = {}
-
-    def add(self, data: bytes) -> int:
-        """Where in the file ``data`` begins."""
-        digest = hashlib.sha256(data).digest()
-        if digest not in self._offsets:
-            step = _MAP_ALIGNMENT if len(data) >= _LARGE_BYTES else _ALIGNMENT
-            self._write(bytes(-self.size % step))
-            self._offsets[digest] = self.size
-            self._write(data)
-        return self._offsets[digest]
-
-    @property
-    def sha256(self) -> str:
-        return self._checksum.hexdigest()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._checksum.update(data)
-        self.size += len(data)
-
-    def __enter__(self) -> _WeightsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def _move_weights_out(model: Any, network: CapturedNetwork, stored: _WeightsFile) -> None:
-    import onnx_ir
-
-    weights = set(network.parameters.values())
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor.nbytes and (name in weights or tensor.nbytes > _INLINE_BYTES):
-            value.const_value = onnx_ir.ExternalTensor(
-                stored.path.name,
-                stored.add(tensor.tobytes()),
-                tensor.nbytes,
-                tensor.dtype,
-                shape=tensor.shape,
-                name=name,
-                base_dir=stored.path.parent,
-            )
-
-
-def _write_model(model: Any, path: Path) -> None:
-    import onnx
-    import onnx_ir
-
-    onnx_ir.save(model, path)
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise ExportError(
-            f"the exporter made a graph that is not valid ONNX: {_root_cause(error)}\nTry another "
-            'version of torch or onnxscript: pip install --upgrade "dcompile[onnx]"'
-        ) from error
-
-
 def _manifest(
     network: str,
     skip: SkipConnection,
     schedule: Schedule,
-    names: _Names,
+    names: Names,
     models: Sequence[Any],
-    stored: _WeightsFile,
+    stored: WeightsFile,
 ) -> dict[str, Any]:
     full, shallow = (
         {
@@ -499,61 +350,6 @@ def _require_values(weights: Mapping[str, torch.Tensor], network: CapturedNetwor
             )
 
 
-def _require_replaceable(folder: Path) -> None:
-    """``folder`` is free, empty, or holds an export and nothing else."""
-    if folder.exists() and not folder.is_dir():
-        raise ExportError(f"{folder} is a file: give the name of a folder")
-    try:
-        found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    except OSError as error:
-        raise ExportError(f"cannot look into {folder}: {error}; choose another folder") from error
-    foreign = sorted(found - {*GRAPHS, WEIGHTS, MANIFEST})
-    if MANIFEST in found and not _is_manifest(folder / MANIFEST):
-        foreign.append(MANIFEST)
-    if found and (foreign or MANIFEST not in found):
-        raise ExportError(
-            f"{folder} holds files that are no part of an export ({', '.join(foreign or found)}) "
-            "and would be lost: move them away or choose another folder"
-        )
-
-
-def _is_manifest(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` that takes its place once all is written."""
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    retired = draft.with_name(f"{draft.name}.old")
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-        yield draft
-        _require_replaceable(folder)
-        if folder.exists():
-            folder.rename(retired)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if retired.exists():
-                retired.rename(folder)
-            raise
-    except OSError as error:
-        raise ExportError(
-            f"cannot write the export to {folder}: {error.strerror or error}; free some space or "
-            "choose a folder you may write to"
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-
-
 @contextmanager
 def without_autocast(leaves: Iterable[Any]) -> Iterator[None]:
     """Autocast off on the devices of these tensors."""
@@ -581,10 +377,3 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
