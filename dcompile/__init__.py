@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from dcompile.report.explain import DepthReport as DepthReport
     from dcompile.report.explain import Explanation as Explanation
     from dcompile.runtime.counters import Stats as Stats
+    from dcompile.tuning.calibrate import calibrate as calibrate
     from dcompile.tuning.profile import DepthProfile as DepthProfile
     from dcompile.tuning.profile import Profile as Profile
     from dcompile.tuning.profile import profile as profile
-    from dcompile.tuning.tune import calibrate as calibrate
     from dcompile.tuning.tune import tune as tune
 
 _MODULES = {
@@ -79,7 +79,8 @@ _MODULES = {
     "dcompile.report.explain": ("DepthReport", "Explanation"),
     "dcompile.runtime.counters": ("Stats",),
     "dcompile.tuning.profile": ("DepthProfile", "Profile", "profile"),
-    "dcompile.tuning.tune": ("calibrate", "tune"),
+    "dcompile.tuning.calibrate": ("calibrate",),
+    "dcompile.tuning.tune": ("tune",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

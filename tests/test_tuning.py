@@ -15,6 +15,7 @@ from plain import Plain, picture, plain, sampled, timesteps
 import dcompile
 from dcompile import DepthError, NotCompiledError, ScheduleError, Tuned, TuneError
 from dcompile.policy.forecast import Damped, Lagrange, Reuse, Taylor
+from dcompile.tuning.images import pictures_of, psnr_between
 from dcompile.tuning.prediction import (
     Objective,
     Predictor,
@@ -23,7 +24,6 @@ from dcompile.tuning.prediction import (
     choices,
     compute_of,
 )
-from dcompile.tuning.tune import pictures_of, psnr_between
 
 STEPS = 12
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +16,7 @@ from dcompile.errors import DcompileError, DepthError, NoSkipConnectionError
 from dcompile.version import __version__
 
 if TYPE_CHECKING:
-    from dcompile.cli.demo import DemoResult, Run, Sampler
-    from dcompile.policy.tuned import Tuned
-    from dcompile.tuning.profile import Profile
+    from dcompile.cli.demo import Sampler
 
 app = typer.Typer(
     help="Diffusion networks with skip connections, 2 to 5 times faster, without training.",
@@ -98,6 +95,7 @@ def demo(
     with _errors_in_one_line(), _quiet_libraries():
         _check_writable(out)
         from dcompile.cli.demo import DemoSettings, picture_grid, run_demo
+        from dcompile.cli.tables import demo_table
 
         settings = DemoSettings(
             model=model,
@@ -116,7 +114,7 @@ def demo(
         with _progress() as progress:
             result = run_demo(settings, progress)
         picture_grid(result).save(out)
-        _console().print(_demo_table(result))
+        _console().print(demo_table(result))
         _note(f"wrote {out}")
 
 
@@ -187,6 +185,7 @@ def profile(
 ) -> None:
     """Show how alike deep features are from step to step, at each depth."""
     with _errors_in_one_line(), _quiet_libraries():
+        from dcompile.cli.tables import profile_table
         from dcompile.report.plots import require_matplotlib
         from dcompile.tuning.profile import profile as measure
 
@@ -198,7 +197,7 @@ def profile(
             raise DcompileError(f"{out} is the picture's file: choose another for the numbers")
         sampler = _sampler(model, prompt, steps, count, size, guidance, seed, device)
         found = measure(sampler.pipeline, sampler.pictures, depths=tuple(depth) if depth else None)
-        _console().print(_profile_table(found))
+        _console().print(profile_table(found))
         found.plot(out)
         _note(f"wrote {out}")
         if data is not None:
@@ -245,6 +244,7 @@ def tune(
 ) -> None:
     """Find the refresh steps, depth and forecast that suit a model; compare with DeepCache's."""
     with _errors_in_one_line(), _quiet_libraries():
+        from dcompile.cli.tables import tuned_table
         from dcompile.report.plots import require_matplotlib
         from dcompile.tuning.tune import FORECASTS
         from dcompile.tuning.tune import tune as find
@@ -268,7 +268,7 @@ def tune(
         )
         tuned.save(out)
         tuned.plot(picture)
-        _console().print(_tuned_table(tuned))
+        _console().print(tuned_table(tuned))
         _note(f"wrote {out} and {picture}")
         _note(f'use it: cache_compile(pipe, schedule=Tuned.load("{out}"))')
 
@@ -296,104 +296,6 @@ def _sampler(
         seed=seed,
     )
     return Sampler(load_pipeline(model, resolve_device(device)), settings)
-
-
-def _table(*numbers: str, title: str, caption: str, name: str | None = None) -> Any:
-    """An empty table: a column of names, if they have a heading, then columns of numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # nine columns fit a terminal of 80
-        caption=caption,
-    )
-    if name is not None:
-        table.add_column(name, no_wrap=True)
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _profile_table(found: Profile) -> Any:
-    table = _table(
-        *("depth", "r", "mean change", "largest", "at step", "3 apart"),
-        title=f"{found.network}: change of deep features in {found.steps} steps",
-        caption="change: since the step before, relative L2.  3 apart: least cosine similarity.",
-    )
-    for depth in found.depths:
-        largest = int(depth.change.argmax())
-        apart = depth.similarity.diagonal(min(3, found.steps - 1)).min()
-        table.add_row(
-            str(depth.depth),
-            f"{depth.ratio:.3f}",
-            f"{depth.change[1:].mean():.1%}",
-            f"{depth.change[largest]:.1%}",
-            str(largest),
-            f"{apart:.3f}",
-        )
-    return table
-
-
-def _tuned_table(tuned: Tuned) -> Any:
-    from dcompile.report.plots import pareto_front
-
-    table = _table(
-        *("speed-up", "PSNR", "refreshes", "depth", "forecast"),
-        title=f"{tuned.network[0]}, {tuned.steps} steps: the best of {len(tuned.trials)} tried",
-        caption="speed-up: in FLOPs.  PSNR (dB): against the uncached pictures.\n"
-        "Several depths: each with its own refreshes, as a MultiLevel.",
-        name="",
-    )
-    chosen = (tuned.levels, tuned.forecast)
-    deepcache = [trial for trial in tuned.trials if trial.interval is not None]
-    kept = {trial.key: trial for trial in (*pareto_front(tuned.trials), *deepcache)}
-    for key, trial in sorted(kept.items(), key=lambda item: (item[1].speedup, item[1].psnr)):
-        deep = "" if trial.interval is None else f"DeepCache, N={trial.interval}"
-        name = "chosen" if key == chosen else deep
-        table.add_row(
-            name,
-            f"{trial.speedup:.2f}×",
-            "∞" if math.isinf(trial.psnr) else f"{trial.psnr:.1f}",
-            " + ".join(str(len(steps)) for _, steps in trial.levels),
-            ", ".join(str(depth) for depth, _ in trial.levels),
-            trial.forecast,
-            style="bold" if key == chosen else None,
-        )
-    return table
-
-
-def _demo_table(result: DemoResult) -> Any:
-    from rich.markup import escape
-
-    table = _table(
-        *("seconds", "speed-up", "limit", "reached", "PSNR", "SSIM", "refresh", "reuse"),
-        title=f"{escape(result.title)}\n[dim]{escape(result.subtitle)}[/dim]",
-        caption=(
-            "limit: N / (1 + (N - 1) r), of the network alone. seconds: whole pipeline.\n"
-            "PSNR (dB) and SSIM: against the uncached pictures."
-        ),
-        name="method",
-    )
-    for run in result.runs:
-        table.add_row(run.method, f"{run.seconds:.2f}", *_comparison(run))
-    return table
-
-
-def _comparison(run: Run) -> list[str]:
-    if run.interval is None:
-        return ["1.00×", *"––––––"]
-    return [
-        f"[bold]{run.speed_up:.2f}×[/bold]",
-        f"{run.speed_limit:.2f}×",
-        f"{run.speed_up / run.speed_limit:.0%}",
-        "∞" if math.isinf(run.psnr) else f"{run.psnr:.1f}",
-        "–" if math.isnan(run.ssim) else f"{run.ssim:.3f}",
-        str(run.refresh_steps),
-        str(run.reuse_steps),
-    ]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,14 +138,7 @@ def run_demo(
     Raises:
         DcompileError: bad settings, a model that cannot be found or run, torchmetrics missing.
     """
-    for interval in settings.intervals:
-        Uniform(interval)  # raises now rather than after the uncached run
-    if settings.pictures < len(settings.prompts):
-        raise DcompileError(
-            f"count: expected at least {len(settings.prompts)}, a picture for each prompt, "
-            f"got {settings.pictures}"
-        )
-    _require_torchmetrics()
+    _check(settings)
     device = resolve_device(settings.device)
     progress("loading", 0, 1)
     sampler = Sampler(load_pipeline(settings.model, device), settings)
@@ -162,28 +155,7 @@ def run_demo(
     uncached = Run(None, seconds, pictures, 0, 0)
     runs = [uncached]
     for interval in dict.fromkeys(settings.intervals):
-        sampler.compile(interval)
-        sampler.run(WARM_UP_STEPS, f"interval {interval}: warming up", progress)
-        sampler.compile(interval)  # counts from zero; the compiled programs are kept
-        pictures, seconds = sampler.best_run(f"interval {interval}", progress)
-        stats = found.stats
-        run = Run(
-            interval=interval,
-            seconds=seconds,
-            pictures=pictures,
-            refresh_steps=stats.refresh_steps // settings.repeat,
-            reuse_steps=stats.reuse_steps // settings.repeat,
-        )
-        psnr, ssim = fidelity(pictures, uncached.pictures)
-        runs.append(
-            replace(
-                run,
-                speed_limit=interval / (1 + (interval - 1) * ratio),
-                speed_up=uncached.seconds / seconds,
-                psnr=psnr,
-                ssim=ssim,
-            )
-        )
+        runs.append(_cached_run(sampler, interval, uncached, ratio, settings.repeat, progress))
     found.remove()
     title = (
         f"{_short_name(settings.model)}: {_counted(settings.pictures, 'picture')}, "
@@ -200,6 +172,40 @@ def run_demo(
         prompts=sampler.prompts,
         explanation=explanation,
         runs=tuple(runs),
+    )
+
+
+def _check(settings: DemoSettings) -> None:
+    for interval in settings.intervals:
+        Uniform(interval)  # raises now rather than after the uncached run
+    if settings.pictures < len(settings.prompts):
+        raise DcompileError(
+            f"count: expected at least {len(settings.prompts)}, a picture for each prompt, "
+            f"got {settings.pictures}"
+        )
+    _require_torchmetrics()
+
+
+def _cached_run(
+    sampler: Sampler, interval: int, uncached: Run, ratio: float, repeat: int, progress: Progress
+) -> Run:
+    """Warm up and time one interval, and compare its pictures with the uncached ones."""
+    sampler.compile(interval)
+    sampler.run(WARM_UP_STEPS, f"interval {interval}: warming up", progress)
+    sampler.compile(interval)  # counts from zero; the compiled programs are kept
+    pictures, seconds = sampler.best_run(f"interval {interval}", progress)
+    stats = handle(sampler.pipeline).stats
+    psnr, ssim = fidelity(pictures, uncached.pictures)
+    return Run(
+        interval=interval,
+        seconds=seconds,
+        pictures=pictures,
+        refresh_steps=stats.refresh_steps // repeat,
+        reuse_steps=stats.reuse_steps // repeat,
+        speed_limit=interval / (1 + (interval - 1) * ratio),
+        speed_up=uncached.seconds / seconds,
+        psnr=psnr,
+        ssim=ssim,
     )
 
 

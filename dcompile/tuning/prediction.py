@@ -13,6 +13,7 @@ predictions are to be scaled.
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,10 @@ _TIMES = {
     2: tuple((n,) for n in (2, 3, 4, 5, 6, 8)),
     3: tuple(product((2, 3, 4), (2, 3))),
 }
-# What a prediction is off by is put down by half to depths and forecasts, by half to the choice of
+# Half of a prediction's error is attributed to depths and forecasts, half to the combination of
 # depths at hand.
 _SHARED = 0.5
-# The least part of an error that is put down to a depth never tried before.
+# The least part of an error that is attributed to a depth never tried before.
 _LEAST_SHARE = 0.05
 
 
@@ -80,23 +81,23 @@ def boundary_errors(gram: Array, forecast: Forecast, refreshed: Sequence[int]) -
     lead, steps = gram.shape[:-2], gram.shape[-1]
     known = set(refreshed)
     past: list[int] = []
-    right, claimed, trust = np.zeros(lead), np.zeros(lead), np.zeros(lead)
+    right, size, damping = np.zeros(lead), np.zeros(lead), np.zeros(lead)
     rows: list[Array] = []  # for each reuse step, what its forecast and the truth are made of
     places: list[list[int]] = []
     for step in range(steps):
         given = coefficients_of(forecast, step, past)[: len(past)] if past else ()
         if step in known:
             if isinstance(forecast, Damped) and len(past) > 1:
-                now_right, now_claimed = _claims(gram, given, [*past, step])
+                now_right, now_size = _residuals(gram, given, [*past, step])
                 right = now_right + Damped.MEMORY * right
-                claimed = now_claimed + Damped.MEMORY * claimed
-                trust = np.clip(right / np.maximum(claimed, 1e-300), 0.0, 1.0)
+                size = now_size + Damped.MEMORY * size
+                damping = np.clip(right / np.maximum(size, 1e-300), 0.0, 1.0)
             past = [step, *past][: forecast.history]
             continue
         row = np.zeros((*lead, forecast.history + 1))
         if isinstance(forecast, Damped):
-            row[..., 0] = 1.0 + trust * (given[0] - 1.0)
-            row[..., 1 : len(given)] = trust[..., None] * np.array(given[1:])
+            row[..., 0] = 1.0 + damping * (given[0] - 1.0)
+            row[..., 1 : len(given)] = damping[..., None] * np.array(given[1:])
         else:
             row[..., : len(given)] = given
         row[..., -1] = -1.0
@@ -111,8 +112,8 @@ def boundary_errors(gram: Array, forecast: Forecast, refreshed: Sequence[int]) -
     return found
 
 
-def _claims(gram: Array, given: Sequence[float], places: Sequence[int]) -> tuple[Array, Array]:
-    """How far a forecast was right about the last of ``places``, as ``forecast.Damped`` sums."""
+def _residuals(gram: Array, given: Sequence[float], places: Sequence[int]) -> tuple[Array, Array]:
+    """How far a forecast was right about the last of ``places``: a damped forecast's sums."""
     block = gram[..., places, :][..., places]
     added, change = np.array([*given, 0.0]), np.zeros(len(places))
     added[0] -= 1.0
@@ -126,16 +127,15 @@ class Objective:
 
     Attributes:
         recordings: all of them with the same number of steps.
-        weights: by how much an error at each step is multiplied on its way into the result, shape
-            (steps,).
+        gains: the sampler's error gain at each step, shape (steps,).
     """
 
     recordings: tuple[Recording, ...]
-    weights: Array
+    gains: Array
 
     @property
     def steps(self) -> int:
-        return len(self.weights)
+        return len(self.gains)
 
     @property
     def ratio(self) -> float:
@@ -150,7 +150,7 @@ class Objective:
     def _scale(self) -> Array:
         """What a squared error of the boundary comes to, shape (recordings, steps)."""
         reactions = np.stack([recording.reaction for recording in self.recordings])
-        squares: Array = (self.weights * reactions) ** 2
+        squares: Array = (self.gains * reactions) ** 2
         return squares
 
     @cached_property
@@ -160,7 +160,7 @@ class Objective:
 
     def __call__(self, forecast: Forecast, refreshed: Sequence[int]) -> float:
         """Predicted squared error, up to a factor: of errors that neither add up nor cancel."""
-        if isinstance(forecast, Damped):  # how far it is trusted depends on all that came before
+        if isinstance(forecast, Damped):  # damping depends on all earlier refreshes
             return float((boundary_errors(self._gram, forecast, refreshed) * self._scale).sum())
         total = 0.0
         for number, (latest, after) in enumerate(pairwise((*refreshed, self.steps)), start=1):
@@ -241,11 +241,11 @@ def compute_of(levels: Levels, steps: int, ratios: Mapping[int, float]) -> float
 def choices(
     objectives: Mapping[int, Objective], names: Sequence[str], speedup: float, power: float
 ) -> list[Choice]:
-    """Schedules worth a thought that take so much less compute, at one depth or at several.
+    """Schedules with this speed-up that may be good, at one depth or at several.
 
-    At one depth: as many refreshes as there is room for, placed evenly, by the sampler's weights
-    and by what was recorded. At several, for all choices of two or three depths: an unbroken beat,
-    and as many refreshes as there is room for.
+    At one depth: as many refreshes as there is room for, placed evenly, by the sampler's error
+    gains and by what was recorded. At several, for all choices of two or three depths: constant
+    intervals, and as many refreshes as there is room for.
     """
     depths = sorted(objectives)
     ratios = {depth: objective.ratio for depth, objective in objectives.items()}
@@ -282,10 +282,10 @@ def _fitting(
 ) -> Iterator[Levels]:
     """Cuts at these depths, each refreshed so many times as often as the next deeper one."""
     steps = objectives[chain[0]].steps
-    loads = [w**power for w in objectives[chain[0]].weights]
-    beat = _beats(chain, times, steps, ratios, speedup)
-    if beat is not None:
-        yield beat
+    loads = [w**power for w in objectives[chain[0]].gains]
+    regular = _constant_intervals(chain, times, steps, ratios, speedup)
+    if regular is not None:
+        yield regular
     if len(chain) > 1:
         for place in (evenly, lambda _, count: by_load(loads, count)):
             fitted = _as_many(chain, times, steps, ratios, speedup, place)
@@ -293,23 +293,24 @@ def _fitting(
                 yield fitted
 
 
-def _beats(
+def _constant_intervals(
     chain: Sequence[int],
     times: Sequence[int],
     steps: int,
     ratios: Mapping[int, float],
     speedup: float,
 ) -> Levels | None:
-    """As a ``MultiLevel``, the most frequent one that is fast enough; None if none is.
+    """The shortest intervals that are fast enough, as a ``MultiLevel``; None if none are.
 
-    Where features swing from step to step, an unbroken beat is closer than more refreshes.
+    Where features swing from step to step, constant intervals are closer than more refreshes.
     """
     for outermost in range(2, steps):
-        beats = list(accumulate(times, lambda beat, n: beat * n, initial=outermost))
-        if beats[-1] >= steps:
+        intervals = list(accumulate(times, operator.mul, initial=outermost))
+        if intervals[-1] >= steps:
             return None
         levels = tuple(
-            (depth, tuple(range(0, steps, beat))) for depth, beat in zip(chain, beats, strict=True)
+            (depth, tuple(range(0, steps, every)))
+            for depth, every in zip(chain, intervals, strict=True)
         )
         if steps / compute_of(levels, steps, ratios) >= speedup:
             return levels
@@ -343,7 +344,7 @@ def _as_many(
 def candidates(
     objective: Objective, names: Sequence[str], count: int, power: float
 ) -> list[tuple[float, str, tuple[int, ...]]]:
-    """Schedules with one cut and ``count`` refreshes, those first that promise the least error.
+    """Schedules with one cut and ``count`` refreshes, the least predicted error first.
 
     Returns:
         Predicted error, forecast, refresh steps.
@@ -351,7 +352,7 @@ def candidates(
     steps = objective.steps
     starts = {
         evenly(steps, count),
-        by_load([w**power for w in objective.weights], count),
+        by_load([w**power for w in objective.gains], count),
         objective.best_by_dynamic_programming(count),
     }
     found: dict[tuple[str, tuple[int, ...]], float] = {}

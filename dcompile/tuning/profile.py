@@ -13,7 +13,9 @@ import numpy as np
 
 from dcompile.errors import TuneError
 from dcompile.report.plots import plot_profile
-from dcompile.tuning.tune import Session, samples_of
+from dcompile.tuning.harness import Harness
+from dcompile.tuning.images import samples_of
+from dcompile.tuning.measurement import Measurement
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +124,11 @@ def profile(
         raise TuneError(f"samples: expected an int of at least 1, got {samples!r}")
     if depths is not None and not depths:
         raise TuneError("depths must not be empty")
-    session = Session(module, samples_of(run, samples), backend, sampler, memory, verbose)
-    with session:
-        session.measure(depths, every=True)
+    with Harness(module, samples_of(run, samples), backend, sampler, verbose) as harness:
+        measurement = Measurement(harness, memory)
+        measurement.record(depths, every=True)
     found = []
-    for depth, objective in sorted(session.objectives.items()):
+    for depth, objective in sorted(measurement.objectives.items()):
         similar, change = [], []
         for recording in objective.recordings:
             gram = recording.gram
@@ -137,8 +139,8 @@ def profile(
         mean = np.mean(similar, axis=0), np.mean(change, axis=0)
         found.append(DepthProfile(depth, objective.ratio, *mean))
     return Profile(
-        network=type(session.network).__name__,
+        network=type(harness.network).__name__,
         steps=len(found[0].change),
         depths=tuple(found),
-        gains=objective.weights if session.weighted else None,
+        gains=objective.gains if measurement.weighted else None,
     )

@@ -1,0 +1,69 @@
+"""What runs return, and how close it is to what an uncached run returned."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from dcompile.errors import TuneError
+
+
+def pictures_of(output: Any) -> torch.Tensor:
+    """What a run returned, as one flat float32 tensor on the CPU.
+
+    Args:
+        output: tensors, arrays, PIL images, or containers of them such as a pipeline's output.
+
+    Raises:
+        TuneError: it contains none of these, or values that are not finite.
+    """
+    output = getattr(output, "images", getattr(output, "frames", output))
+    found = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf.detach().float().cpu().flatten())
+        elif isinstance(leaf, np.ndarray):
+            found.append(torch.from_numpy(np.ascontiguousarray(leaf)).float().flatten())
+        elif hasattr(leaf, "getbands") and hasattr(leaf, "tobytes"):  # a PIL image
+            found.append(torch.from_numpy(np.asarray(leaf).astype("float32") / 255).flatten())
+    if not found:
+        raise TuneError(
+            f"run returned {type(output).__name__}: expected tensors, arrays or pictures to compare"
+        )
+    pictures = torch.cat(found)
+    if not bool(torch.isfinite(pictures).all()):
+        raise TuneError("run returned values that are not finite: nothing can be compared")
+    return pictures
+
+
+def psnr_between(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """PSNR in dB, relative to the range of ``expected``; infinite if they are equal.
+
+    Raises:
+        TuneError: their shapes differ.
+    """
+    if found.shape != expected.shape:
+        raise TuneError(
+            f"run returned {found.numel()} values where it had returned {expected.numel()} before"
+        )
+    error = float((found - expected).square().mean())
+    span = float(expected.max() - expected.min()) or 1.0
+    return math.inf if error == 0 else 10 * math.log10(span**2 / error)
+
+
+def samples_of(run: Callable[..., Any], samples: int) -> list[Callable[[], Any]]:
+    """``run`` for each sample: called with its number if it takes an argument."""
+    takes_number = any(
+        parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.default is parameter.empty
+        for parameter in inspect.signature(run).parameters.values()
+    )
+    if not takes_number:
+        return [run]
+    return [lambda number=number: run(number) for number in range(samples)]  # type: ignore[misc]

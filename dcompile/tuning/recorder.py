@@ -1,0 +1,145 @@
+"""Records the boundaries of uncached runs, and how strongly the output reacts to them."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from dcompile.errors import TuneError
+from dcompile.runtime.state import RefreshRecord
+from dcompile.tuning.prediction import Recording
+
+
+class FeatureMemory:
+    """How many bytes of features are kept before they go to a file."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+
+    def takes(self, size: int) -> bool:
+        """Whether there is room for ``size`` more bytes, which are then taken."""
+        self._left -= size
+        return self._left >= 0
+
+
+class Features:
+    """Boundaries of one run and depth: in memory as far as there is room, then in files."""
+
+    def __init__(self, memory: FeatureMemory) -> None:
+        self._memory = memory
+        self._rows: list[Any] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def append(self, tensors: Iterable[torch.Tensor]) -> None:
+        row = torch.cat([t.detach().float().flatten() for t in tensors]).cpu().numpy()
+        if not self._memory.takes(row.nbytes):
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="dcompile-tune-")
+            file = Path(self._folder.name) / f"{len(self._rows)}.npy"
+            np.save(file, row)
+            row = np.load(file, mmap_mode="r")
+        self._rows.append(row)
+
+    def gram(self) -> np.ndarray[Any, Any]:
+        """Inner products of all pairs, shape (steps, steps)."""
+        count, length = len(self._rows), len(self._rows[0])
+        total = np.zeros((count, count))
+        for start in range(0, length, 1 << 18):
+            block = np.stack([row[start : start + (1 << 18)] for row in self._rows])
+            block = block.astype(np.float64)
+            total += block @ block.T
+        return total
+
+    def close(self) -> None:
+        if self._folder is not None:
+            self._rows.clear()
+            self._folder.cleanup()
+
+
+@dataclass
+class LaneRecord:
+    """One lane of a run: for each depth, boundaries and reactions; and all it cached last."""
+
+    lane: Any  # held, so that no other is mistaken for it
+    features: list[Features]
+    reactions: list[list[float]]
+    cached: Any = None
+
+
+class Recorder:
+    """Observes the refreshes of uncached runs; see ``runtime.state.RefreshRecord``."""
+
+    def __init__(self, depths: int, limit: int) -> None:
+        self._depths = depths
+        self._memory = FeatureMemory(limit)
+        self._lanes: dict[int, LaneRecord] = {}
+        self._ratios: tuple[float, ...] = ()
+        self.steps: set[int] = set()
+
+    def __call__(self, seen: RefreshRecord) -> None:
+        if seen.steps is None:
+            raise TuneError(
+                "the network's timesteps are not elements of one tensor, such as "
+                "scheduler.timesteps, or are just one: its runs cannot be told apart well enough "
+                "to tune for them"
+            )
+        self.steps.add(seen.steps)
+        watched = self._lanes.setdefault(
+            id(seen.lane),
+            LaneRecord(
+                seen.lane,
+                [Features(self._memory) for _ in range(self._depths)],
+                [[] for _ in range(self._depths)],
+            ),
+        )
+        program = seen.program.program
+        self._ratios = program.ratios
+        for level, cut in enumerate(program.cached):
+            boundary = seen.cached[cut.latest]
+            tensors = [b for b in boundary if isinstance(b, torch.Tensor) and b.is_floating_point()]
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                raise TuneError(
+                    f"features of step {seen.step} are not finite: nothing can be tuned"
+                )
+            reaction = 0.0
+            if watched.cached is not None:
+                if level == 0:
+                    stale, _ = seen.program.reuse(seen.leaves, watched.cached)
+                else:
+                    stale, _ = seen.program.refresh(seen.leaves, watched.cached, level)
+                moved = _distance(tree_leaves(stale), tree_leaves(seen.result))
+                changed = _distance(watched.cached[cut.latest], boundary)
+                reaction = math.sqrt(moved / changed) if changed > 0 else 0.0
+            watched.features[level].append(tensors)
+            watched.reactions[level].append(reaction)
+        watched.cached = seen.cached
+
+    def recordings(self) -> list[list[Recording]]:
+        """For each depth, one for each lane of the run."""
+        found: list[list[Recording]] = [[] for _ in range(self._depths)]
+        for watched in self._lanes.values():
+            for level, features in enumerate(watched.features):
+                scale = np.array(watched.reactions[level])
+                if len(scale) < 2:
+                    continue
+                scale[0] = scale[1]
+                found[level].append(Recording(features.gram(), scale, self._ratios[level]))
+                features.close()
+        return found
+
+
+def _distance(one: Iterable[Any], other: Iterable[Any]) -> float:
+    """Squared distance of two lists of tensors."""
+    return sum(
+        float((a.float() - b.float()).square().sum())
+        for a, b in zip(one, other, strict=True)
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+    )
