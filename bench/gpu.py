@@ -48,7 +48,7 @@ from training import replace_file
 import dcompile
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_state.py", "tests/test_cuda_graphs.py")
+TESTS = ("tests/runtime/test_state.py", "tests/runtime/test_cuda_graphs.py")
 TESTS_SECONDS = 150
 WARM_SECONDS = 0.6  # until clocks are up, beside everything lazy
 TIMED_SECONDS = 1.0  # at least one whole generation

@@ -288,7 +288,7 @@ def slow_backend(graph_module: nn.Module, inputs: list[torch.Tensor]) -> object:
     return graph_module.forward
 
 
-def test_calls_that_differ_in_nesting_only_are_told_apart() -> None:
+def test_calls_that_differ_in_nesting_only_are_distinguished() -> None:
     class Nested(Plain):
         def forward(
             self, sample: torch.Tensor, timestep: torch.Tensor, a: object, b: object

@@ -1,4 +1,4 @@
-"""Invariant 5: what one generation cached never reaches another."""
+"""Invariant 5: what one run cached never reaches another."""
 
 import gc
 import threading

@@ -28,7 +28,7 @@ from dcompile import models
 from dcompile.cli.app import app
 from dcompile.cli.demo import DemoSettings, GridLayout, run_demo
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "dcompile/models/emoji-sd"
 MOST_BYTES = 24 * 1024**2
 SIZE, TOKENS = 64, 32

@@ -104,7 +104,7 @@ from dcompile.report.explain import DepthReport
 
 
 def every_third(*steps: int) -> list[bool]:
-    """Which steps refresh in generations of these lengths."""
+    """Which steps refresh in runs of these lengths."""
     return [step % 3 == 0 for count in steps for step in range(count)]
 
 
@@ -173,7 +173,7 @@ class Case:
     Attributes:
         build: a new pipeline; the weights are the same every time.
         arguments: of the run, beside those that all pipelines take.
-        steps: how many it takes; all are one generation's.
+        steps: how many it takes; all are one run's.
         refreshed: the steps that compute all features at interval 3.
         lanes: calls of the network at each step.
         deepcache: whether the paper's code can run it.
@@ -627,8 +627,8 @@ def controlnet_xs() -> Any:
     return pipeline(StableDiffusionControlNetXSPipeline, unet=network, controlnet=control)
 
 
-# Timesteps that are tensors of their own are told by their values; one gap is not trusted yet.
-TOLD_BY_VALUE = (0, 1, 3)
+# Timesteps that are tensors of their own are identified by value; one gap is not enough yet.
+BY_VALUE = (0, 1, 3)
 
 CASES = {
     "StableDiffusionPipeline": Case(lambda: pipeline(StableDiffusionPipeline), deepcache=True),
@@ -752,7 +752,7 @@ CASES = {
             StableCascadePriorPipeline, prior=cascade_prior(), scheduler=DDPMWuerstchenScheduler()
         ),
         lambda: {**cascade_prompt(), "height": 256, "width": 256},
-        refreshed=TOLD_BY_VALUE,
+        refreshed=BY_VALUE,
         network="prior",
     ),
     "StableCascadeDecoderPipeline": Case(
@@ -767,7 +767,7 @@ CASES = {
             "image_embeddings": torch.randn(1, 4, 2, 2),
             "guidance_scale": 2.0,
         },
-        refreshed=TOLD_BY_VALUE,
+        refreshed=BY_VALUE,
         network="decoder",
     ),
     "LDMTextToImagePipeline": Case(
@@ -797,7 +797,7 @@ CASES = {
         latent_upscaler,
         lambda: {"image": torch.randn(1, 4, 8, 8), "num_inference_steps": 8},
         steps=8,
-        refreshed=(*TOLD_BY_VALUE, 6, 7),  # its last value is far from the one before
+        refreshed=(*BY_VALUE, 6, 7),  # its last value is far from the one before
     ),
     "StableDiffusionInstructPix2PixPipeline": Case(
         lambda: pipeline(StableDiffusionInstructPix2PixPipeline, unet=unet(in_channels=8)),
@@ -870,7 +870,7 @@ CASES = {
             HunyuanDiTPipeline, transformer=networks.hunyuan_dit(), scheduler=DDPMScheduler()
         ),
         hunyuan_prompt,
-        refreshed=TOLD_BY_VALUE,
+        refreshed=BY_VALUE,
         network="transformer",
     ),
     "StableDiffusionControlNetXSPipeline": Case(controlnet_xs, picture),

@@ -104,7 +104,7 @@ def test_a_weight_changed_in_place_is_seen_without_recording_again() -> None:
     assert only_recording(network) is found
 
 
-def test_a_weight_that_moved_is_recorded_anew() -> None:
+def test_a_weight_that_moved_is_recorded_again() -> None:
     network = compiled()
     sampled(network, picture(), timesteps())
     found = only_recording(network)
@@ -177,7 +177,7 @@ class Without:
         return self.network(x, t)
 
 
-def test_a_weight_at_its_address_in_another_layout_is_recorded_anew() -> None:
+def test_a_weight_at_its_address_in_another_layout_is_recorded_again() -> None:
     network, expected = compiled(), plain()
     sampled(network, picture(), timesteps())
     for each in (network, expected):

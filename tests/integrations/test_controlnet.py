@@ -210,7 +210,7 @@ def test_another_scale_is_no_new_capture(pipes: tuple[Any, Any]) -> None:
         (MultiLevel([(0, 2), (3, 4)]), [7, 1, 4, 1, 7, 1, 4, 1, 7]),
         (Adaptive(1e-9, max_interval=4), None),
     ],
-    ids=["pyramid", "adaptive"],
+    ids=["multi_level", "adaptive"],
 )
 def test_any_schedule(
     pipes: tuple[Any, Any], asked: list[int], schedule: Any, expected: list[int] | None

@@ -339,7 +339,7 @@ def test_coroutines_and_a_reset(warm: Any, compatible: Compatible) -> None:
 
 
 def test_coroutines_and_other_settings(warm: Any, compatible: Compatible) -> None:
-    """Runs that are under way begin anew with them, at a refresh."""
+    """Runs that are under way begin again with them, at a refresh."""
     compatible("add-on", "asyncio, step by step")
     cached(warm, schedule=At(0, 3, 4, 6))
     expected = [by_itself(warm, number) for number in range(4)]

@@ -167,7 +167,7 @@ def test_another_strength_never_reuses_the_last_picture() -> None:
     cached(pipe, interval=3)
     for strength in (0.9, 0.4, 0.65):
         found = run(pipe, seed=5, strength=strength)
-        with deepcache(reference, 3):  # enabled anew for each strength, it is right
+        with deepcache(reference, 3):  # enabled again for each strength, it is right
             assert torch.equal(found, run(reference, seed=5, strength=strength))
     # Left enabled, it keeps the first run's start, and the next one begins out of step.
     with deepcache(reference, 3):
@@ -300,7 +300,7 @@ def test_weights_changed_between_runs_are_seen() -> None:
     assert dcompile.handle(pipe).stats.captures == 1
 
 
-def test_structure_changed_between_runs_is_captured_anew() -> None:
+def test_structure_changed_between_runs_is_captured_again() -> None:
     from diffusers.models.attention_processor import AttnProcessor
     from peft import LoraConfig
 
@@ -430,7 +430,7 @@ def test_a_run_of_another_sampler_is_not_planned_by_this_one(pipes: tuple[Any, A
 
 
 @torch.no_grad()
-def test_a_run_told_by_values_may_start_late() -> None:
+def test_a_run_identified_by_values_may_start_late() -> None:
     """Timesteps as numbers: where the run begins among the sampler's is found by value."""
     network, scheduler = plain(), DDIM.from_config(DDIM.config)
     scheduler.set_timesteps(20)

@@ -308,7 +308,7 @@ def several_cuts(**settings: Any) -> Tuned:
     )
 
 
-def test_several_cuts_are_a_pyramid(tmp_path: Path) -> None:
+def test_several_cuts_are_a_multi_level(tmp_path: Path) -> None:
     found = several_cuts()
     again = Tuned.load(found.save(tmp_path / "tuned.json"))
     assert again == found
@@ -318,8 +318,8 @@ def test_several_cuts_are_a_pyramid(tmp_path: Path) -> None:
     result = sampled(network, picture(), timesteps(STEPS))
     stats = dcompile.handle(network).stats
     assert (stats.refresh_steps, stats.partial_steps, stats.reuse_steps) == (2, 4, 6)
-    pyramid = dcompile.MultiLevel([(0, 2), (1, 6)])
-    other = dcompile.cache_compile(plain(), schedule=pyramid, **settings)
+    multi_level = dcompile.MultiLevel([(0, 2), (1, 6)])
+    other = dcompile.cache_compile(plain(), schedule=multi_level, **settings)
     assert torch.equal(result, sampled(other, picture(), timesteps(STEPS)))
     folder = dcompile.handle(network).save(tmp_path / "saved")
     loaded = dcompile.load(plain(), folder, verbose=False)

@@ -234,7 +234,7 @@ def test_steps_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = SimpleNamespace(set_timesteps=lambda steps, device: None)
     scheduler.timesteps = torch.arange(6)
     loop = gpu.Loop(lambda t: launch(5.0 if int(t) % 3 == 0 else 1.0), scheduler, 6, 3, device)
-    assert loop.step_times() == [[5.0, 1.0, 1.0]] * 2  # one generation
+    assert loop.step_times() == [[5.0, 1.0, 1.0]] * 2  # one run
     assert (loop.refreshes, loop.reuses) == (2, 4)
     waits.clear()
     assert len(loop.host_times()) == 4

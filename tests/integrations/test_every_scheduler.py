@@ -273,11 +273,11 @@ def test_in_doubt_it_refreshes(name: str, compatible: Callable[..., dict[str, An
     assert stats.refresh_steps + stats.reuse_steps == case.calls
     cut = dcompile.handle(pipe).explain().depths[0]
     dcompile.handle(pipe).remove()
-    beat = [call in case.refreshed for call in range(case.calls)]
-    with stale_features(network, cut, beat) as counted:
+    refreshed = [call in case.refreshed for call in range(case.calls)]
+    with stale_features(network, cut, refreshed) as counted:
         assert torch.equal(found, samples())
     assert len(counted) == case.calls
-    assert torch.equal(found, expected) == all(beat)
+    assert torch.equal(found, expected) == all(refreshed)
 
 
 def test_what_is_left_out_exists() -> None:

@@ -493,7 +493,9 @@ def test_inductor_in_a_fresh_process_without_a_compiler(tmp_path: Path) -> None:
             (tmp_path / "g++-real").symlink_to(real)
             environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
             environment["CXX"] = str(broken)
-        script = INDUCTOR.format(tests=str(Path(__file__).parent), save=save, **paths)
+        script = INDUCTOR.format(
+            tests=str(Path(__file__).parents[1] / "support"), save=save, **paths
+        )
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True
         )

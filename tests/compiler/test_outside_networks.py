@@ -129,8 +129,8 @@ def test_timesteps_made_anew_at_every_step() -> None:
 def check_sampler(network: nn.Module, sample: Callable[[], Tensor], counts: Counts) -> None:
     """The sampler's own result with ``interval=1``; ``counts`` steps of each kind with 3.
 
-    These samplers make a timestep anew for every call. Then a run is told by its timesteps' values,
-    and its second step refreshes, too, until the values' direction is known: 0, 1, 3, 6, ...
+    These samplers create a new timestep for every call. Then a run is identified by timestep
+    values, and its second step refreshes, too, until the values' direction is known: 0, 1, 3, 6, ...
     """
 
     def seeded() -> Tensor:

@@ -226,7 +226,7 @@ def test_changed_weights_are_refitted(trt: Recorded) -> None:
 
 
 @pytest.mark.parametrize("reason", ["it fails", "immutable weights"])
-def test_what_cannot_be_refitted_is_built_anew(trt: Recorded, reason: str) -> None:
+def test_what_cannot_be_refitted_is_built_again(trt: Recorded, reason: str) -> None:
     network = compiled(immutable_weights=reason == "immutable weights")
     reference = eager()
     trt.refit_error = AssertionError("layer is not found in weight mapping")

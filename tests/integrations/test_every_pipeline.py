@@ -64,8 +64,8 @@ def test_every_pipeline(name: str, compatible: Callable[..., dict[str, Any]]) ->
 
     handle.remove()
     assert torch.equal(case.run(pipe), uncached)
-    beat = [step in case.refreshed for step in range(case.steps)]
-    with stale_features(network, cut, beat, case.lanes):
+    refreshed = [step in case.refreshed for step in range(case.steps)]
+    with stale_features(network, cut, refreshed, case.lanes):
         assert torch.equal(found, case.run(pipe))
     if case.deepcache:
         assert torch.equal(found, by_deepcache(pipe, case.run))
@@ -115,10 +115,10 @@ def test_base_and_refiner(shared: bool, compatible: Callable[..., dict[str, Any]
     for handle in handles:
         handle.remove()
     assert torch.equal(refined(), uncached)
-    beats = [every_third(6, 4)] if shared else [every_third(6), every_third(4)]
+    intervals = [every_third(6, 4)] if shared else [every_third(6), every_third(4)]
     with ExitStack() as stale:
-        for pipe, cut, beat in zip(both, cuts, beats, strict=True):
-            stale.enter_context(stale_features(pipe.unet, cut, beat))
+        for pipe, cut, refreshed in zip(both, cuts, intervals, strict=True):
+            stale.enter_context(stale_features(pipe.unet, cut, refreshed))
         assert torch.equal(found, refined())
 
 

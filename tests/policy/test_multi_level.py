@@ -1,4 +1,4 @@
-"""Cuts at several depths, each refreshed at its own beat."""
+"""Cuts at several depths, each refreshed at its own interval."""
 
 from __future__ import annotations
 

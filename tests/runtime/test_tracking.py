@@ -24,7 +24,7 @@ def call(
     return found
 
 
-def walk(tracker: StepTracker, timesteps: Iterable[object], label: str) -> list[str]:
+def cached_by(tracker: StepTracker, timesteps: Iterable[object], label: str) -> list[str]:
     return [call(tracker, t, label) for t in timesteps]
 
 
@@ -70,14 +70,14 @@ def test_a_later_start_counts_from_its_own_first_step() -> None:
 
 def test_a_new_run_starts_empty_whatever_the_last_one_left() -> None:
     tracker = StepTracker()
-    walk(tracker, timesteps(6)[:4], "old")  # interrupted
-    assert walk(tracker, timesteps(6), "new") == ["", "new", "new", "new", "new", "new"]
+    cached_by(tracker, timesteps(6)[:4], "old")  # interrupted
+    assert cached_by(tracker, timesteps(6), "new") == ["", "new", "new", "new", "new", "new"]
 
 
 def test_the_cache_dies_with_the_timesteps() -> None:
     tracker = StepTracker()
     ts = timesteps()
-    walk(tracker, ts, "x")
+    cached_by(tracker, ts, "x")
     assert tracker.cached() == [("x",)]
     del ts
     gc.collect()
@@ -85,11 +85,11 @@ def test_the_cache_dies_with_the_timesteps() -> None:
 
 
 @pytest.mark.parametrize("done", [1, 2, 5, 6])
-def test_walking_the_same_timesteps_again_never_reuses_the_first_walk(done: int) -> None:
+def test_another_pass_over_the_same_timesteps_never_reuses_the_first(done: int) -> None:
     tracker = StepTracker()
     ts = timesteps(6)
-    walk(tracker, ts[:done], "first")
-    again = walk(tracker, ts, "second")
+    cached_by(tracker, ts[:done], "first")
+    again = cached_by(tracker, ts, "second")
     assert "first" not in again
     assert "second" in again
 
@@ -133,7 +133,7 @@ def test_every_interleaving_of_two_shared_runs(start: int) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 5])
-def test_every_interleaving_of_two_runs_told_by_value(count: int) -> None:
+def test_every_interleaving_of_two_runs_identified_by_value(count: int) -> None:
     from itertools import combinations
 
     values = timesteps(count).tolist()
@@ -159,7 +159,7 @@ def test_what_was_held_from_step_to_step_and_is_gone_was_another_run_s() -> None
     assert found[-1] == "second"
 
 
-def test_conditioning_made_anew_at_each_step_proves_nothing() -> None:
+def test_conditioning_recreated_at_each_step_proves_nothing() -> None:
     tracker = StepTracker()
     found = [call(tracker, t, "a", [torch.ones(2)]) for t in timesteps(4)]
     assert found == ["", "a", "a", "a"]
@@ -172,7 +172,7 @@ def test_unbatched_guidance_gets_two_lanes() -> None:
     assert found == [("", ""), ("u", "c"), ("u", "c"), ("u", "c")]
 
 
-def test_calls_that_nothing_tells_apart_never_share_a_cache() -> None:
+def test_calls_that_nothing_distinguishes_never_share_a_cache() -> None:
     tracker = StepTracker()
     for t in timesteps(4):
         assert call(tracker, t, "first") == ""
@@ -183,7 +183,7 @@ def test_a_warm_up_call_leaves_nothing() -> None:
     tracker = StepTracker()
     ts = list(timesteps())
     call(tracker, ts[0], "warm-up")
-    assert walk(tracker, ts, "run") == ["", "", "", "run", "run", "run"]
+    assert cached_by(tracker, ts, "run") == ["", "", "", "run", "run", "run"]
 
 
 def test_many_calls_at_one_timestep_do_not_pile_up() -> None:
@@ -197,7 +197,7 @@ def test_many_calls_at_one_timestep_do_not_pile_up() -> None:
 def test_by_value_short_runs_leave_nothing_to_each_other() -> None:
     tracker = StepTracker()
     for label, values in enumerate(([999], [749, 499, 249], [999, 666, 333], [999, 499], [999])):
-        for cache in walk(tracker, values, str(label)):
+        for cache in cached_by(tracker, values, str(label)):
             assert cache in ("", str(label))
 
 
@@ -215,7 +215,7 @@ def test_guidance_that_stops_keeps_the_lane_that_goes_on(order: tuple[str, str],
     assert found[-3:] == [left] * 3
 
 
-def test_a_lane_that_pauses_starts_anew() -> None:
+def test_a_lane_that_pauses_starts_over() -> None:
     tracker = StepTracker()
     uncond, cond = torch.zeros(4), torch.ones(4)
     ts = timesteps(6)
@@ -226,13 +226,7 @@ def test_a_lane_that_pauses_starts_anew() -> None:
     assert call(tracker, ts[4], "u", [uncond]) == ""
 
 
-def test_conditioning_made_anew_each_step_proves_nothing() -> None:
-    tracker = StepTracker()
-    found = [call(tracker, t, "x", [torch.ones(4)]) for t in timesteps(4)]
-    assert found == ["", "x", "x", "x"]
-
-
-def test_parts_of_one_tensor_are_told_apart() -> None:
+def test_parts_of_one_tensor_are_distinguished() -> None:
     tracker = StepTracker()
     both = torch.ones(2, 4)
     found = [
@@ -253,26 +247,26 @@ def test_a_lane_knows_what_it_cannot_be() -> None:
 
 
 @pytest.mark.parametrize("kind", [float, int, torch.tensor, lambda v: torch.full((3,), v)])
-def test_timesteps_that_are_no_views_are_told_by_value(kind: object) -> None:
+def test_timesteps_that_are_no_views_are_identified_by_value(kind: object) -> None:
     tracker = StepTracker()
     values = [kind(v) for v in (999, 949, 899, 849, 799)]  # type: ignore[operator]
     # A second value proves little, so it refreshes once more.
-    assert walk(tracker, values, "a") == ["", "", "a", "a", "a"]
+    assert cached_by(tracker, values, "a") == ["", "", "a", "a", "a"]
     again = [kind(v) for v in (999, 949, 899)]  # type: ignore[operator]
-    assert "a" not in walk(tracker, again, "b")
+    assert "a" not in cached_by(tracker, again, "b")
 
 
 @pytest.mark.parametrize("start", [600, 999])
 def test_by_value_an_interrupted_run_leaves_nothing(start: int) -> None:
     tracker = StepTracker()
-    walk(tracker, [999, 949, 899, 849, 799], "old")
-    assert "old" not in walk(tracker, range(start, start - 200, -45), "new")[:1]
+    cached_by(tracker, [999, 949, 899, 849, 799], "old")
+    assert "old" not in cached_by(tracker, range(start, start - 200, -45), "new")[:1]
 
 
 def test_by_value_runs_at_different_places_do_not_mix() -> None:
     tracker = StepTracker()
     one, two = iter(range(999, 0, -50)), iter(range(980, 0, -20))
-    walk(tracker, [next(one) for _ in range(8)], "a")
+    cached_by(tracker, [next(one) for _ in range(8)], "a")
     for _ in range(10):
         assert call(tracker, next(two), "b") in ("", "b")
     for _ in range(8):

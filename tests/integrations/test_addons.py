@@ -33,7 +33,7 @@ Change = Callable[[Any], Any]
 
 
 def small(scheduler: Any = DDIM) -> Any:
-    """A pipeline around an even smaller network: it is captured anew for most of the changes."""
+    """A pipeline around an even smaller network: it is captured again for most of the changes."""
     pipe = stable_diffusion(scheduler=scheduler)
     torch.manual_seed(3)
     config = dict(pipe.unet.config) | {"layers_per_block": 1, "block_out_channels": (8, 16)}
@@ -431,7 +431,7 @@ def test_model_cpu_offload(order: str, compatible: Compatible) -> None:
     cached(pipe, interval=3)
     found = run(pipe)
     pipe.remove_all_hooks()
-    # Hooks of "cpu:0" copy each timestep: told by their values, runs refresh at step 1, too.
+    # Hooks of "cpu:0" copy each timestep: identified by their values, runs refresh at step 1, too.
     cached(pipe, schedule=dcompile.Steps([0, 1, 3, 6]))
     assert torch.equal(run(pipe), found)
     pipe.unet = small().unet

@@ -193,7 +193,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: Callable[[bytes
     with pytest.raises(SystemExit) as stopped:
         line.stage().run(tmp_path)
     assert f"{checkpoint} is damaged" in str(stopped.value)
-    assert "delete it to begin this stage anew" in str(stopped.value)
+    assert "delete it to begin this stage again" in str(stopped.value)
     assert checkpoint.read_bytes() == damaged
     assert line.weights == []
     checkpoint.unlink()
