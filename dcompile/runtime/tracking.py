@@ -141,7 +141,6 @@ class Run:
     def inherit_doubts(self, earlier: Run, shift: int) -> None:
         """Another pass over the same timesteps, ``shift`` steps behind, may go on at any time."""
         self._open_ends = {end + shift for end in (*earlier._open_ends, earlier.step + 1)}
-        self._doubtful = True
 
     def _advance(self) -> None:
         """Keep the lanes that were called at the step before, unless it is doubtful whose."""

@@ -130,7 +130,7 @@ def check_sampler(network: nn.Module, sample: Callable[[], Tensor], counts: Coun
     """The sampler's own result with ``interval=1``; ``counts`` steps of each kind with 3.
 
     These samplers create a new timestep for every call. Then a run is identified by timestep
-    values, and its second step refreshes, too, until the values' direction is known: 0, 1, 3, 6, ...
+    values, and its second step refreshes too, until their direction is known: 0, 1, 3, 6, ...
     """
 
     def seeded() -> Tensor:

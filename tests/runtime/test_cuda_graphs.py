@@ -351,3 +351,13 @@ def test_a_warmed_up_call_is_recorded_once_however_it_is_written() -> None:
     result = sampled(network, x, ts, condition)
     assert only_recording(network) is found
     assert torch.equal(result, sampled(compiled(cuda_graphs=False), x, timesteps(), condition))
+
+
+def test_nothing_is_recorded_under_offload() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    network = plain()
+    hooks.add_hook_to_module(network, hooks.ModelHook())
+    dcompile.cache_compile(network, interval=3, backend="eager", verbose=False)
+    found = sampled(network, picture(), timesteps())
+    assert torch.equal(found, unrecorded(picture(), timesteps()))
+    assert not seam.recorded_of(network)

@@ -296,3 +296,15 @@ def test_what_the_caller_does_to_a_result_does_not_reach_the_cache() -> None:
                 first = up.clone()
             assert torch.equal(up, first)
             up.mul_(100)
+
+
+def test_a_pass_that_goes_back_reuses_again_after_two_steps() -> None:
+    network = dcompile.cache_compile(plain(), interval=10, **SETTINGS)
+    ts = timesteps(14)
+    x = picture()
+    with torch.no_grad():
+        for step in (*range(13), *range(4, 10)):
+            network(x, ts[step])
+    stats = dcompile.handle(network).stats
+    # Steps 0 and 10; then 4, which has nothing, and 5, which may be either pass's.
+    assert (stats.refresh_steps, stats.reuse_steps) == (4, 15)

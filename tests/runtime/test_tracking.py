@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from dcompile.runtime.tracking import Lane, StepTracker
+from dcompile.runtime.tracking import MAX_VALUE_TRACKS, Lane, StepTracker
 
 NOTHING: list[torch.Tensor] = []
 
@@ -285,3 +285,32 @@ def test_forget_and_reset_drop_everything() -> None:
     assert tracker.cached() == []
     assert call(tracker, ts[2], "x") == ""
     assert call(tracker, 949, "y") == ""
+
+
+def test_a_pass_from_the_start_knows_that_a_later_one_may_go_on() -> None:
+    """Run "a" begins at step 2 (image-to-image), run "b" at step 0 of the same timesteps."""
+    tracker = StepTracker()
+    ts = timesteps(8)
+    cached_by(tracker, ts[2:4], "a")
+    assert cached_by(tracker, ts[:4], "b") == ["", "b", "b", "b"]
+    assert call(tracker, ts[4], "a") == ""  # either of them may be the one that goes on
+
+
+def test_of_two_lanes_that_look_alike_neither_goes_on_alone() -> None:
+    """Conditioning that is created again for each step proves nothing of who pauses."""
+    tracker = StepTracker()
+    ts = timesteps(6)
+    for t in ts[:2]:
+        pair = torch.zeros(4), torch.ones(4)
+        call(tracker, t, "u", [pair[0]]), call(tracker, t, "c", [pair[1]])
+        del pair
+        gc.collect()
+    call(tracker, ts[2], "c", [torch.ones(4)])
+    assert call(tracker, ts[3], "c", [torch.ones(4)]) == ""
+
+
+def test_no_more_runs_are_kept_by_value_than_may_be_confused() -> None:
+    tracker = StepTracker()
+    for run in range(40):
+        call(tracker, 1000.0 * (run + 1) * (-1) ** run, str(run))
+    assert len(tracker.cached()) == MAX_VALUE_TRACKS
