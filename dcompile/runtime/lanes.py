@@ -59,14 +59,6 @@ class Anchor:
             return steady
         return storage is not storage_of(tensor) or self.offset != tensor.storage_offset()
 
-    def differs(self, other: Anchor) -> bool:
-        """Whether both exist and are different."""
-        return (
-            self.alive
-            and other.alive
-            and (self.storage, self.offset) != (other.storage, other.offset)
-        )
-
 
 @dataclass(eq=False)
 class Lane:
@@ -112,14 +104,6 @@ class Lane:
             if anchor.contradicts(tensor, self.steady):
                 return True
         return False
-
-    def resembles(self, other: Lane) -> bool:
-        """Whether a call might be taken for either lane's."""
-        if None not in (self.signature, other.signature) and self.signature != other.signature:
-            return False
-        return len(self.anchors) == len(other.anchors) and not any(
-            one.differs(two) for one, two in zip(self.anchors, other.anchors, strict=True)
-        )
 
     def note_steady(self) -> None:
         """A later step came with the same conditioning, as far as it still exists."""

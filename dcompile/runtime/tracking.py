@@ -83,10 +83,16 @@ class Run:
         elif self.step >= 0:
             self._begin_again(step)
         self.step = step
-        for lane in self.lanes:
-            if id(lane) not in self._served and not lane.contradicts(conditioning, signature):
-                lane.note_steady()
-                break
+        fitting = [
+            lane
+            for lane in self.lanes
+            if id(lane) not in self._served and not lane.contradicts(conditioning, signature)
+        ]
+        if len(fitting) > 1:  # any of them, and others may have paused
+            self.lanes = [lane for lane in self.lanes if lane not in fitting]
+        if len(fitting) == 1:
+            (lane,) = fitting
+            lane.note_steady()
         else:
             lane = Lane(tuple(map(Anchor.of, conditioning)))
             self.lanes.append(lane)
@@ -147,13 +153,8 @@ class Run:
         if len(self._served) == len(self.lanes) and not self._doubtful:
             self._served.clear()
             return
-        gone = [lane for lane in self.lanes if id(lane) not in self._served]
         self.lanes = [
-            lane
-            for lane in self.lanes
-            if id(lane) in self._served
-            and not self._doubtful
-            and not any(lane.resembles(other) for other in gone)
+            lane for lane in self.lanes if id(lane) in self._served and not self._doubtful
         ]
         self._served = set()
         self._doubtful = False
