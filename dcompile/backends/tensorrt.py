@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from dcompile.backends.sizes import Profile, profiles_of
+from dcompile.compat.versions import refit_without_weight_map
 from dcompile.errors import BackendError
 from dcompile.passes import Canonicalize
 
@@ -147,10 +148,8 @@ class Engine:
         if self._immutable:
             raise BackendError("the engine was built with immutable_weights=True")
         refit = _torch_tensorrt().dynamo.refit_module_weights
-        # Before 2.13 a cache maps weights by their values, wrongly where several are alike.
-        uncached = {"use_weight_map_cache": False} if torch.__version__ < "2.13" else {}
         exported = self._source.export(graph_module)
-        self._module = refit(self._module, exported, in_place=True, **uncached)
+        self._module = refit(self._module, exported, in_place=True, **refit_without_weight_map())
 
 
 @dataclass(frozen=True)

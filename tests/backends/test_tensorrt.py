@@ -29,6 +29,7 @@ from torch.export import ExportedProgram
 import dcompile
 from dcompile.backends import resolve, tensorrt
 from dcompile.backends.tensorrt import Engine, TensorRT
+from dcompile.compat.versions import torch_version
 from dcompile.compiler.build import choose_skip, with_weights
 from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture import capture
@@ -364,6 +365,8 @@ def source() -> Iterator[Source]:
 def test_every_argument_passed_exists(
     trt: Recorded, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if torch_version() < (2, 13):
+        pytest.skip("an argument that torch-tensorrt 2.13, whose source is read, has no more")
     names = source.parameters("dynamo/_compiler.py", "compile")
     given: list[set[str]] = []
 
