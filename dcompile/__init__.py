@@ -137,7 +137,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# A wheel has the folder passes/ as dcompile/passes. In a checkout it lies beside this package.
+# A wheel has the folder passes/ as dcompile/passes. In a checkout it is next to this package.
 _CHECKOUT = Path(__file__).parent.parent
 if (_CHECKOUT / "passes" / "skips.py").is_file() and (_CHECKOUT / "pyproject.toml").is_file():
     __path__.append(str(_CHECKOUT))

@@ -28,7 +28,7 @@ class BackendError(DcompileError, ValueError):
 
 
 class ExportError(DcompileError, RuntimeError):
-    """The network could not be written to a folder. What stood there before still does."""
+    """The network could not be written to a folder. Existing files are left untouched."""
 
 
 class ModelError(DcompileError, LookupError):
@@ -40,7 +40,7 @@ class NotCompiledError(DcompileError, LookupError):
 
 
 class TimestepError(DcompileError, TypeError):
-    """The network takes no timestep, so its steps cannot be told apart."""
+    """The network takes no timestep, so its steps cannot be distinguished."""
 
 
 class ArtifactError(DcompileError, RuntimeError):

@@ -154,7 +154,7 @@ class Handle:
         """Write both graphs for ONNX runtimes and TensorRT: a folder that needs no Python.
 
         ``full.onnx`` and ``shallow.onnx``, cut at the current depth, read their weights from one
-        ``weights.data``, where each is stored once and goes by its parameter's name. Inputs have
+        ``weights.data``, where each is stored once, under its parameter's name. Inputs have
         the names of forward's parameters, results are ``out_0`` (or ``out_sample``, if the network
         returns named fields), and the full graph's ``boundary_0`` feeds the shallow graph's.
         ``manifest.json`` lists names, dtypes and shapes of all of them, and the schedule.

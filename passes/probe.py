@@ -18,7 +18,7 @@ def with_drift(graph_module: GraphModule, probed: int, probe: str = "l1") -> Gra
     """A shallow graph that returns one number in the place of its last ``probed`` outputs.
 
     The number is |x - y| / |y| over all of these outputs x together, with y what the same values
-    were when the cache was made (or what a forecast makes of it), which comes in through extra
+    were when the cache was made (or their forecast), which comes in through extra
     placeholders after the others. The norm is the sum of magnitudes ("l1") or its Euclidean
     counterpart ("l2"), in float32 at least. What is no floating-point tensor does not count.
 

@@ -73,14 +73,14 @@ def find_skip_connections(
     A skip connection is a concatenation, not along the batch, which is no joining of features,
 
     1. all of whose operands depend on the sample, which excludes text and time embeddings,
-    2. one of whose operands, the deep one, rests on compute that the others do not rest on and
+    2. one of whose operands, the deep one, depends on compute that the others do not depend on and
        the shallow graph would save. That excludes concatenations inside an operation, such as
        the two halves of a rotary embedding, and
     3. whose cut lies within the next outer one's: it leaves out only part of what that one leaves
        out. That excludes parallel branches of a stem, and two networks side by side that
        exchange their features (ControlNet-XS). The outermost is the one that saves most.
 
-    The deep operand is the one that rests on most nodes: the up path comes out of the down path.
+    The deep operand is the one that depends on most nodes: the up path comes out of the down path.
 
     Args:
         graph_module: a functional ATen graph with metadata, as ``torch.export`` makes it.
@@ -198,7 +198,7 @@ class _Dependencies:
             self._cones.append(cone)
 
     def cone(self, node: Node) -> int:
-        """The node and everything it rests on."""
+        """The node and everything it depends on."""
         return self._cones[self.index[node]]
 
     def cone_size(self, node: Node) -> int:
@@ -211,7 +211,7 @@ class _Dependencies:
     def cut(self, cat: Node) -> _Cut | None:
         """The cut at the deep operand of ``cat``, if that is to be cut at all.
 
-        The deep region starts with what the deep operand rests on and the skips do not. It goes
+        The deep region starts with what the deep operand depends on and the skips do not. It goes
         on with all that follows from it, until the concatenation. Values of the region that are
         read outside of it are the boundary.
         """
@@ -235,13 +235,13 @@ class _Dependencies:
             if any(not region >> self.index[user] & 1 for user in node.users)
         )
         if len(boundary) > 1:
-            boundary = self._least(boundary, region)
+            boundary = self._minimum_cut(boundary, region)
         left_out = self._left_out(set(boundary))
         if not any(node_cost(node).flops for node in left_out):
             return None
         return _Cut(cat, deep, skips, boundary, left_out)
 
-    def _least(self, boundary: tuple[Node, ...], region: int) -> tuple[Node, ...]:
+    def _minimum_cut(self, boundary: tuple[Node, ...], region: int) -> tuple[Node, ...]:
         """A boundary of fewest bytes from which ``boundary`` follows cheaply: a minimum cut.
 
         What lies between is computed at every step: a block's norm, say, whose input goes on as a
@@ -258,8 +258,8 @@ class _Dependencies:
             size = tensor_bytes(node.meta.get("val"))
             kept = {"capacity": size} if size and not _is_view(node) else {}
             flow.add_edge((node, "in"), (node, "out"), **kept)
-            dear = node_cost(node).flops > CHEAP * size
-            if node.op != "call_function" or dear or not is_pure(node):
+            expensive = node_cost(node).flops > CHEAP * size
+            if node.op != "call_function" or expensive or not is_pure(node):
                 flow.add_edge("deep", (node, "in"))
                 continue
             for operand in node.all_input_nodes:

@@ -154,7 +154,7 @@ def _rebuild(
 
 
 def _needed(graph: Graph, exposed: Sequence[Node], cached: Sequence[Node]) -> set[Node]:
-    """What the outputs rest on, without what ``cached`` stands for; and what has side effects."""
+    """What the outputs depend on, without what ``cached`` replaces; and what has side effects."""
     needed: set[Node] = set(exposed)
     for node in reversed(graph.nodes):
         read = node.op == "output" or any(user in needed for user in node.users)

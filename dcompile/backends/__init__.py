@@ -56,7 +56,7 @@ class Backend(Protocol):
 class Refittable(Protocol):
     """What a backend that bakes weights may return from ``compile``: code that takes other weights.
 
-    Any callable may be returned; one without these is compiled anew when a weight has changed.
+    Any callable may be returned; one without these is compiled again when a weight has changed.
     """
 
     def __call__(self, *inputs: Any) -> Any: ...
@@ -68,7 +68,7 @@ class Refittable(Protocol):
     def refit(self, graph_module: GraphModule) -> None:
         """Take the weights of this graph, which is otherwise the one it was compiled from.
 
-        May raise anything; it is compiled anew then.
+        May raise anything; then it is compiled again.
         """
         ...
 

@@ -24,7 +24,7 @@ REQUESTED = "requested_sizes"  # see Backend.compile
 
 
 def profiles_of(placeholders: list[Node], inputs: Sequence[Any]) -> list[Profile]:
-    """The shapes to build an engine for: what was told, and otherwise what was seen, and around."""
+    """The shapes to build an engine for: the requested ranges, or the sizes seen with a margin."""
     sizes: dict[Any, _Size] = {}
     dimensions = [
         (axis, size, value, node.meta.get(REQUESTED, {}).get(axis))
@@ -32,11 +32,16 @@ def profiles_of(placeholders: list[Node], inputs: Sequence[Any]) -> list[Profile
         for axis, size in enumerate(node.meta["val"].shape)
         if _free_symbols(size)
     ]
-    for axis, size, value, told in dimensions:  # the boundary's come last, and are never told
+    for (
+        axis,
+        size,
+        value,
+        requested,
+    ) in dimensions:  # the boundary's come last, and are never requested
         symbol, shape_env = expression_of(size), shape_env_of(size)
         if symbol.is_symbol and symbol not in sizes:
             captured = traced_size(shape_env, symbol)
-            sizes[symbol] = _Size(symbol, captured, value.shape[axis], told, shape_env)
+            sizes[symbol] = _Size(symbol, captured, value.shape[axis], requested, shape_env)
     for _, size, _, _ in dimensions:  # symbols that occur in expressions only
         for symbol in _free_symbols(size) - sizes.keys():
             shape_env = shape_env_of(size)
@@ -69,25 +74,25 @@ class _Size:
     Attributes:
         symbol: its name in the graph's shapes.
         captured, now: what it was when the network was captured, and is as it is compiled.
-        told: the range asked for, if one was.
+        requested: the range asked for, if one was.
         shape_env: knows what the network's code takes.
     """
 
     symbol: Any
     captured: int
     now: int
-    told: tuple[int, int] | None
+    requested: tuple[int, int] | None
     shape_env: Any
 
     def range(self) -> tuple[int, int, int]:
         """Smallest, best and largest; the network's code takes the ends as well.
 
-        If none was told, wide enough for related sizes and for those seen, and no wider: TensorRT
+        Without one, wide enough for related sizes and for those seen, and no wider: TensorRT
         reserves memory for the largest.
         """
         small, large = sorted((self.captured, self.now))
         lower, upper = bounds_of(self.shape_env, self.symbol)
-        low, high = self.told or ((small + 1) // 2, 3 * large // 2)
+        low, high = self.requested or ((small + 1) // 2, 3 * large // 2)
         low = max(low, int(lower))
         high = high if upper > high else int(upper)
         while low < small and not self._taken(low):

@@ -46,9 +46,9 @@ class TensorRT:
               own in there: Torch-TensorRT's key covers operators and input sizes, but neither
               the operators' arguments nor what is connected to what.
 
-    With ``dynamic``, an engine takes the sizes that were told, or from half to one and a half times
-    the sizes seen where none were, and is best at the size it was built at. A call outside builds
-    a wider one.
+    With ``dynamic``, an engine takes the requested ranges of sizes; without them, half to one and
+    a half times the sizes seen. It is fastest at the size it was built at. A call outside builds a
+    wider one.
     """
 
     options: dict[str, Any] = field(default_factory=dict, hash=False)

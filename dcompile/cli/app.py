@@ -86,7 +86,7 @@ def demo(
     guidance: _Guidance = None,
     seed: _Seed = 0,
     repeat: Annotated[
-        int, typer.Option(min=1, help="Time the best of so many runs: for a busy machine.")
+        int, typer.Option(min=1, help="Time the best of this many runs: for a busy machine.")
     ] = 1,
     device: _Device = "auto",
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("dcompile-demo.png"),
@@ -238,7 +238,7 @@ def tune(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="The picture to write. Default: beside the schedule.", show_default=False
+            help="The picture to write. Default: next to the schedule.", show_default=False
         ),
     ] = None,
 ) -> None:

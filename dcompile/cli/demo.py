@@ -431,7 +431,7 @@ class GridLayout:
 
 
 def picture_grid(result: DemoResult) -> Image.Image:
-    """One image: a block of pictures for each run, with what it took beside it.
+    """One image: a block of pictures for each run, with its time and fidelity next to it.
 
     Prompts stand beneath the pictures if they differ.
     """

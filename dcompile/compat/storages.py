@@ -1,6 +1,6 @@
 """Identity of tensor storages.
 
-Step tracking rests on two things that PyTorch does not document: ``Tensor.untyped_storage()``
+Step tracking depends on two things that PyTorch does not document: ``Tensor.untyped_storage()``
 returns the same Python object for all views of one storage as long as anything refers to it, and
 that object can be referred to weakly. Seen in torch 2.11 to 2.15.
 """

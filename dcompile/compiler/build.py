@@ -161,7 +161,7 @@ def rebound(
     display: Display,
 ) -> Program | None:
     """``program`` if it fits the module's weights and a call like ``leaves``, else one with the
-    weights put in anew, without compiling. None if it takes a ``build``.
+    weights replaced, without compiling. None if only a ``build`` will do.
 
     Args:
         network, cuts: what ``program`` was built from.
@@ -184,7 +184,7 @@ def rebound(
         try:
             with display.stage(f"refitting the {label} graph"), torch.no_grad():
                 half.run.refit(with_weights(graph_module, network, weights))  # type: ignore[attr-defined]
-        except Exception as error:  # whatever it is, compiling anew puts it right
+        except Exception as error:  # whatever it is, compiling again mends it
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             display.note(f"the {label} graph cannot be refitted: {first}")
             return None
@@ -247,9 +247,9 @@ def _note_requested_ranges(graph_module: GraphModule, network: CapturedNetwork) 
     ranges = network.guard.ranges if network.guard else ()
     for node in graph_module.graph.find_nodes(op="placeholder"):
         leaf = network.inputs.get(str(node.target))
-        told = {axis: (low, high) for where, axis, low, high in ranges if where == leaf}
-        if told:
-            node.meta[REQUESTED] = told  # see Backend.compile
+        requested = {axis: (low, high) for where, axis, low, high in ranges if where == leaf}
+        if requested:
+            node.meta[REQUESTED] = requested  # see Backend.compile
 
 
 def with_weights(

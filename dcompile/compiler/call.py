@@ -66,7 +66,7 @@ class CallForms:
         if len(names) < 2:
             raise TimestepError(
                 f"forward{inspect.signature(forward)} takes no timestep: without one, steps cannot "
-                "be told apart. Expected (sample, timestep, ...)"
+                "be distinguished. Expected (sample, timestep, ...)"
             )
         self._sample = names[0]
         self._timestep = (timed or names[1:])[0]

@@ -82,7 +82,7 @@ class CapturedNetwork:
 
 
 class _Network(nn.Module):
-    """The module with its own forward, whatever stands in that attribute now."""
+    """The module with its own forward, whatever that attribute is now."""
 
     def __init__(self, network: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What a captured graph took for granted about its module, to notice when it changes.
+"""The structure of a module that a captured graph depends on, to notice when it changes.
 
-A call checks its inputs every time; the module is looked at only when a generation begins. Adapter
+A call checks its inputs every time; the module is examined only when a run begins. Adapter
 layers that were added, attention processors that were swapped, scales that were set: all of that
 is in the submodules' attributes, and a graph captured before is wrong after. Parameters are
 compared by name, shape, dtype and device only: their values are inputs of the graph.
@@ -215,7 +215,7 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
     for table in (module._parameters, module._buffers):
         for name, tensor in table.items():
             if tensor is not None:
-                # A tied weight goes by its first name, in the graph too.
+                # A tied weight has its first name, as in the graph.
                 tied_to = first_names.setdefault(id(tensor), f"{path}.{name}")
                 shape, layout = tuple(tensor.shape), tensor.stride()
                 entry[name] = (shape, tensor.dtype, tensor.device, tied_to, layout)
@@ -236,7 +236,7 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
 
 
 class ToggleSnapshot:
-    """All switches (attributes that are bools) in a module, to look at in the midst of a run.
+    """All switches (attributes that are bools) in a module, to compare during a run.
 
     Some pipelines turn parts of a network off while they draw. Comparing the whole structure takes
     too long for that.

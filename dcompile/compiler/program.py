@@ -125,7 +125,7 @@ class CompiledGraph:
 
 
 class ProgramSpec(NamedTuple):
-    """Where a program is cut, and what its reuse steps do besides.
+    """Where a program is cut, and what else its reuse steps do.
 
     Attributes:
         depths: of the cuts, ascending. Nearly always one; more for a ``MultiLevel``.
@@ -220,7 +220,7 @@ class Program:
 
 
 def cache_layouts(sizes: Sequence[int], histories: Sequence[int]) -> tuple[CacheLayout, ...]:
-    """One after the other, cuts whose refreshes make so many values each."""
+    """The layouts of several cuts, one after the other, from how many values a refresh makes."""
     found: list[CacheLayout] = []
     for size, history in zip(sizes, histories, strict=True):
         found.append(CacheLayout(found[-1].stop if found else 0, size, history))
@@ -228,7 +228,7 @@ def cache_layouts(sizes: Sequence[int], histories: Sequence[int]) -> tuple[Cache
 
 
 def graph_label(number: int, cuts: int) -> str:
-    """What to call graph ``number`` of a program with so many cuts."""
+    """What messages call graph ``number`` of a program with ``cuts`` cuts."""
     if number == cuts:
         return "full"
     return "shallow" if cuts == 1 else f"level {number}"
@@ -260,7 +260,7 @@ class BoundProgram:
         level: int | None = None,
         coefficients: Any = None,
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Compute boundaries anew: those of all cuts, by the full graph, or only of outer ones.
+        """Recompute boundaries: those of all cuts, by the full graph, or only of outer ones.
 
         Args:
             leaves: the call's leaves.

@@ -1,4 +1,4 @@
-"""Call signatures: what a program depends on besides the values of tensors."""
+"""Call signatures: what a program depends on, apart from the values of tensors."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class DynamicSizes:
         return True if self.free else {name: r for name, r in named.items() if r is not None}
 
     def ranges(self, leaf: int, dimensions: int) -> tuple[tuple[int, int, int, int], ...]:
-        """(leaf, dimension, least, greatest) of a sample with so many dimensions."""
+        """(leaf, dimension, least, greatest) of a sample with this many dimensions."""
         places = ((0, self.batch), (dimensions - 2, self.height), (dimensions - 1, self.width))
         return tuple((leaf, place, *bounds) for place, bounds in places if bounds is not None)
 

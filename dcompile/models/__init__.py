@@ -1,4 +1,4 @@
-"""Models that come with the package, as stock diffusers pipeline folders beside this file."""
+"""Models that come with the package, as stock diffusers pipeline folders."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def resolve_forecast(forecast: Any) -> Forecast:
 
 
 def name_of(forecast: Forecast | str) -> str | None:
-    """The name it goes by; None if it has none."""
+    """Its name, as ``cache_compile`` takes it; None if it has none."""
     if isinstance(forecast, str):
         return forecast
     return next((name for name, known in _NAMED.items() if known == forecast), None)

@@ -1,4 +1,4 @@
-"""What a sampler makes of the network's errors, step by step.
+"""The error gain of a sampler: how errors of the network at each step affect the result.
 
 DDIM is an Euler step: with sigma_bar = sqrt((1 - alpha_bar) / alpha_bar), x / sqrt(alpha_bar) moves
 by (change of sigma_bar) * epsilon. So an error in the noise predicted at step i reaches the result
@@ -39,7 +39,7 @@ def error_gains(scheduler: Any) -> list[float] | None:
 
     Returns:
         One weight, at least 0, for each of ``scheduler.timesteps``; None if its noise levels cannot
-        be told.
+        be read.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, torch.Tensor) or timesteps.dim() != 1 or not len(timesteps):
@@ -92,7 +92,7 @@ def _per_unit_of_output(scheduler: Any, levels: torch.Tensor) -> torch.Tensor:
 
 
 def default_power(scheduler: Any, *, stochastic: bool) -> float:
-    """The exponent of ``error_gains`` that a schedule goes by if nothing is measured.
+    """The default exponent of ``error_gains``, for schedules that measure nothing.
 
     A network that predicts noise errs about alike at all steps: 1/2 makes the sum of its errors
     least, if they grow linearly with a cache's age. For samplers that add noise 1 was better, in a

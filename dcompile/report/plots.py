@@ -133,7 +133,7 @@ def plot_trials(
 
 
 def pareto_front(trials: Sequence[P]) -> list[P]:
-    """Those that no other beats in both speed-up and PSNR, the slowest first."""
+    """The Pareto front of speed-up and PSNR, the slowest first."""
     found: list[P] = []
     for trial in sorted(trials, key=lambda t: (-t.speedup, -t.psnr)):
         if not found or trial.psnr > found[-1].psnr:

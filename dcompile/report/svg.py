@@ -18,7 +18,7 @@ U_LEFT, U_RIGHT = MARGIN, 648
 INDENT = 88  # of the innermost level
 ROW, LEVEL_GAP = 40, 13
 
-# The table beside it: right edges of the numbers, left edges of the rest.
+# The table next to it: right edges of the numbers, left edges of the rest.
 SHAPE_X, BYTES_X, BAR_X, BAR_WIDTH, RATIO_X = 672, 880, 900, 108, 1054
 LIMIT_X = {3: 1107, 5: WIDTH - MARGIN}
 
@@ -289,7 +289,7 @@ def _verticals(depth: int, chosen: int, layout: _Layout) -> list[str]:
     up = (layout.up(depth) + UP_WIDTH / 2, layout.up(depth + 1) + UP_WIDTH / 2)
     lines = [_curve(down[0], y_0, down[1], y_1 - 2, css)]
     if depth == chosen:
-        return lines  # the store stands in between
+        return lines  # the store is drawn in between
     return [*lines, _curve(up[1], y_1, up[0], y_0 + 2, css)]
 
 

@@ -6,15 +6,15 @@ is just what a cache must keep. Who owns which buffer:
 - **Inputs** live in static buffers of the ``RecordedProgram``, one set for each call signature;
   every step copies the call's tensors into them.
 - **Boundaries** are outputs of the full graph at one address, and the smaller graphs read them
-  there: nothing is copied between them. They hold the features of one generation's lane, their
+  there: nothing is copied between them. They hold the features of one run's lane, their
   owner. When another lane comes to use the buffers, the owner's features are first copied out to
   tensors of their own, and copied back in when it goes on. What a graph between the smallest and
-  the full one (``MultiLevel``) makes anew is copied there.
-- **Earlier boundaries**, which a forecast extrapolates from, lie in buffers beside them and belong
+  the full one (``MultiLevel``) recomputes is copied there.
+- **Earlier boundaries**, which a forecast extrapolates from, are in buffers of their own and belong
   to the same owner: a refresh first moves each one place on.
 - **Results** are copied out at every step: samplers keep earlier results.
 - **Weights** are read where they were when recording. Their storages are held, so that a weight
-  that moved (``.to()``) is never read from freed memory; the next generation records anew.
+  that moved (``.to()``) is never read from freed memory; the next run records again.
 
 All graphs share one memory pool. That is safe because the full graph is recorded first, its
 outputs stay alive, and no two run at the same time.
@@ -170,7 +170,7 @@ class RecordedProgram:
         level: int | None = None,
         coefficients: Any = None,
     ) -> tuple[Any, Any]:
-        """Compute boundaries anew: what the module returns, and what to cache.
+        """Recompute boundaries: what the module returns, and what to cache.
 
         Args:
             leaves: the call's leaves.

@@ -149,7 +149,7 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What compiled code depends on besides the module."""
+    """What compiled code depends on apart from the module."""
     found = {"torch": torch.__version__, "device": device.type, "platform": platform.machine()}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found["diffusers"] = importlib.metadata.version("diffusers")  # whose code was captured

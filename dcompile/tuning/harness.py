@@ -208,7 +208,7 @@ class Harness:
         choose_skip(current[-1], depth)
 
     def describe_run(self, timesteps: int, ratio: float) -> RunInfo:
-        """What a schedule is told of a run."""
+        """What a schedule gets to know of a run."""
         return self._dispatcher().state.planner.describe_run(timesteps, ratio)
 
     def has_gains(self) -> bool:

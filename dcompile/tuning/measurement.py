@@ -15,7 +15,7 @@ from dcompile.tuning.prediction import Objective, Recording
 from dcompile.tuning.recorder import Recorder
 
 # A cut whose reuse step takes more than this share of a refresh step's FLOPs is not tried unless it
-# is asked for, and of the others no more than so many.
+# is asked for, and of the others no more than MOST_DEPTHS.
 LARGEST_RATIO = 0.6
 MOST_DEPTHS = 6
 # Parts of a run whose errors are measured separately.

@@ -280,7 +280,7 @@ def _fitting(
     speedup: float,
     power: float,
 ) -> Iterator[Levels]:
-    """Cuts at these depths, each refreshed so many times as often as the next deeper one."""
+    """Cuts at these depths, each refreshed ``times`` as often as the next deeper one."""
     steps = objectives[chain[0]].steps
     loads = [w**power for w in objectives[chain[0]].gains]
     regular = _constant_intervals(chain, times, steps, ratios, speedup)

@@ -99,7 +99,7 @@ def profile(
 ) -> Profile:
     """Measure how alike a network's deep features are from step to step, at each depth.
 
-    This is the observation that DeepCache rests on, made on your own network and sampler. Takes an
+    This is the observation behind DeepCache, made on your own network and sampler. Takes an
     uncached run for each sample and one more, and keeps their features until they are compared.
 
     Args:

@@ -88,8 +88,8 @@ class Recorder:
         if seen.steps is None:
             raise TuneError(
                 "the network's timesteps are not elements of one tensor, such as "
-                "scheduler.timesteps, or are just one: its runs cannot be told apart well enough "
-                "to tune for them"
+                "scheduler.timesteps, or are just one: its runs cannot be distinguished well "
+                "enough to tune for them"
             )
         self.steps.add(seen.steps)
         watched = self._lanes.setdefault(

@@ -156,7 +156,7 @@ class Search:
         )
 
     def _untried_neighbour(self, best: Trial) -> Choice | None:
-        """The most promising schedule that differs from the best in one refresh by one step."""
+        """The best predicted schedule that differs from the best in one refresh by one step."""
         steps = self._objectives[best.depth].steps
         found: list[Choice] = []
         for step in best.levels[0][1][1:]:

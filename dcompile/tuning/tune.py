@@ -61,8 +61,8 @@ def tune(
             takes at most 60 % of a refresh step's compute.
         forecasts: which to try.
         trials: how many schedules to try in real runs; with ``psnr``, at most.
-        intervals: DeepCache's, tried besides at every depth to compare with, as are the most
-            promising schedules with as many refreshes; see ``Tuned.plot``.
+        intervals: DeepCache's, also tried at every depth for comparison, as are the best predicted
+            schedules with as many refreshes; see ``Tuned.plot``.
         backend: what to try them with. Which is faster does not matter here.
         sampler: the sampler, if ``module`` is no pipeline that has one.
         memory: bytes of recorded features to keep in memory; more go to a temporary file.

@@ -20,6 +20,8 @@ from sybil.document import Document
 from sybil.example import Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+import dcompile
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     str(page.relative_to(ROOT))
@@ -32,9 +34,9 @@ def _pipe() -> Any:
     """The bundled Stable Diffusion, which draws 64x64 emoji."""
     from diffusers import DiffusionPipeline
 
-    import dcompile.models
+    from dcompile import models
 
-    pipe = DiffusionPipeline.from_pretrained(dcompile.models.path("emoji-sd"))
+    pipe = DiffusionPipeline.from_pretrained(models.path("emoji-sd"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -53,7 +55,11 @@ class Prepared(dict[str, Any]):
     """A page's namespace. What a block uses without having made it is made at its first use."""
 
     def __missing__(self, name: str) -> Any:
-        if name == "pipe" or name == "fresh_pipe":
+        if name == "dcompile":
+            self[name] = dcompile
+        elif name == "torch":
+            self[name] = torch
+        elif name == "pipe" or name == "fresh_pipe":
             self[name] = _pipe()
         elif name == "unet":
             self[name] = self["pipe"].unet
@@ -80,9 +86,9 @@ def _embeddings(pipe: Any) -> torch.Tensor:
 
 def _check_commands(example: Example) -> None:
     """Parse each ``dcompile`` command, and find each file that is run with python or pytest."""
-    import dcompile.cli.app
+    from dcompile.cli.app import app
 
-    group = typer.main.get_command(dcompile.cli.app.app)
+    group = typer.main.get_command(app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")
     for line in str(example.parsed).replace("\\\n", " ").splitlines():
         for command in line.split("&&"):
