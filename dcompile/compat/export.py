@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 
 
 def is_fake(value: Any) -> bool:
@@ -62,6 +63,20 @@ def bounds_of(shape_env: Any, symbol: Any) -> tuple[Any, Any]:
 def guards_of(shape_env: Any) -> list[Any]:
     """The conditions that tracing recorded, as sympy expressions."""
     return [shape_env.replace(guard.expr) for guard in shape_env.guards]
+
+
+def functionalized(exported: ExportedProgram) -> ExportedProgram:
+    """The program without operators that write to their arguments.
+
+    ``run_decompositions`` also turns ``reshape`` into ``view`` where that was possible while
+    tracing. Kernels may return other strides than the trace assumed (NCSN++ with torch 2.14 fails
+    on that), so each ``view`` becomes a ``reshape``: the same where a view is possible.
+    """
+    exported = exported.run_decompositions({})
+    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    exported.graph_module.recompile()
+    return exported
 
 
 def is_higher_order(target: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.compat.export import (
     conditions_of,
+    functionalized,
     is_fake,
     is_higher_order,
     kept_kernels,
@@ -191,7 +192,7 @@ def capture(
         with torch.inference_mode(False), torch.no_grad(), casts_in_graph(module), kept_kernels():
             exported = _exported(network, (args, kwargs), hints)
             if not _is_functional(exported.graph_module):
-                exported = exported.run_decompositions({})
+                exported = functionalized(exported)
     except Exception as error:
         raise CaptureError(_capture_message(module, error)) from error
     finally:

@@ -1,0 +1,75 @@
+"""The elements of an SVG drawing, and numbers as a person reads them."""
+
+from __future__ import annotations
+
+from xml.sax.saxutils import escape
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def bytes_text(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.{0 if count >= 100 * size else 1}f} {unit}"
+    return f"{count / 1024:,.0f} KiB"
+
+
+def macs_text(flops: int) -> str:
+    giga = flops / 2e9
+    return f"{giga:,.{2 if giga < 10 else 1 if giga < 100 else 0}f} GMACs"
+
+
+def percent_text(share: float) -> str:
+    return f"{100 * share:.{1 if share < 0.0995 else 0}f} %"
+
+
+def tail_of(path: str, most: int) -> str:
+    """The end of a module path says where it is; its beginning is dropped if it is too long."""
+    return path if len(path) <= most else "…" + path[-(most - 1) :]
+
+
+def width_of(text: str) -> float:
+    """Upper estimate of a 12 px text's width: no font is at hand to measure with."""
+    return 6.5 * len(text) + 8
+
+
+def text(
+    x: float, y: float, content: str, css: str = "", anchor: str = "start", title: str = ""
+) -> str:
+    hint = f"<title>{escape(title)}</title>" if title else ""
+    return (
+        f'<text x="{x:g}" y="{y:g}" class="{css.strip()}" text-anchor="{anchor}">'
+        f"{escape(content)}{hint}</text>"
+    )
+
+
+def rect(
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    radius: float,
+    *,
+    css: str = "",
+    fill: str = "",
+    title: str = "",
+) -> str:
+    paint = f'class="{css}"' if css else f'fill="{fill}"'
+    hint = f"<title>{escape(title)}</title>" if title else ""
+    return (
+        f'<rect x="{x:g}" y="{y:g}" width="{max(width, 0):g}" height="{height:g}" '
+        f'rx="{radius:g}" {paint}>{hint}</rect>'
+    )
+
+
+def path(commands: str, css: str) -> str:
+    return f'<path class="{css}" d="{commands}"/>'
+
+
+def curve(x_0: float, y_0: float, x_1: float, y_1: float, css: str) -> str:
+    """A vertical S from one point to another."""
+    if x_0 == x_1:
+        return path(f"M{x_0:g} {y_0:g} V{y_1:g}", css)
+    bend = (y_0 + y_1) / 2
+    return path(f"M{x_0:g} {y_0:g} C{x_0:g} {bend:g} {x_1:g} {bend:g} {x_1:g} {y_1:g}", css)
