@@ -1,4 +1,4 @@
-"""What caching costs besides: dispatch, capture, compiling, memory.
+"""The overhead of caching: dispatch, capture, compiling, memory.
 
 pytest bench/bench_overhead.py --benchmark-only --benchmark-json=bench/results/overhead.json
 """

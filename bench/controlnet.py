@@ -35,7 +35,7 @@ class Pipe:
         self.components = {"unet": unet, "controlnet": controlnet}
 
 
-def beside(unet: UNet2DConditionModel) -> ControlNetModel:
+def companion_of(unet: UNet2DConditionModel) -> ControlNetModel:
     """A ControlNet for ``unet``, with random weights in its last convolutions too."""
     network = ControlNetModel.from_unet(unet)
     for name, parameter in network.named_parameters():
@@ -74,7 +74,7 @@ def ratio_at_full_size() -> tuple[float, float]:
         network = ControlNetModel(cross_attention_dim=768)
         call = {
             "sample": torch.empty(2, 4, 64, 64),
-            "timestep": torch.empty(10)[3],  # one of several: told by its place
+            "timestep": torch.empty(10)[3],  # one of several: identified by its offset
             "encoder_hidden_states": torch.empty(2, 77, 768),
             "controlnet_cond": torch.empty(2, 3, 512, 512),
             "return_dict": False,
@@ -92,7 +92,7 @@ def ratio_at_full_size() -> tuple[float, float]:
 def times() -> str:
     """A table of the ways to run a small network with its ControlNet."""
     unet, call = shapes.sd15(small=True)
-    controlnet = beside(unet)
+    controlnet = companion_of(unet)
     picture = torch.rand(2, 3, 8 * call["sample"].shape[-2], 8 * call["sample"].shape[-1])
     pipe = Pipe(unet, controlnet)
     settings: dict[str, Any] = {"interval": INTERVAL, "backend": "eager", "verbose": False}

@@ -209,7 +209,7 @@ def subjects(name: str) -> list[str]:
 
 
 def is_held_out(caption: str) -> bool:
-    """One caption in ten is never trained on: the same ones everywhere, told by their hash."""
+    """One caption in ten is never trained on: the same ones everywhere, chosen by their hash."""
     return hashlib.sha256(caption.encode()).digest()[0] % 10 == 0
 
 

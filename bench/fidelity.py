@@ -7,7 +7,7 @@
 
 Each method draws the same pictures from the same seeds as an uncached run of the same process. What
 is measured is kept in bench/results/fidelity.json after every method, and the same command goes on
-where it stopped. The table and the plots are written anew each time. Times are taken by themselves,
+where it stopped. The table and the plots are rewritten each time. Times are measured separately,
 of four pictures, with an uncached run's after every few methods.
 """
 
@@ -275,7 +275,7 @@ def ours_at(subject: Subject, interval: int) -> Iterator[Method]:
     for levels in PYRAMIDS.get(interval, ()):
         outer, *inner = levels
         name = f"MultiLevel, damped, every {outer[1]} at {outer[0]}"
-        name += "".join(f", {beat} at {depth}" for depth, beat in inner)
+        name += "".join(f", {every} at {depth}" for depth, every in inner)
         yield ours(name, schedule=MultiLevel(levels), forecast="damped")
     speedup = speedup_of(subject, interval)
     yield ours(f"tuned, at the FLOPs of N={interval}", schedule=tuned(speedup))
@@ -409,7 +409,7 @@ def add_times(subject: Subject, intervals: list[int], rows: dict[str, Any], save
         row = rows.get(method.name)
         if row is None or row["wall_speedup"] is not None:
             continue
-        if row.get("schedule"):  # what was found then, not found anew
+        if row.get("schedule"):  # what was found then, without another search
             method = ours(method.name, **as_found(method, row["schedule"]))
         if number % 4 == 0 or uncached is None:
             uncached = seconds()
@@ -428,7 +428,7 @@ def page(results: dict[str, Any]) -> str:
         "# Fidelity",
         "",
         "Made by `bench/fidelity.py`: cached against uncached pictures of the same seeds, on CPU, "
-        "eager. Speed-ups are in FLOPs; measured ones, of a batch of 4, stand beside them. PSNR, "
+        "eager. Speed-ups are in FLOPs; measured ones, of a batch of 4, are next to them. PSNR, "
         "SSIM and the relative L2 distance of the final latents are means over the pictures with "
         "95 % confidence intervals. Pyramids are written by hand, and the one of every 2 at 0 and "
         "8 at 3 was added after the tuner had missed 1.8 times fewer FLOPs at 50 steps: it is "

@@ -50,8 +50,8 @@ import dcompile
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/runtime/test_state.py", "tests/runtime/test_cuda_graphs.py")
 TESTS_SECONDS = 150
-WARM_SECONDS = 0.6  # until clocks are up, beside everything lazy
-TIMED_SECONDS = 1.0  # at least one whole generation
+WARM_SECONDS = 0.6  # until clocks are up, apart from everything lazy
+TIMED_SECONDS = 1.0  # at least one whole run
 HOST_SECONDS = 0.4  # likewise
 LEAST_SECONDS = 15  # nothing is begun with less time left
 WORST_ERROR = 0.1  # of a refresh step against diffusers; a wrong result is off by more than 1

@@ -1,6 +1,6 @@
 """The page of the GPU suite: what bench/gpu.py measured, held against its bars, as Markdown.
 
-python bench/gpu.py --page writes it anew from the JSON beside it; no GPU is needed.
+python bench/gpu.py --page rewrites it from the JSON next to it; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def page(results: Results) -> str:
 
 
 LEGEND = (
-    "Times are medians of CUDA events over whole generations, after warming up; a mean step is the "
+    "Times are medians of CUDA events over whole runs, after warming up; a mean step is the "
     "mean over a cycle of N steps. Of the limit: speed-up over the same way uncached (for the "
     "DeepCache package and dcompile eager: over diffusers eager) divided by N / (1 + (N - 1) r). "
     "Reuse over its FLOP share: time of a reuse step over r times the uncached step, 1 is ideal. "

@@ -1,4 +1,4 @@
-"""Turn the benchmarks' JSON into one Markdown page beside it: python bench/tables.py"""
+"""Turn the benchmarks' JSON into one Markdown page next to it: python bench/tables.py"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.devic
     except Exception as error:
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise SystemExit(
-            f"{path} is damaged ({reason}); delete it to begin this stage anew"
+            f"{path} is damaged ({reason}); delete it to begin this stage again"
         ) from error
     if made_with != dict(settings):
         raise SystemExit(
@@ -69,7 +69,7 @@ class Stage:
 
     Attributes:
         name: its checkpoint, log and sheets are called so.
-        models: what is trained; its weights are averaged (EMA) besides.
+        models: what is trained; its weights are also averaged (EMA).
         loss: the loss of one step, a scalar; draws its own batch.
         steps: training steps altogether.
         peak: peak learning rate.

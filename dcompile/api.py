@@ -66,7 +66,7 @@ def cache_compile(
     Args:
         module: the network, called as ``(sample, timestep, ...)``: a diffusers UNet or any module
             whose graph has skip connections. Or a whole pipeline: its denoiser is taken. Of a
-            ``torch.compile``\\ d module the original is taken, compiled and returned.
+            module that ``torch.compile`` wraps, the original is compiled and returned.
         interval: refresh every ``interval``-th step, as DeepCache does; 3 if neither this nor
             ``speedup`` nor ``schedule`` is given.
         speedup: FLOPs of an uncached run over FLOPs of a cached one. Refreshes are then placed
@@ -81,10 +81,10 @@ def cache_compile(
             "taylor", extrapolated from the latest refreshes; "damped", linear as far as that was
             right at the latest refreshes; or an object of your own (see
             ``dcompile.policy.forecast``).
-            "auto", the default with ``speedup``: "reuse" if the sampler adds noise or the run has
-            few refreshes, else "damped".
+            "auto", the default with ``speedup``: "reuse" if the sampler adds noise or the run
+            has few refreshes, "linear" if they are frequent, else "damped".
         sampler: a diffusers scheduler, if ``module`` is no pipeline that has one.
-            Read at the start of each generation by ``speedup``, ``GainWeighted`` and "auto".
+            Read at the start of each run by ``speedup``, ``GainWeighted`` and "auto".
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to
             the uncached result. Equals DeepCache's ``cache_branch_id``.
         backend: "inductor", "tensorrt", "eager" (exact), any name of
@@ -104,7 +104,7 @@ def cache_compile(
         verbose: show on standard error what is captured and compiled.
 
     Returns:
-        The same object; of a ``torch.compile``\\ d module, the module inside.
+        The same object; of a module that ``torch.compile`` wraps, the module inside.
 
     Raises:
         ScheduleError: a bad interval, speedup, schedule or forecast, or several of the first

@@ -12,10 +12,10 @@ BLUE, GREEN, SAND, GREY = "#dbe7ff", "#d9f2e0", "#fdf0d5", "#eceff1"
 class Drawing:
     """Boxes and arrows on a white sheet."""
 
-    def __init__(self, width: int, height: int, title: str) -> None:
+    def __init__(self, width: int, height: int, title: str, left: int = 0) -> None:
         self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-            f'width="{width}" height="{height}" font-family="sans-serif" font-size="13">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} 0 {width - left} {height}" role="img" '
+            f'width="{width - left}" height="{height}" font-family="sans-serif" font-size="13">',
             f"<title>{escape(title)}</title>",
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" '
             'markerHeight="8" orient="auto"><path d="M0 0L8 4L0 8z" fill="#455a64"/></marker>'
@@ -101,7 +101,7 @@ def architecture() -> Drawing:
 
 def choosing() -> Drawing:
     """Which schedule to use."""
-    d = Drawing(860, 560, "Which schedule to choose")
+    d = Drawing(860, 560, "Which schedule to choose", left=290)
     d.box(320, 15, 220, 50, SAND, "Few steps, 1 to 8?", "LCM, Turbo, Lightning")
     d.box(610, 15, 230, 50, GREY, "Not measured yet", "try interval=2 and compare pictures")
     d.arrow((540, 40), (608, 40), label="yes", at=(573, 33))
