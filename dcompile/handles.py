@@ -148,7 +148,7 @@ class Handle:
             if cost.results < cost.total
         )
         name = type(self.module).__name__
-        return explain(network, dispatcher.settings.depths[0], name, companions)
+        return explain(network, dispatcher.settings.depths, name, companions)
 
     def export_onnx(self, folder: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> Path:
         """Write both graphs for ONNX runtimes and TensorRT: a folder that needs no Python.

@@ -25,7 +25,7 @@ class DepthReport:
         depth: what to pass to ``cache_compile``.
         module_path: the submodule that reads the skip connection.
         boundary_shapes: shapes of the cached tensors.
-        cache_bytes: what they take, for one call.
+        cache_bytes: their size, for one call.
         ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
         speed_limits: N -> highest possible speed-up, N / (1 + (N - 1) r).
     """
@@ -44,7 +44,7 @@ class CompanionReport:
 
     Attributes:
         network: name of its class.
-        results, of: how many of its results, and how many there are.
+        results, of: number of results it computes, and of all its results.
         ratio: FLOPs of computing them over FLOPs of computing all.
     """
 
@@ -56,18 +56,18 @@ class CompanionReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All depths of a network. ``print`` it, hand it to rich, or take ``as_dict()``.
+    """All depths of a network: printable, a rich table, and plain data (``as_dict()``).
 
     Attributes:
         network: name of the network's class.
-        chosen: the depth in use.
+        chosen: depths of the cuts in use, the outermost first.
         flops: FLOPs of one uncached call.
         depths: one report for each depth, outermost first.
         companions: one report for each companion that took part in a reuse step.
     """
 
     network: str
-    chosen: int
+    chosen: tuple[int, ...]
     flops: int
     depths: tuple[DepthReport, ...]
     companions: tuple[CompanionReport, ...] = ()
@@ -93,26 +93,28 @@ class Explanation:
         for row in self.depths:
             shapes = ", ".join("×".join(map(str, shape)) for shape in row.boundary_shapes)
             table.add_row(
-                f"{'▸' if row.depth == self.chosen else ''}{row.depth}",
+                f"{'▸' if row.depth in self.chosen else ''}{row.depth}",
                 row.module_path,
                 shapes,
                 f"{row.cache_bytes / 1024:,.0f}",
                 f"{row.ratio:.3f}",
                 *(f"{limit:.2f}×" for limit in row.speed_limits.values()),
-                style="bold" if row.depth == self.chosen else "",
+                style="bold" if row.depth in self.chosen else "",
             )
         return table
 
     def _notes(self) -> list[str]:
         notes = ["r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r)."]
+        if len(self.chosen) > 1:
+            notes.append("▸: cuts in use. A step that refreshes one refreshes all outer ones, too.")
         notes += [
-            f"On a reuse step {part.network} computes {part.results} of {part.of} results, in "
-            f"{part.ratio:.3f} of its FLOPs."
-            for part in self.companions
+            f"On a reuse step {one.network} computes {one.results} of {one.of} results, in "
+            f"{one.ratio:.3f} of its FLOPs."
+            for one in self.companions
         ]
         if self.depths and min(row.ratio for row in self.depths) > LITTLE_GAIN:
             notes.append(
-                "Nearly all compute is outside of every cut: caching will not make this faster."
+                "Nearly all compute is outside every cut: caching will not make this faster."
             )
         return notes
 
@@ -125,9 +127,19 @@ class Explanation:
 
 
 def explain(
-    network: CapturedNetwork, chosen: int, name: str, companions: tuple[CompanionReport, ...] = ()
+    network: CapturedNetwork,
+    chosen: tuple[int, ...],
+    name: str,
+    companions: tuple[CompanionReport, ...] = (),
 ) -> Explanation:
-    """Report on every skip connection of a captured network."""
+    """Report on every skip connection of a captured network.
+
+    Args:
+        network: the captured network.
+        chosen: depths of the cuts in use, the outermost first.
+        name: of the network's class.
+        companions: what companions compute on a reuse step.
+    """
     skips = find_skip_connections(network.graph_module, network.sample)
     rows = tuple(
         DepthReport(

@@ -25,12 +25,12 @@ def report(depth: int, of: int, *shapes: tuple[int, ...], path: str | None = Non
     )
 
 
-def network(skips: int, chosen: int = 0, name: str = "UNet2DModel") -> Explanation:
+def network(skips: int, *chosen: int) -> Explanation:
     """Three skip connections to a resolution, as a Stable Diffusion UNet has them."""
     rows = [
         report(depth, skips, (2, 320, 64 >> depth // 3, 64 >> depth // 3)) for depth in range(skips)
     ]
-    return Explanation(name, chosen, 10**12, tuple(rows))
+    return Explanation("UNet2DModel", chosen or (0,), 10**12, tuple(rows))
 
 
 def drawn(explanation: Explanation) -> tuple[ElementTree.Element, list[str]]:
@@ -72,6 +72,44 @@ def test_twelve_skip_connections(chosen: int) -> None:
         assert f"{report(chosen, 12).speed_limits[interval]:.2f}×" in texts
 
 
+def test_several_cuts() -> None:
+    root, texts = drawn(network(12, 0, 2, 7))
+    assert [text for text in texts if text.startswith("cut at depth ")] == [
+        "cut at depth 0",
+        "cut at depth 2",
+        "cut at depth 7",
+    ]
+    assert "Cut at depths 0, 2 and 7." in next(text for text in texts if text.startswith("Cut"))
+    assert any("a partial step runs 21 % or 62 %" in text for text in texts)
+    assert boxes(root, "run") == 2 * 1 + 1
+    assert boxes(root, "partial") == 2 * 7 + 1
+    assert boxes(root, "skipped") == 2 * 4 + 1 + 1
+    stores = [path for path in root.iter(f"{SVG}path") if path.get("class") == "store"]
+    assert len(stores) == 3
+    assert texts.count("reuse steps read") == 1
+    assert texts.count("partial steps read") == 2
+    assert texts.count("refresh steps store") == 1
+    marked = [text.text for text in root.iter(f"{SVG}text") if text.get("class") == "chosen"]
+    assert [text for text in marked if text in {"0.042", "0.208", "0.625"}] == [
+        "0.042",
+        "0.208",
+        "0.625",
+    ]
+
+
+def test_the_deepest_of_several_cuts() -> None:
+    root, texts = drawn(network(3, 0, 2))
+    assert {"cut at depth 0", "cut at depth 2"} <= set(texts)
+    assert boxes(root, "skipped") == 1 + 1  # middle, legend
+
+
+def test_table_marks_all_cuts() -> None:
+    table = str(network(4, 0, 2))
+    assert re.findall(r"▸(\d)", table) == ["0", "2"]
+    assert "refreshes all outer ones" in table
+    assert "outer ones" not in str(network(4, 1))
+
+
 def test_deeper_levels_are_narrower() -> None:
     root, texts = drawn(network(12))
     assert {"64×64", "32×32", "16×16", "8×8"} <= set(texts)
@@ -88,7 +126,7 @@ def test_deeper_levels_are_narrower() -> None:
 def test_boundary_of_several_tensors(tensors: int) -> None:
     shapes = [(1, 128 + i, 256, 256) for i in range(tensors)]
     rows = tuple(report(depth, 2, *shapes) for depth in range(2))
-    _, texts = drawn(Explanation("UNet2DModel", 1, 10**12, rows))
+    _, texts = drawn(Explanation("UNet2DModel", (1,), 10**12, rows))
     assert texts.count(f"1×128×256×256 +{tensors - 1}") == 2
     assert "1×129×256×256" in texts
     assert ("1×130×256×256" in texts) == (tensors == 3)
@@ -105,14 +143,14 @@ def test_boundary_of_several_tensors(tensors: int) -> None:
     ],
 )
 def test_shapes_of_other_networks(shape: tuple[int, ...], resolution: str) -> None:
-    _, texts = drawn(Explanation("Net", 0, 10**12, (report(0, 2, shape), report(1, 2, shape))))
+    _, texts = drawn(Explanation("Net", (0,), 10**12, (report(0, 2, shape), report(1, 2, shape))))
     assert texts.count(resolution) >= 2
 
 
 def test_names_are_escaped_and_shortened() -> None:
     path = "a.very.long.path.to.some.block<T>&more.resnets.2"
     rows = (report(0, 1, (1, 8, 8, 8), path=path),)
-    root, texts = drawn(Explanation('Net<"&">', 0, 0, rows))
+    root, texts = drawn(Explanation('Net<"&">', (0,), 0, rows))
     assert 'Net<"&">' in texts
     assert "…lock<T>&more.resnets.2" in texts
     assert path in [element.text for element in root.iter(f"{SVG}title")]
@@ -120,6 +158,8 @@ def test_names_are_escaped_and_shortened() -> None:
 
 def test_refuses_what_cannot_be_drawn() -> None:
     with pytest.raises(NoSkipConnectionError, match="Net has no skip connection"):
-        draw_svg(Explanation("Net", 0, 0, ()))
+        draw_svg(Explanation("Net", (0,), 0, ()))
     with pytest.raises(DepthError, match="depth 3 is out of range: UNet2DModel has depths 0 to 2"):
-        draw_svg(network(3, chosen=3))
+        draw_svg(network(3, 3))
+    with pytest.raises(DepthError, match=r"chosen: expected ascending depths, got \[2, 1\]"):
+        draw_svg(network(3, 2, 1))

@@ -290,7 +290,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     sampled(network, picture(), timesteps(STEPS))
     handle = dcompile.handle(network)
     assert handle.stats.refresh_steps == len(found.refresh_steps)
-    assert handle.explain().chosen == found.depths[0]
+    assert handle.explain().chosen == found.depths
     with pytest.raises(ScheduleError, match="tuned for runs of 12 steps, this one has 9"):
         sampled(network, picture(), timesteps(9))
     with pytest.raises(ScheduleError, match=r"tuned for a Plain with [\d,]+ parameters, this is a"):
