@@ -9,16 +9,11 @@ import warnings
 
 import pytest
 import torch
-from plain import Plain, picture, plain, sampled, timesteps
+from plain import Plain, compiled, picture, plain, sampled, timesteps
 from torch import nn
 
 import dcompile
 from dcompile import handle
-
-
-def compiled(**settings: object) -> Plain:
-    settings = {"interval": 3, "backend": "eager", "verbose": False, **settings}
-    return dcompile.cache_compile(plain(), **settings)  # type: ignore[arg-type]
 
 
 def uncached(steps: int = 7) -> torch.Tensor:
@@ -71,7 +66,7 @@ def test_interval_one_changes_nothing() -> None:
 
 
 def test_refresh_steps_are_exact() -> None:
-    network = compiled(interval=None, schedule=dcompile.Steps([0, 2]))
+    network = compiled(schedule=dcompile.Steps([0, 2]))
     ts = timesteps(4)
     with torch.no_grad():
         for step, t in enumerate(ts):
@@ -337,11 +332,11 @@ class TestRefusals:
 
     def test_interval_and_schedule(self) -> None:
         with pytest.raises(dcompile.ScheduleError, match="give one of interval, speedup"):
-            compiled(schedule=dcompile.Uniform(2))
+            compiled(interval=3, schedule=dcompile.Uniform(2))
 
     def test_schedule_without_refresh(self) -> None:
         with pytest.raises(dcompile.ScheduleError, match="refresh"):
-            compiled(interval=None, schedule=[0, 3])
+            compiled(schedule=[0, 3])
 
     def test_schedule_with_another_refresh(self) -> None:
         class Bad:
@@ -349,7 +344,7 @@ class TestRefusals:
                 return True
 
         with pytest.raises(dcompile.ScheduleError, match=r"must have refresh\(step, steps\)"):
-            compiled(interval=None, schedule=Bad())
+            compiled(schedule=Bad())
 
     def test_negative_depth(self) -> None:
         with pytest.raises(dcompile.DepthError, match="at least 0, got -1"):
@@ -362,7 +357,7 @@ class TestRefusals:
         assert torch.equal(sampled(network, picture(), timesteps()), uncached())
 
     def test_steps_beyond_the_run(self) -> None:
-        network = compiled(interval=None, schedule=dcompile.Steps([0, 9]))
+        network = compiled(schedule=dcompile.Steps([0, 9]))
         with pytest.raises(dcompile.ScheduleError, match="beyond this run of 7 steps"):
             sampled(network, picture(), timesteps(7))
 

@@ -27,7 +27,9 @@ from typer.testing import CliRunner, Result
 import dcompile
 from dcompile import models
 from dcompile.cli.app import app
-from dcompile.cli.demo import DemoSettings, GridLayout, fidelity, picture_grid, run_demo
+from dcompile.cli.demo import fidelity, run_demo
+from dcompile.cli.grid import GridLayout, picture_grid
+from dcompile.cli.settings import DemoSettings
 
 TEXT_WIDTH = 16
 

@@ -9,16 +9,12 @@ import networks
 import pytest
 import seam
 import torch
-from plain import Plain, picture, plain, sampled, timesteps
+from plain import Plain, compiled, picture, plain, sampled, timesteps
 
 import dcompile
 from dcompile import CaptureError
 
 RANGES = {"batch": (2, 4), "height": (8, 16), "width": (8, 16)}
-
-
-def compiled(**settings: Any) -> Plain:
-    return dcompile.cache_compile(plain(), **({"backend": "eager", "verbose": False} | settings))
 
 
 def captures(network: Any) -> int:

@@ -26,7 +26,9 @@ from typer.testing import CliRunner
 import dcompile
 from dcompile import models
 from dcompile.cli.app import app
-from dcompile.cli.demo import DemoSettings, GridLayout, run_demo
+from dcompile.cli.demo import run_demo
+from dcompile.cli.grid import GridLayout
+from dcompile.cli.settings import DemoSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "dcompile/models/emoji-sd"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import seam
 import torch
-from plain import Plain, picture, plain, sampled, steps_of, timesteps
+from plain import Plain, compiled, picture, plain, sampled, steps_of, timesteps
 
 import dcompile
 from dcompile import Forecast, ScheduleError, Steps
@@ -99,9 +99,8 @@ def each_way(graphs: str) -> str:
     return graphs
 
 
-def compiled(forecast: Any, schedule: Any = None, **settings: Any) -> Plain:
-    settings = {"backend": "eager", "verbose": False, "forecast": forecast} | settings
-    return dcompile.cache_compile(plain(), schedule=schedule or Steps([0, 2, 5]), **settings)
+def forecasting(forecast: Any, schedule: Any = None, **settings: Any) -> Plain:
+    return compiled(schedule=schedule or Steps([0, 2, 5]), forecast=forecast, **settings)
 
 
 def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[int]) -> Any:
@@ -152,11 +151,11 @@ def by_hand(forecast: Forecast, x: torch.Tensor, ts: torch.Tensor, refresh: set[
 @pytest.mark.parametrize("name", ["linear", "quadratic", "taylor"])
 def test_a_run_is_what_it_is_by_hand(name: str) -> None:
     x, ts = picture(), timesteps(9)
-    found = sampled(compiled(name), x, ts)
+    found = sampled(forecasting(name), x, ts)
     with torch.no_grad():
         expected = by_hand(resolve_forecast(name), x, ts, {0, 2, 5})
     torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, sampled(compiled("reuse"), x, ts), atol=1e-5)
+    assert not torch.allclose(found, sampled(forecasting("reuse"), x, ts), atol=1e-5)
 
 
 @pytest.mark.usefixtures("each_way")
@@ -164,12 +163,12 @@ def test_a_run_is_what_it_is_by_hand(name: str) -> None:
 def test_a_checked_forecast_by_hand(refresh: set[int]) -> None:
     x, ts = picture(), timesteps(12)
     schedule = Steps(sorted(refresh))
-    found = sampled(compiled("damped", schedule), x, ts)
+    found = sampled(forecasting("damped", schedule), x, ts)
     with torch.no_grad():
         expected = by_hand(Damped(), x, ts, refresh)
     torch.testing.assert_close(found, expected)
     for other in ("reuse", "linear"):
-        assert not torch.allclose(found, sampled(compiled(other, schedule), x, ts), atol=1e-6)
+        assert not torch.allclose(found, sampled(forecasting(other, schedule), x, ts), atol=1e-6)
 
 
 def test_what_is_trusted_is_a_share_of_what_is_added() -> None:
@@ -213,14 +212,14 @@ def test_a_forecast_of_its_own() -> None:
     x, ts = picture(), timesteps(9)
     with torch.no_grad():
         expected = by_hand(Halfway(), x, ts, {0, 2, 5})
-    torch.testing.assert_close(sampled(compiled(Halfway()), x, ts), expected)
+    torch.testing.assert_close(sampled(forecasting(Halfway()), x, ts), expected)
 
 
 @pytest.mark.usefixtures("each_way")
 def test_interleaved_runs_keep_their_own_history() -> None:
-    network = compiled("linear")
+    network = forecasting("linear")
     pictures = [picture(seed) for seed in range(3)]
-    expected = [sampled(compiled("linear"), x, timesteps(9)) for x in pictures]
+    expected = [sampled(forecasting("linear"), x, timesteps(9)) for x in pictures]
     runs = [steps_of(network, x, timesteps(9)) for x in pictures]
     found = [list(step) for step in zip(*runs, strict=True)][-1]
     for one, other in zip(found, expected, strict=True):
@@ -230,15 +229,15 @@ def test_interleaved_runs_keep_their_own_history() -> None:
 @pytest.mark.usefixtures("each_way")
 def test_until_the_second_refresh_features_are_reused() -> None:
     x, ts = picture(), timesteps(6)
-    found = sampled(compiled("linear", dcompile.Uniform(6)), x, ts)
-    assert torch.equal(found, sampled(compiled("reuse", dcompile.Uniform(6)), x, ts))
+    found = sampled(forecasting("linear", dcompile.Uniform(6)), x, ts)
+    assert torch.equal(found, sampled(forecasting("reuse", dcompile.Uniform(6)), x, ts))
 
 
 def test_interval_one_is_exact_with_any_forecast() -> None:
     x, ts = picture(), timesteps()
     expected = sampled(plain(), x, ts)
     for name in ("linear", "quadratic", "taylor"):
-        assert torch.equal(sampled(compiled(name, dcompile.Uniform(1)), x, ts), expected)
+        assert torch.equal(sampled(forecasting(name, dcompile.Uniform(1)), x, ts), expected)
 
 
 def test_history_of_different_length_shares_the_full_graph() -> None:
@@ -248,35 +247,35 @@ def test_history_of_different_length_shares_the_full_graph() -> None:
         compilations.append(graph_module)
         return graph_module
 
-    network = compiled("reuse", backend=backend)
+    network = forecasting("reuse", backend=backend)
     sampled(network, picture(), timesteps(9))
     settings: dict[str, Any] = {"backend": backend, "verbose": False}
     dcompile.cache_compile(network, schedule=Steps([0, 2, 5]), forecast="linear", **settings)
     x = picture()
     assert torch.equal(
-        sampled(network, x, timesteps(9)), sampled(compiled("linear"), x, timesteps(9))
+        sampled(network, x, timesteps(9)), sampled(forecasting("linear"), x, timesteps(9))
     )
     assert dcompile.handle(network).stats.captures == 0
     assert len(compilations) == 3
 
 
 def test_dynamic_sizes() -> None:
-    network = compiled("linear", dynamic={"height": (8, 16)})
+    network = forecasting("linear", dynamic={"height": (8, 16)})
     for height in (8, 12, 16):
         x = picture(size=(height, 8))
-        expected = sampled(compiled("linear"), x, timesteps(9))
+        expected = sampled(forecasting("linear"), x, timesteps(9))
         assert torch.equal(sampled(network, x, timesteps(9)), expected)
     assert dcompile.handle(network).stats.captures == 1
 
 
 def test_inductor() -> None:
     x, ts = picture(), timesteps(9)
-    found = sampled(compiled("linear", backend="inductor"), x, ts)
-    torch.testing.assert_close(found, sampled(compiled("linear"), x, ts), rtol=1e-3, atol=1e-4)
+    found = sampled(forecasting("linear", backend="inductor"), x, ts)
+    torch.testing.assert_close(found, sampled(forecasting("linear"), x, ts), rtol=1e-3, atol=1e-4)
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:
-    network = compiled("linear")
+    network = forecasting("linear")
     x, ts = picture(), timesteps(9)
     expected = sampled(network, x, ts)
     folder = dcompile.handle(network).save(tmp_path / "saved")

@@ -9,7 +9,7 @@ import pytest
 import seam
 import torch
 from networks import capture_call
-from plain import Plain, picture, plain, sampled, steps_of, timesteps
+from plain import Plain, compiled, picture, plain, sampled, steps_of, timesteps
 
 import dcompile
 from dcompile import MultiLevel, ScheduleError, Steps
@@ -27,9 +27,8 @@ def each_way(graphs: str) -> str:
     return graphs
 
 
-def compiled(levels: Any = LEVELS, **settings: Any) -> Plain:
-    settings = {"backend": "eager", "verbose": False, **settings}
-    return dcompile.cache_compile(plain(), schedule=MultiLevel(levels), **settings)
+def with_levels(levels: Any = LEVELS, **settings: Any) -> Plain:
+    return compiled(schedule=MultiLevel(levels), **settings)
 
 
 @torch.no_grad()
@@ -75,22 +74,22 @@ def by_hand(x: torch.Tensor, ts: torch.Tensor, forecasts: tuple[str, str]) -> to
 )
 def test_a_run_is_what_it_is_by_hand(forecasts: tuple[str, str]) -> None:
     levels = [(*level, forecast) for level, forecast in zip(LEVELS, forecasts, strict=True)]
-    network, x, ts = compiled(levels), picture(), timesteps(15)
+    network, x, ts = with_levels(levels), picture(), timesteps(15)
     found = sampled(network, x, ts)
     torch.testing.assert_close(found, by_hand(x, ts, forecasts))
     stats = dcompile.handle(network).stats
     assert (stats.refresh_steps, stats.partial_steps, stats.reuse_steps) == (3, 5, 7)
     if forecasts == ("linear", "linear"):
-        same = compiled(forecast="linear")
+        same = with_levels(forecast="linear")
         assert torch.equal(sampled(same, x, timesteps(15)), found)
 
 
 @pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("forecast", ["reuse", "linear"])
 def test_interleaved_runs_keep_apart(forecast: str) -> None:
-    network = compiled(forecast=forecast)
+    network = with_levels(forecast=forecast)
     pictures = [picture(seed) for seed in range(3)]
-    expected = [sampled(compiled(forecast=forecast), x, timesteps(9)) for x in pictures]
+    expected = [sampled(with_levels(forecast=forecast), x, timesteps(9)) for x in pictures]
     runs = [steps_of(network, x, timesteps(9)) for x in pictures]
     for latest in zip(*runs, strict=True):  # noqa: B007
         pass
@@ -101,12 +100,12 @@ def test_interleaved_runs_keep_apart(forecast: str) -> None:
 @pytest.mark.usefixtures("each_way")
 def test_a_second_lane_is_refreshed_as_deep_as_the_first() -> None:
     """Unbatched guidance: two calls a step, each with a cache of its own at every depth."""
-    network, x, ts = compiled(), picture(), timesteps(9)
+    network, x, ts = with_levels(), picture(), timesteps(9)
     conditions = [torch.zeros(2, 4), torch.ones(2, 4)]
     with torch.no_grad():
         together = [[network(x, t, c)[0] for c in conditions] for t in ts]
         for number, condition in enumerate(conditions):
-            alone, again = compiled(), timesteps(9)
+            alone, again = with_levels(), timesteps(9)
             for step, t in enumerate(again):
                 assert torch.equal(together[step][number], alone(x, t, condition)[0])
 
@@ -114,19 +113,19 @@ def test_a_second_lane_is_refreshed_as_deep_as_the_first() -> None:
 def test_one_level_is_a_plain_interval() -> None:
     x, ts = picture(), timesteps(9)
     plainly = dcompile.cache_compile(plain(), interval=3, depth=1, backend="eager", verbose=False)
-    assert torch.equal(sampled(compiled([(1, 3)]), x, ts), sampled(plainly, x, timesteps(9)))
+    assert torch.equal(sampled(with_levels([(1, 3)]), x, ts), sampled(plainly, x, timesteps(9)))
 
 
 def test_equal_intervals_reuse_only_the_outermost() -> None:
     x, ts = picture(), timesteps(9)
     plainly = dcompile.cache_compile(plain(), interval=3, backend="eager", verbose=False)
     assert torch.equal(
-        sampled(compiled([(0, 3), (1, 3)]), x, ts), sampled(plainly, x, timesteps(9))
+        sampled(with_levels([(0, 3), (1, 3)]), x, ts), sampled(plainly, x, timesteps(9))
     )
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:
-    network, x = compiled([(0, 2), (1, 6, "linear")]), picture()
+    network, x = with_levels([(0, 2), (1, 6, "linear")]), picture()
     expected = sampled(network, x, timesteps(9))
     folder = dcompile.handle(network).save(tmp_path / "saved")
     fresh = dcompile.load(plain(), folder, verbose=False)
@@ -144,13 +143,13 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
 def test_compiled(backend: str) -> None:
     levels = [(0, 2), (1, 6, "linear")]
     x = picture()
-    found = sampled(compiled(levels, backend=backend), x, timesteps(9))
-    expected = sampled(compiled(levels), x, timesteps(9))
+    found = sampled(with_levels(levels, backend=backend), x, timesteps(9))
+    expected = sampled(with_levels(levels), x, timesteps(9))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_warmup_runs_every_graph(graphs: str) -> None:
-    network = compiled([(0, 2), (1, 6, "linear")])
+    network = with_levels([(0, 2), (1, 6, "linear")])
     handle = dcompile.handle(network)
     handle.warmup((picture(), timesteps()[0]))
     captures = handle.stats.captures
@@ -183,12 +182,12 @@ def test_bad_levels(levels: Any, message: str) -> None:
 
 def test_bad_use(tmp_path: Any) -> None:
     with pytest.raises(DepthError, match="brings its depths"):
-        compiled(depth=2)
+        with_levels(depth=2)
     with pytest.raises(ScheduleError, match="forecast"):
-        compiled([(0, 2), (1, 4, "cubic")])
+        with_levels([(0, 2), (1, 4, "cubic")])
     with pytest.raises(DepthError, match="depth 7 is out of range"):
-        compiled([(0, 2), (7, 4)])(picture(), timesteps()[0])
-    network = compiled()
+        with_levels([(0, 2), (7, 4)])(picture(), timesteps()[0])
+    network = with_levels()
     with pytest.raises(ExportError, match="this schedule takes more"):
         dcompile.handle(network).export_onnx(tmp_path, picture(), timesteps()[0])
 

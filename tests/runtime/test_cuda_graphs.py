@@ -9,7 +9,7 @@ import plain as plain_module
 import pytest
 import seam
 import torch
-from plain import Plain, picture, plain, sampled, steps_of, timesteps
+from plain import Plain, compiled, picture, plain, sampled, steps_of, timesteps
 from simulated_graphs import SimulatedRecorder
 
 import dcompile
@@ -22,10 +22,6 @@ from dcompile.runtime.cuda_graphs import RECORDERS, RecordedProgram
 def recorded(graphs: str) -> None:
     if graphs == "plain":
         pytest.skip("about recorded graphs only")
-
-
-def compiled(**settings: Any) -> Plain:
-    return dcompile.cache_compile(plain(), backend="eager", verbose=False, **settings)
 
 
 def unrecorded(x: torch.Tensor, ts: torch.Tensor, **settings: Any) -> torch.Tensor:

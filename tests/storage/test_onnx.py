@@ -20,7 +20,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from networks import stable_diffusion as build_stable_diffusion
 from networks import text
-from plain import Plain, picture, plain, timesteps
+from plain import Plain, compiled, picture, plain, timesteps
 from torch import nn
 
 import dcompile
@@ -62,11 +62,6 @@ class Sessions:
         feed = {value["name"]: inputs[value["name"]] for value in described["inputs"]}
         names = [value["name"] for value in described["outputs"]]
         return dict(zip(names, session.run(names, feed), strict=True))
-
-
-def compiled(**settings: Any) -> Plain:
-    settings = {"interval": 3, "backend": "eager", "verbose": False, **settings}
-    return dcompile.cache_compile(plain(), **settings)
 
 
 def arrays(**tensors: torch.Tensor) -> Arrays:

@@ -1,10 +1,13 @@
 """A U-Net of a few convolutions that has nothing to do with diffusers: captured in a blink."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import dcompile
 
 DEVICE = torch.device("cpu")  # the fixture ``graphs`` moves the tests to a GPU
 
@@ -49,6 +52,12 @@ class Plain(nn.Module):
 def plain(seed: int = 0, width: int = 8) -> Plain:
     torch.manual_seed(seed)
     return Plain(width).eval().to(DEVICE)
+
+
+def compiled(network: nn.Module | None = None, **settings: Any) -> Any:
+    """A network after ``cache_compile``, by default a ``plain()`` one on the eager backend."""
+    settings = {"backend": "eager", "verbose": False, **settings}
+    return dcompile.cache_compile(plain() if network is None else network, **settings)
 
 
 def picture(seed: int = 0, batch: int = 2, size: tuple[int, int] = (8, 8)) -> torch.Tensor:
