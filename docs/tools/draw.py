@@ -14,7 +14,8 @@ class Drawing:
 
     def __init__(self, width: int, height: int, title: str, left: int = 0) -> None:
         self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} 0 {width - left} {height}" role="img" '
+            '<svg xmlns="http://www.w3.org/2000/svg" role="img" '
+            f'viewBox="{left} 0 {width - left} {height}" '
             f'width="{width - left}" height="{height}" font-family="sans-serif" font-size="13">',
             f"<title>{escape(title)}</title>",
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" '
