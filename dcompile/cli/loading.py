@@ -1,4 +1,4 @@
-"""Find and load a model by the name a user gives, and make an example call of its denoiser."""
+"""Loads a model by the name a user gives, and makes an example call of its denoiser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dcompile.errors import DcompileError, ModelError
 
 PIPELINE_FILE, NETWORK_FILE = "model_index.json", "config.json"
 
-# What reading somebody else's files can end in; huggingface_hub's own errors are OSErrors.
+# What loading files of unknown origin may raise; huggingface_hub's own errors are OSErrors.
 _LOAD_ERRORS = (
     AttributeError,
     ImportError,
@@ -34,13 +34,13 @@ _LOAD_ERRORS = (
 )
 
 _EXAMPLE_PROMPT = "a photograph"
-_EXAMPLE_STEPS = 4  # enough for image-to-image, which leaves the first steps out
-_TEXT_TOKENS = 77  # of CLIP's text encoders
+_EXAMPLE_STEPS = 4  # enough for image-to-image, which skips the first steps
+_TEXT_TOKENS = 77  # sequence length of CLIP's text encoders
 _INSTALL_TRANSFORMERS = 'pip install "dcompile[demo]"'
 
 
 def locate(model: str) -> str | Path:
-    """The folder, or the id on the Hugging Face hub, that a user's ``model`` means.
+    """The folder, or the id on the Hugging Face hub, of a model.
 
     Args:
         model: a bundled model's name or alias ("ddpm", "sd"), a folder with a diffusers pipeline or
@@ -80,29 +80,29 @@ def load_pipeline(model: str, device: torch.device | None = None) -> Any:
     Raises:
         ModelError: there is no such model, it cannot be loaded, or transformers is missing.
     """
-    place = locate(model)
-    if isinstance(place, Path) and not (place / PIPELINE_FILE).is_file():
+    source = locate(model)
+    if isinstance(source, Path) and not (source / PIPELINE_FILE).is_file():
         raise ModelError(
             f"{model} is a network, not a pipeline: expected a folder with a {PIPELINE_FILE}"
         )
-    # What diffusers says without it names neither transformers nor the model.
+    # diffusers' own error names neither transformers nor the model.
     without_transformers = importlib.util.find_spec("transformers") is None
-    if isinstance(place, Path) and without_transformers and _has_parts_of_transformers(place):
+    if isinstance(source, Path) and without_transformers and _has_parts_of_transformers(source):
         raise ModelError(f"{model} needs transformers: {_INSTALL_TRANSFORMERS}")
     import diffusers
 
-    bundled = isinstance(place, Path) and place.parent == Path(models.__file__).parent
+    bundled = isinstance(source, Path) and source.parent == Path(models.__file__).parent
     half = device is not None and device.type == "cuda" and not bundled
     pipeline_class = diffusers.DiffusionPipeline  # imports transformers, if it is there
     try:
         with _without_bars(), warnings.catch_warnings():
-            # Newer releases say "use dtype", which older ones do not know.
+            # Newer releases warn of torch_dtype=, older ones have no dtype=.
             warnings.simplefilter("ignore", FutureWarning)
             pipeline = pipeline_class.from_pretrained(
-                place, torch_dtype=torch.float16 if half else torch.float32
+                source, torch_dtype=torch.float16 if half else torch.float32
             )
     except _LOAD_ERRORS as error:
-        origin = "" if isinstance(place, Path) else ", no folder here, from the Hugging Face hub"
+        origin = "" if isinstance(source, Path) else ", no folder here, from the Hugging Face hub"
         hint = f" (without transformers: {_INSTALL_TRANSFORMERS})" if without_transformers else ""
         raise ModelError(f"cannot load {model}{origin}: {_first_line(error)}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -118,8 +118,8 @@ def example_call(
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """A model's denoiser and the arguments of one call of it.
 
-    A pipeline is run up to the first call of its denoiser. A bare network is built from its
-    configuration alone, without weights, on the meta device; its arguments follow from it.
+    A pipeline runs up to the first call of its denoiser. A bare network is built on the meta
+    device, from its configuration and without weights; its arguments follow from that.
 
     Args:
         model: see ``locate``.
@@ -128,21 +128,21 @@ def example_call(
     Raises:
         ModelError: there is no such model, or no example call can be made of it.
     """
-    place = locate(model)
-    if isinstance(place, Path) and not (place / PIPELINE_FILE).is_file():
-        return _network_call(model, place, size)
+    source = locate(model)
+    if isinstance(source, Path) and not (source / PIPELINE_FILE).is_file():
+        return _network_call(model, source, size)
     return _first_call(load_pipeline(model), size)
 
 
 def is_unconditional(pipeline: Any) -> bool:
-    """Whether a pipeline is nothing but a UNet and a scheduler, as ``DDPMPipeline`` is."""
+    """Whether a pipeline consists of a UNet and a scheduler only, as ``DDPMPipeline`` does."""
     return set(pipeline.components) == {"unet", "scheduler"} and "encoder_hidden_states" not in (
         inspect.signature(pipeline.unet.forward).parameters
     )
 
 
 def set_sample_size(pipeline: Any, size: int) -> None:
-    """Make an unconditional pipeline draw pictures of another size.
+    """Make an unconditional pipeline generate pictures of another size, in pixels.
 
     Raises:
         ModelError: the network halves the resolution more often than the size allows.
@@ -154,7 +154,7 @@ def set_sample_size(pipeline: Any, size: int) -> None:
 
 
 class _FirstCallError(Exception):
-    """Leaves a pipeline once its denoiser is called."""
+    """Ends a pipeline's run at the first call of its denoiser."""
 
 
 def _first_call(
@@ -189,7 +189,7 @@ def _first_call(
 
 
 def _pipeline_arguments(pipeline: Any, size: int | None) -> dict[str, Any]:
-    """Arguments for a run of the pipeline that is of no interest beyond its first step."""
+    """Arguments for a run of the pipeline of which only the first step is needed."""
     parameters = inspect.signature(pipeline.__call__).parameters
     wanted: dict[str, Any] = {
         "prompt": _EXAMPLE_PROMPT,
@@ -237,7 +237,7 @@ def _network_call(
 
 
 def _network_arguments(model: str, network: Any, size: int | None) -> dict[str, Any]:
-    """Arguments for a network that is called as diffusers' 2-D UNets are."""
+    """Arguments for a network with the signature of diffusers' 2-D UNets."""
     config = network.config
     parameters = inspect.signature(network.forward).parameters
     side = size or config.get("sample_size")
@@ -279,10 +279,10 @@ def _network_arguments(model: str, network: Any, size: int | None) -> dict[str, 
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of a name; "auto" is the best there is.
+    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
 
     Raises:
-        DcompileError: no such device here.
+        DcompileError: this machine has no such device.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -304,7 +304,7 @@ def resolve_device(device: str) -> torch.device:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """diffusers and transformers would each draw bars for the files they read."""
+    """Disable the progress bars that diffusers and transformers show for the files they read."""
     loaded = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
     enabled: list[Any] = [log for log in loaded if log and log.is_progress_bar_enabled()]
     for log in enabled:

@@ -15,7 +15,7 @@ from dcompile.tuning.profile import Profile
 
 
 def _table(*numbers: str, title: str, caption: str, name: str | None = None) -> Table:
-    """An empty table: a column of names, if they have a heading, then columns of numbers."""
+    """An empty table: a column of names if ``name`` is its heading, then columns of numbers."""
     table = Table(
         title=title,
         title_style="bold",
@@ -52,12 +52,12 @@ def profile_table(found: Profile) -> Table:
 
 
 def tuned_table(tuned: Tuned) -> Table:
-    """The Pareto front of what was tried, and DeepCache's schedules."""
+    """The Pareto front of the schedules that were tried, and DeepCache's."""
     table = _table(
         *("speed-up", "PSNR", "refreshes", "depth", "forecast"),
         title=f"{tuned.network[0]}, {tuned.steps} steps: the best of {len(tuned.trials)} tried",
         caption="speed-up: in FLOPs.  PSNR (dB): against the uncached pictures.\n"
-        "Several depths: each with refreshes of its own.",
+        "Several depths: the number of refreshes of each, the outermost first.",
         name="",
     )
     chosen = (tuned.levels, tuned.forecast)
