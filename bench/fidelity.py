@@ -432,7 +432,8 @@ def page(results: dict[str, Any]) -> str:
         "SSIM and the relative L2 distance of the final latents are means over the pictures with "
         "95 % confidence intervals. MultiLevel schedules are written by hand, and the one of "
         "every 2 at 0 and 8 at 3 was added after the tuner had missed 1.8 times fewer FLOPs at "
-        "50 steps: it is chosen on the pictures that are scored, as nothing tuned or calibrated is.",
+        "50 steps: it is chosen on the pictures that are scored, as nothing tuned or calibrated "
+        "is.",
     ]
     for subject, rows in results.items():
         lines += [
