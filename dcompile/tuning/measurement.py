@@ -11,7 +11,7 @@ from dcompile.errors import TuneError
 from dcompile.policy.forecast import Reuse
 from dcompile.policy.multi_level import MultiLevel
 from dcompile.tuning.harness import IDENTICAL, Harness
-from dcompile.tuning.prediction import Objective, Recording
+from dcompile.tuning.objective import Objective, Recording
 from dcompile.tuning.recorder import Recorder
 
 # A cut whose reuse step takes more than this share of a refresh step's FLOPs is not tried unless it

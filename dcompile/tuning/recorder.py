@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dcompile.errors import TuneError
 from dcompile.runtime.state import RefreshRecord
-from dcompile.tuning.prediction import Recording
+from dcompile.tuning.objective import Recording
 
 
 class FeatureMemory:

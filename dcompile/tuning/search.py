@@ -9,8 +9,9 @@ from dcompile.compiler.fingerprint import identity_of
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.placement import evenly
 from dcompile.policy.tuned import Trial, Tuned
+from dcompile.tuning.candidates import Choice, choices, compute_of
 from dcompile.tuning.measurement import Measurement, squared_error
-from dcompile.tuning.prediction import Choice, Predictor, choices, compute_of
+from dcompile.tuning.predictor import Predictor
 
 # Times the error wanted: a schedule with a larger predicted error is not tried.
 HOPELESS = 10.0

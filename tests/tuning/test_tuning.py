@@ -15,15 +15,10 @@ from plain import Plain, picture, plain, sampled, timesteps
 import dcompile
 from dcompile import DepthError, NotCompiledError, ScheduleError, Tuned, TuneError
 from dcompile.policy.forecast import Damped, Lagrange, Reuse, Taylor
+from dcompile.tuning.candidates import choices, compute_of
 from dcompile.tuning.images import pictures_of, psnr_between
-from dcompile.tuning.prediction import (
-    Objective,
-    Predictor,
-    Recording,
-    boundary_errors,
-    choices,
-    compute_of,
-)
+from dcompile.tuning.objective import Objective, Recording, boundary_errors
+from dcompile.tuning.predictor import Predictor
 
 STEPS = 12
 
@@ -83,7 +78,7 @@ def test_dynamic_programming_finds_the_best(count: int) -> None:
     assert objective.best_by_dynamic_programming(count) == best
 
 
-def test_a_checked_forecast_is_predicted_as_it_is_checked() -> None:
+def test_a_damped_forecast_is_predicted_with_its_damping() -> None:
     swinging = np.array([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])[:, None] * np.ones((1, 3))
     refreshed = (0, 1, 2, 3)
     found = recording(swinging).errors(Damped(), refreshed)
@@ -103,11 +98,11 @@ def test_an_objective_adds_up_the_errors_of_all_steps(forecast: Any) -> None:
         recording(generator.normal(size=(12, 30)).cumsum(axis=0), generator.random(12))
         for _ in range(2)
     )
-    weights = generator.random(12)
-    objective = Objective(recordings, weights)
+    gains = generator.random(12)
+    objective = Objective(recordings, gains)
     for refreshed in ((0,), (0, 3), (0, 1, 2, 5, 9), tuple(range(12))):
         expected = sum(
-            (one.errors(forecast, refreshed) * (weights * one.reaction) ** 2).sum()
+            (one.errors(forecast, refreshed) * (gains * one.reaction) ** 2).sum()
             for one in recordings
         )
         for _ in range(2):  # and again, from what it remembers
@@ -127,7 +122,7 @@ def test_local_search_never_makes_it_worse() -> None:
 
 def test_the_compute_of_several_cuts() -> None:
     levels = ((0, (0, 2, 4, 6)), (2, (0, 4)))
-    # full, reuse, partly, reuse, full, reuse, partly, reuse
+    # refresh, reuse, partial, reuse, refresh, reuse, partial, reuse
     assert compute_of(levels, 8, {0: 0.1, 2: 0.3}) == pytest.approx(2 + 2 * 0.3 + 4 * 0.1)
     assert compute_of(((1, (0, 3)),), 6, {1: 0.5}) == pytest.approx(2 + 4 * 0.5)
 
