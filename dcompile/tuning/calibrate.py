@@ -14,7 +14,7 @@ from dcompile.policy.forecast import Forecast
 from dcompile.tuning.harness import Harness
 from dcompile.tuning.images import samples_of
 
-# More than any sum of weighted drifts: nothing but max_interval refreshes.
+# More than any sum of weighted drifts: only max_interval causes refreshes.
 LARGEST_THRESHOLD = 1e30
 
 
@@ -34,30 +34,29 @@ def calibrate(
     backend: str = "eager",
     sampler: Any = None,
 ) -> Adaptive:
-    """The ``Adaptive`` schedule whose runs take that much less compute, on average.
+    """Find the ``Adaptive`` schedule that reaches a speed-up, on average over the samples.
 
-    What a threshold costs depends on the network, sampler and number of steps. This finds it by
-    bisection: one cached run for each sample and trial, and none that is uncached. What else it
-    takes, ``dcompile.tune`` and ``Adaptive`` describe.
+    How often a threshold is reached depends on the network, the sampler and the number of steps.
+    The threshold is found by bisection, with one cached run for each sample and trial.
 
     Args:
         module: the network, or a pipeline. It is left as it was.
-        run: generates something with it; called with a sample's number if it takes an argument.
-        speedup: how much less compute (FLOPs), at least.
-        samples: how many there are, if ``run`` takes a number.
-        depth, forecast: what it will be used with: drifts are measured against the forecast, so
-            the threshold is right for no other.
-        min_interval, max_interval, probe, power: of the schedule.
-        trials: thresholds to try, at most.
-        backend: what to try them with. Which is faster does not matter here.
-        sampler: the sampler, if ``module`` is no pipeline that has one.
+        run: generates one sample; called with the sample's number if it takes an argument.
+        speedup: the least speed-up in FLOPs.
+        samples: number of samples, if ``run`` takes a number.
+        depth, forecast: those the schedule will be used with. Drifts are measured against the
+            forecast, so the threshold is valid for these only.
+        min_interval, max_interval, probe, power: see ``Adaptive``.
+        trials: the most thresholds to try.
+        backend: runs the trials. Its speed does not affect the result.
+        sampler: the sampler, unless ``module`` is a pipeline that has one.
 
     Returns:
-        The one with the smallest threshold tried that reaches ``speedup``.
+        The schedule with the smallest threshold tried that reaches ``speedup``.
 
     Raises:
-        ScheduleError: no threshold takes that much less: ``max_interval``, the depth or the number
-            of steps forbid it; the message says how much they allow.
+        ScheduleError: no threshold reaches it with this ``max_interval``, depth and number of
+            steps; the message gives the highest speed-up they allow.
         TuneError: ``run`` never calls the network.
     """
     require_speedup(speedup)

@@ -1,4 +1,4 @@
-"""Runs a user's sampling function with one schedule after the other, and leaves no trace."""
+"""Runs a user's sampling function with one schedule after the other, then restores everything."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ from dcompile.runtime.install import detach
 from dcompile.runtime.lazy_network import LazyNetwork
 from dcompile.runtime.state import RefreshRecord
 from dcompile.runtime.wrapper import wrapper_of
-from dcompile.tuning.images import pictures_of, psnr_between
+from dcompile.tuning.images import IDENTICAL, pictures_of, psnr_between
 
-# PSNR in dB that counts for a picture that is equal, among others that are not.
-IDENTICAL = 100.0
-# Two uncached runs that differ by more than this (PSNR, dB) are no measure for a third.
+# PSNR in dB of two uncached runs below which nothing can be compared with them.
 LEAST_REPEATABLE = 50.0
 _UNCACHED = (
     "run called the network in training mode or for gradients, where it is never cached: call "
@@ -39,19 +37,21 @@ _UNCACHED = (
 
 
 class Harness:
-    """A context in which a network runs with one schedule after the other; then it is as before.
+    """A context in which a network runs with one schedule after the other.
+
+    At its end the network, its companions and the pipeline are as they were before.
 
     Args:
         module: the network, or a pipeline.
         runs: one function for each sample, which generates it.
-        backend: what to run with.
+        backend: runs the graphs; see ``cache_compile``.
         sampler: a diffusers scheduler, or None for the pipeline's.
         verbose: show progress on standard error.
 
     Attributes:
-        network: what is measured.
+        network: the network that is measured.
         runs: see above.
-        expected: the result of each uncached run so far, a flat tensor.
+        expected: for each sample so far, the result of its uncached run, a flat tensor.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Harness:
         if self._component is not None:
             setattr(self._module, *self._component)
         dispatcher = dispatcher_of(self.network)
-        if dispatcher is None:  # what was asked for could not be installed
+        if dispatcher is None:  # cache_compile refused the settings
             return
         if self._before is None:
             Handle(dispatcher).remove()
@@ -110,11 +110,9 @@ class Harness:
             companion.restore(state)
 
     def task(self, name: str, total: int) -> Callable[[], None]:
-        """A progress bar; call what is returned once for each of ``total`` parts that are done."""
+        """A progress bar; the function returned is called when one of ``total`` parts is done."""
         task = self._progress.add_task(name, total=total)
         return lambda: self._progress.advance(task)
-
-    # Runs
 
     def uncached(
         self,
@@ -122,7 +120,10 @@ class Harness:
         schedule: Schedule,
         observer: Callable[[RefreshRecord], None] | None = None,
     ) -> torch.Tensor:
-        """The result of sample ``number`` with a schedule that refreshes at every step.
+        """Run sample ``number`` with a schedule that refreshes at every step.
+
+        Returns:
+            The result, as a flat tensor.
 
         Raises:
             TuneError: the run calls the network less than twice, or not for inference.
@@ -141,10 +142,10 @@ class Harness:
         return picture
 
     def expect(self, number: int, picture: torch.Tensor) -> None:
-        """Note what an uncached run of sample ``number`` gave.
+        """Keep the result of an uncached run of sample ``number``.
 
         Raises:
-            TuneError: an earlier one gave something else.
+            TuneError: an earlier run of it had another result.
         """
         if number == len(self.expected):
             self.expected.append(picture)
@@ -160,8 +161,8 @@ class Harness:
         """Mean PSNR in dB of all samples with these cuts; infinite if all are exact.
 
         Args:
-            levels: see ``policy.tuned.Levels``.
-            forecast: its name.
+            levels: cuts with their refresh steps; see ``policy.tuned.Levels``.
+            forecast: name of the forecast used at all of them.
             timesteps: number of timesteps of a run.
         """
         *outer, (depth, steps) = levels
@@ -175,7 +176,7 @@ class Harness:
         ]
         if all(math.isinf(value) for value in values):
             return math.inf
-        # One equal picture must not make up for all others.
+        # One exact picture must not dominate the mean.
         return sum(min(value, IDENTICAL) for value in values) / len(values)
 
     def flops_speedup(self, **settings: Any) -> float:
@@ -194,10 +195,8 @@ class Harness:
             raise TuneError("run never called the network: there is nothing to cache")
         return stats.flops_speedup
 
-    # What is known of the network and its sampler, after a run
-
     def first_run(self) -> dict[int, float]:
-        """Run the first sample uncached. Returns depth -> r of all cuts."""
+        """Run the first sample uncached. Returns depth -> r for all cuts."""
         self.expect(0, self.uncached(0, Uniform(1)))
         return {row.depth: row.ratio for row in handle(self.network).explain().depths}
 
@@ -208,7 +207,7 @@ class Harness:
         choose_skip(current[-1], depth)
 
     def describe_run(self, timesteps: int, ratio: float) -> RunInfo:
-        """What a schedule gets to know of a run."""
+        """What a schedule is given to plan a run; see ``policy.schedule.RunInfo``."""
         return self._dispatcher().state.planner.describe_run(timesteps, ratio)
 
     def has_gains(self) -> bool:

@@ -1,4 +1,4 @@
-"""What runs return, and how close it is to what an uncached run returned."""
+"""What runs return, and how far it is from the result of an uncached run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from dcompile.errors import TuneError
 
+# PSNR in dB that an exact result counts as in a mean with others.
+IDENTICAL = 100.0
+
 
 def pictures_of(output: Any) -> torch.Tensor:
-    """What a run returned, as one flat float32 tensor on the CPU.
+    """The output of a run as one flat float32 tensor on the CPU.
 
     Args:
         output: tensors, arrays, PIL images, or containers of them such as a pipeline's output.
@@ -55,6 +58,12 @@ def psnr_between(found: torch.Tensor, expected: torch.Tensor) -> float:
     error = float((found - expected).square().mean())
     span = float(expected.max() - expected.min()) or 1.0
     return math.inf if error == 0 else 10 * math.log10(span**2 / error)
+
+
+def squared_error(psnr: float) -> float:
+    """A PSNR in dB as mean squared error, relative to a range of 1."""
+    error: float = 10 ** (-min(psnr, IDENTICAL) / 10)
+    return error
 
 
 def samples_of(run: Callable[..., Any], samples: int) -> list[Callable[[], Any]]:

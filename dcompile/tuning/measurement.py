@@ -1,21 +1,23 @@
-"""Measures a network: uncached recordings at all depths, and the cost of early and late errors."""
+"""Measures a network: recordings at all depths, and the cost of early and late errors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dcompile.errors import TuneError
 from dcompile.policy.forecast import Reuse
 from dcompile.policy.multi_level import MultiLevel
-from dcompile.tuning.harness import IDENTICAL, Harness
+from dcompile.policy.tuned import Levels
+from dcompile.tuning.harness import Harness
+from dcompile.tuning.images import squared_error
 from dcompile.tuning.objective import Objective, Recording
 from dcompile.tuning.recorder import Recorder
 
-# A cut whose reuse step takes more than this share of a refresh step's FLOPs is not tried unless it
-# is asked for, and of the others no more than MOST_DEPTHS.
+# By default, cuts with at most this ratio of reuse to refresh FLOPs are tried, the outermost
+# MOST_DEPTHS of them.
 LARGEST_RATIO = 0.6
 MOST_DEPTHS = 6
 # Parts of a run whose errors are measured separately.
@@ -23,24 +25,24 @@ PARTS = 6
 
 
 class Measurement:
-    """What was measured of one network, sampler and number of steps.
+    """Measures one network with one sampler and number of steps. Also a ``search.Runner``.
 
     Args:
-        harness: runs it.
+        harness: runs the network.
         memory: bytes of features to keep in memory; more go to a temporary file.
 
     Attributes:
         harness: see above.
-        objectives: predicts errors at each depth.
-        weighted: whether the sampler has noise levels.
-        power: the default exponent of its error gains.
-        timesteps: of a run; known after ``record``.
+        objectives: depth -> its predicted errors, the outermost first; complete after ``record``.
+        has_gains: whether the sampler has noise levels, and so error gains.
+        power: default exponent of the error gains.
+        timesteps: number of timesteps of a run; known after ``record``.
     """
 
     def __init__(self, harness: Harness, memory: int) -> None:
         self.harness = harness
         self.objectives: dict[int, Objective] = {}
-        self.weighted = False
+        self.has_gains = False
         self.power = 0.5
         self._memory = memory
         self._timesteps: set[int] = set()
@@ -55,8 +57,8 @@ class Measurement:
         """Record uncached runs, at all these depths at once, and check that they repeat.
 
         Args:
-            depths: None for those worth trying.
-            every: None stands for all, and no depth may be missing.
+            depths: which cuts; None for those worth trying.
+            every: require every one of ``depths``, and take None for all cuts.
 
         Raises:
             DepthError: the network has none of them; or, if ``every``, lacks one.
@@ -83,26 +85,26 @@ class Measurement:
         for depth, recordings in zip(chosen, found, strict=True):
             self.objectives[depth] = self._objective(recordings)
 
-    def weigh(self) -> None:
-        """Measure what becomes of errors made early or late in a run.
+    def correct_gains(self) -> None:
+        """Scale the error gains by how errors made early and late affect the result.
 
-        The sampler's error gains say how an error at a step enters the sample, not what the network
-        makes of it at the steps that follow: it corrects most of what goes wrong early. So in one
-        part of the run after the other, every second step reuses, and what that costs is compared
-        with what was predicted. From then on predictions are mean squared errors of the result.
+        The sampler's error gains say how an error at a step enters the sample, not how the network
+        reacts to it at later steps, where it corrects most early errors. So in one part of the run
+        after the other, every second step reuses, and the error that causes is compared with its
+        prediction. From then on predictions are mean squared errors of the result.
 
-        Half of the difference between the parts is used (of the logarithm): between two refreshes
-        far apart nothing is corrected.
+        Half of the difference between the parts is used (of the logarithm): with refreshes further
+        apart than here, the network corrects less.
         """
         depth, objective = next(iter(self.objectives.items()))
         steps = objective.steps
         parts = [part for part in np.array_split(np.arange(steps), PARTS) if len(part) > 1]
         centres, factors = [], []
-        advance = self.harness.task("weighing", len(parts))
+        advance = self.harness.task("correcting", len(parts))
         for part in parts:
             reused = set(part[1::2].tolist())
             own = tuple(step for step in range(steps) if step not in reused)
-            error = squared_error(self.harness.psnr(((depth, own),), "reuse", self.timesteps))
+            error = squared_error(self.psnr(((depth, own),), "reuse"))
             predicted = objective(Reuse(), own)
             if predicted > 0:
                 centres.append(part.mean())
@@ -117,8 +119,16 @@ class Measurement:
             gains = objective.gains * np.sqrt(along)
             self.objectives[depth] = Objective(objective.recordings, gains)
 
+    def psnr(self, levels: Levels, forecast: str) -> float:
+        """Mean PSNR in dB of all samples with these cuts; infinite if all are exact."""
+        return self.harness.psnr(levels, forecast, self.timesteps)
+
+    def task(self, name: str, total: int) -> Callable[[], None]:
+        """A progress bar; see ``Harness.task``."""
+        return self.harness.task(name, total)
+
     def _recorded(self, depths: Sequence[int], number: int) -> list[list[Recording]]:
-        """Of one sample, for each depth."""
+        """The recordings of one sample, for each depth."""
         recorder = Recorder(len(depths), self._memory)
         schedule = MultiLevel([(depth, 1) for depth in depths])
         picture = self.harness.uncached(number, schedule, recorder)
@@ -143,15 +153,9 @@ class Measurement:
         if run.gains is not None and len(run.gains) >= self.timesteps:
             # A run may end before its timesteps do.
             gains = np.array(run.gains[-self.timesteps :][:steps])
-            self.weighted = self.harness.has_gains()
+            self.has_gains = self.harness.has_gains()
             self.power = run.power
         return Objective(tuple(recordings), gains)
-
-
-def squared_error(psnr: float) -> float:
-    """A PSNR in dB as mean squared error, relative to a range of 1."""
-    error: float = 10 ** (-min(psnr, IDENTICAL) / 10)
-    return error
 
 
 def finite_number(value: object) -> bool:

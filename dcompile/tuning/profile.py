@@ -1,4 +1,4 @@
-"""How much a network's deep features change from step to step: what caching lives on."""
+"""``profile``: how much a network's deep features change from step to step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dcompile.tuning.measurement import Measurement
 
 @dataclass(frozen=True, eq=False)
 class DepthProfile:
-    """What was measured at one depth.
+    """The profile of one depth.
 
     Attributes:
-        depth: of the cut.
+        depth: index of the cut.
         ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
-        similarity: cosine similarity of the boundary at each pair of steps, shape (steps, steps);
-            the mean over the samples.
+        similarity: cosine similarity of the boundaries of each pair of steps, mean over samples and
+            lanes, shape (steps, steps).
         change: L2 distance of the boundary from that of the step before, relative to its own norm,
             shape (steps,); the first is 0.
     """
@@ -39,12 +39,12 @@ class DepthProfile:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What ``dcompile.profile`` measured.
+    """The result of ``dcompile.profile``.
 
     Attributes:
-        network: its class.
-        steps: of a run.
-        depths: one entry for each depth.
+        network: name of the network's class.
+        steps: number of steps of a run.
+        depths: one profile for each depth.
         gains: the sampler's error gain at each step, shape (steps,), up to a factor; None without
             a sampler that has noise levels.
     """
@@ -63,7 +63,7 @@ class Profile:
         return plot_profile(self.network, self.depths, self.gains, file)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """Plain dicts, lists and numbers."""
         return {
             "network": self.network,
             "steps": self.steps,
@@ -97,19 +97,20 @@ def profile(
     memory: int = 2 * 1024**3,
     verbose: bool = True,
 ) -> Profile:
-    """Measure how alike a network's deep features are from step to step, at each depth.
+    """Measure how similar a network's deep features are from step to step, at each depth.
 
-    This is the observation behind DeepCache, made on your own network and sampler. Takes an
-    uncached run for each sample and one more, and keeps their features until they are compared.
+    This similarity is what DeepCache is based on (Ma et al., CVPR 2024, arXiv 2312.00858), measured
+    on your network and sampler. Takes one uncached run for each sample and one more, and keeps
+    their features until they are compared.
 
     Args:
         module: the network, or a pipeline. It is left as it was.
-        run: generates something with it, always the same, as for ``dcompile.tune``; called with a
+        run: generates one sample, the same at each call, as for ``dcompile.tune``; called with a
             sample's number if it takes an argument.
-        samples: how many there are, if ``run`` takes a number.
+        samples: number of samples, if ``run`` takes a number.
         depths: which cuts; None for all.
-        backend: what to run with.
-        sampler: the sampler, if ``module`` is no pipeline that has one.
+        backend: runs the graphs; see ``cache_compile``.
+        sampler: the sampler, unless ``module`` is a pipeline that has one.
         memory: bytes of features to keep in memory; more go to a temporary file.
         verbose: show progress on standard error.
 
@@ -142,5 +143,5 @@ def profile(
         network=type(harness.network).__name__,
         steps=len(found[0].change),
         depths=tuple(found),
-        gains=objective.gains if measurement.weighted else None,
+        gains=objective.gains if measurement.has_gains else None,
     )

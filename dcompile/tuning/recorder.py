@@ -19,19 +19,23 @@ from dcompile.tuning.objective import Recording
 
 
 class FeatureMemory:
-    """How many bytes of features are kept before they go to a file."""
+    """Counts the bytes of features in memory, up to a limit.
+
+    Args:
+        limit: in bytes.
+    """
 
     def __init__(self, limit: int) -> None:
         self._left = limit
 
     def takes(self, size: int) -> bool:
-        """Whether there is room for ``size`` more bytes, which are then taken."""
+        """Reserve ``size`` bytes. Returns whether they are within the limit."""
         self._left -= size
         return self._left >= 0
 
 
 class Features:
-    """Boundaries of one run and depth: in memory as far as there is room, then in files."""
+    """Boundaries of one run and depth: in memory up to the limit, then in temporary files."""
 
     def __init__(self, memory: FeatureMemory) -> None:
         self._memory = memory
@@ -66,16 +70,24 @@ class Features:
 
 @dataclass
 class LaneRecord:
-    """One lane of a run: for each depth, boundaries and reactions; and all it cached last."""
+    """One lane of a run: for each depth, boundaries and reactions; and its latest cache."""
 
-    lane: Any  # held, so that no other is mistaken for it
+    lane: Any  # referenced, so that its id is not that of another one
     features: list[Features]
     reactions: list[list[float]]
     cached: Any = None
 
 
 class Recorder:
-    """Observes the refreshes of uncached runs; see ``runtime.state.RefreshRecord``."""
+    """Observes the refreshes of uncached runs; see ``runtime.state.RefreshRecord``.
+
+    Args:
+        depths: number of cuts.
+        limit: bytes of features to keep in memory.
+
+    Attributes:
+        steps: numbers of timesteps of the runs seen.
+    """
 
     def __init__(self, depths: int, limit: int) -> None:
         self._depths = depths
@@ -92,7 +104,7 @@ class Recorder:
                 "enough to tune for them"
             )
         self.steps.add(seen.steps)
-        watched = self._lanes.setdefault(
+        record = self._lanes.setdefault(
             id(seen.lane),
             LaneRecord(
                 seen.lane,
@@ -110,24 +122,24 @@ class Recorder:
                     f"features of step {seen.step} are not finite: nothing can be tuned"
                 )
             reaction = 0.0
-            if watched.cached is not None:
+            if record.cached is not None:
                 if level == 0:
-                    stale, _ = seen.program.reuse(seen.leaves, watched.cached)
+                    stale, _ = seen.program.reuse(seen.leaves, record.cached)
                 else:
-                    stale, _ = seen.program.refresh(seen.leaves, watched.cached, level)
+                    stale, _ = seen.program.refresh(seen.leaves, record.cached, level)
                 moved = _distance(tree_leaves(stale), tree_leaves(seen.result))
-                changed = _distance(watched.cached[cut.latest], boundary)
+                changed = _distance(record.cached[cut.latest], boundary)
                 reaction = math.sqrt(moved / changed) if changed > 0 else 0.0
-            watched.features[level].append(tensors)
-            watched.reactions[level].append(reaction)
-        watched.cached = seen.cached
+            record.features[level].append(tensors)
+            record.reactions[level].append(reaction)
+        record.cached = seen.cached
 
     def recordings(self) -> list[list[Recording]]:
         """For each depth, one for each lane of the run."""
         found: list[list[Recording]] = [[] for _ in range(self._depths)]
-        for watched in self._lanes.values():
-            for level, features in enumerate(watched.features):
-                scale = np.array(watched.reactions[level])
+        for record in self._lanes.values():
+            for level, features in enumerate(record.features):
+                scale = np.array(record.reactions[level])
                 if len(scale) < 2:
                     continue
                 scale[0] = scale[1]

@@ -1,10 +1,10 @@
 """``tune``: finds the refresh steps, depths and forecast for one network, sampler and step count.
 
-What a schedule costs in fidelity is predicted before it is tried: uncached runs record the
-boundaries of all cuts at every step (``recorder``, ``measurement``), and their inner products say
-how far any forecast from any refresh steps would be off (``prediction``). The schedules with the
-least predicted error are tried in real runs, and each trial corrects the predictions of the others
-(``search``).
+The error of a schedule is predicted before it is tried. Uncached runs record the boundaries of all
+cuts at every step (``recorder``, ``measurement``), and their inner products give the distance of
+any forecast to the true boundary (``objective``). Of the schedules that reach the target
+(``candidates``), those with the least predicted error are tried in real runs (``search``), and each
+trial corrects the predictions of the others (``predictor``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dcompile.compiler.fingerprint import identity_of
 from dcompile.errors import DepthError, ScheduleError, TuneError
 from dcompile.policy.checks import require_speedup
 from dcompile.policy.fixed import Uniform
@@ -23,7 +24,7 @@ from dcompile.tuning.measurement import Measurement, finite_number
 from dcompile.tuning.search import Search
 
 FORECASTS = ("reuse", "damped", "linear", "taylor")
-_MOST_PSNR = 1000  # dB; more than any result but an equal one
+_MOST_PSNR = 1000  # dB; more than that of any result that is not equal
 
 
 def tune(
@@ -44,27 +45,30 @@ def tune(
 ) -> Tuned:
     """Find the refresh steps, depths and forecast for one network, sampler and number of steps.
 
-    Takes, for each sample, seven runs that cache little or nothing, and one for each trial.
-    The same arguments give the same result. Interrupted (Ctrl-C), it returns the best so far.
+    Takes, for each sample, seven runs that cache little or nothing, and one run for each trial.
+    The same arguments give the same result. Interrupted (Ctrl-C), it returns the best schedule
+    tried so far.
 
     Args:
         module: the network, or a pipeline. It is left as it was.
-        run: generates something with it, always the same: ``lambda: pipe(prompt,
-            generator=torch.Generator().manual_seed(0))``; or, with an argument, the sample of that
-            number: ``lambda i: pipe(prompts[i], generator=torch.Generator().manual_seed(i))``.
-            Returns pictures, tensors, or a pipeline's output.
-        speedup: find the closest result that takes this much less compute (FLOPs); or
-        psnr: the fastest whose mean PSNR against the uncached result is at least this, in dB.
-        samples: how many there are, if ``run`` takes a number. Use others to judge the result.
-        depths: which cuts to try, by themselves and several at once (as a ``MultiLevel``); those
-            the network does not have are left out. None for the outermost six whose reuse step
-            takes at most 60 % of a refresh step's compute.
-        forecasts: which to try.
-        trials: how many schedules to try in real runs; with ``psnr``, at most.
-        intervals: DeepCache's, also tried at every depth for comparison, as are the best predicted
-            schedules with as many refreshes; see ``Tuned.plot``.
-        backend: what to try them with. Which is faster does not matter here.
-        sampler: the sampler, if ``module`` is no pipeline that has one.
+        run: generates one sample, the same at each call: ``lambda: pipe(prompt,
+            generator=torch.Generator().manual_seed(0))``; or, if it takes an argument, the sample
+            of that number: ``lambda i: pipe(prompts[i],
+            generator=torch.Generator().manual_seed(i))``. Returns pictures, tensors, or a
+            pipeline's output.
+        speedup: find the schedule with the highest PSNR at this speed-up in FLOPs; or
+        psnr: find the fastest schedule with at least this mean PSNR against the uncached result,
+            in dB.
+        samples: number of samples, if ``run`` takes a number. Judge the result on others.
+        depths: cuts to try, alone and several at once (as a ``MultiLevel``); those that the network
+            does not have are ignored. None for the outermost six whose reuse step takes at most
+            60 % of a refresh step's compute.
+        forecasts: names of the forecasts to try.
+        trials: number of schedules to try in real runs; with ``psnr``, the most.
+        intervals: DeepCache's intervals, also tried at every depth for comparison, as are the best
+            predicted schedules of the same speed-up; see ``Tuned.plot``.
+        backend: runs the trials. Its speed does not affect the result.
+        sampler: the sampler, unless ``module`` is a pipeline that has one.
         memory: bytes of recorded features to keep in memory; more go to a temporary file.
         verbose: show progress on standard error.
 
@@ -88,9 +92,9 @@ def tune(
     with Harness(module, samples_of(run, samples), backend, sampler, verbose) as harness:
         measurement = Measurement(harness, memory)
         measurement.record(depths)
-        search = Search(measurement)
+        measurement.correct_gains()
+        search = Search(measurement, measurement.objectives, measurement.power)
         try:
-            measurement.weigh()
             if speedup is not None:
                 search.search_at(speedup, forecasts, trials)
             else:
@@ -100,7 +104,18 @@ def tune(
         except KeyboardInterrupt:
             if not search.trials:
                 raise
-    return search.result(speedup, psnr)
+    best = search.best(speedup, psnr)
+    return Tuned(
+        refresh_steps=best.refresh_steps,
+        steps=measurement.timesteps,
+        depth=best.depth,
+        forecast=best.forecast,
+        network=identity_of(harness.network),
+        speedup=best.speedup,
+        psnr=best.psnr,
+        trials=tuple(search.trials),
+        outer=best.outer,
+    )
 
 
 def _check_target(speedup: float | None, psnr: float | None) -> None:
@@ -122,7 +137,7 @@ def _check_choices(
     _require_listed("forecasts", forecasts, str)
     _require_listed("intervals", intervals, int, empty=True)
     for name in forecasts:
-        if not isinstance(name, str):  # a file could not say which one it was
+        if not isinstance(name, str):  # ``Tuned.save`` writes names
             raise ScheduleError(f"forecasts: expected names, got {name!r}")
         resolve_forecast(name)
     for interval in intervals:
