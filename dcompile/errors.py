@@ -1,4 +1,4 @@
-"""One exception tree: catch ``DcompileError`` to catch all of it."""
+"""All exceptions of dcompile; each derives from ``DcompileError``."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ class DcompileError(Exception):
 
 
 class CaptureError(DcompileError, RuntimeError):
-    """The network could not be turned into a graph. It still runs, uncached."""
+    """The network cannot be captured as a graph. It still runs, uncached."""
 
 
 class NoSkipConnectionError(DcompileError, ValueError):
-    """The network has no skip connection, so there is nothing to cut."""
+    """The network has no skip connection to cut at."""
 
 
 class DepthError(DcompileError, ValueError):
-    """The network has no skip connection at the depth asked for."""
+    """The network has no skip connection at the requested depth."""
 
 
 class ScheduleError(DcompileError, ValueError):
-    """A schedule that contradicts itself or the run it is used in."""
+    """A schedule or forecast is invalid, or does not fit the run or network it is used with."""
 
 
 class BackendError(DcompileError, ValueError):
-    """An unknown backend, or one that failed to compile a graph. The network runs, uncached."""
+    """The backend is unknown, or failed to compile a graph. The network still runs, uncached."""
 
 
 class ExportError(DcompileError, RuntimeError):
-    """The network could not be written to a folder. Existing files are left untouched."""
+    """The network cannot be exported. Existing files are left untouched."""
 
 
 class ModelError(DcompileError, LookupError):
-    """A model that cannot be found, loaded or run."""
+    """A model cannot be found, loaded or run."""
 
 
 class NotCompiledError(DcompileError, LookupError):
-    """``handle()`` of something that ``cache_compile`` was not called on."""
+    """``cache_compile`` was not called on this, or nothing is compiled or captured yet."""
 
 
 class TimestepError(DcompileError, TypeError):
-    """The network takes no timestep, so its steps cannot be distinguished."""
+    """The network takes no timestep, so its steps cannot be identified."""
 
 
 class ArtifactError(DcompileError, RuntimeError):
-    """A saved program that cannot be written, is damaged, or was made for something else."""
+    """A saved program cannot be written, is damaged, or does not fit the network or machine."""
 
 
 class TuneError(DcompileError, RuntimeError):
-    """A run that cannot be tuned for: it does not repeat, or there is nothing to cache in it."""
+    """``tune``, ``calibrate`` or ``profile`` cannot use this run or these arguments."""

@@ -1,4 +1,4 @@
-"""Tell a person what is being captured and compiled, and how long it took."""
+"""Shows what is being captured and compiled, and how long it took."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-SHOWN_FROM = 0.05  # seconds: what is quicker leaves no line
+SHOWN_FROM = 0.05  # seconds; shorter stages print nothing
 
 
 class Display:
     """Progress on standard error: a spinner while a stage runs, one line when it is done.
 
-    Rich is imported when the first stage begins, not with the package.
-
     Attributes:
-        subject: what the stages are about, such as a class name.
+        subject: named at the beginning of each line, such as a class name.
         verbose: whether anything is shown.
-        seconds: what each stage took, the latest time it ran.
-        completed: how often each stage was completed.
+        seconds: stage -> duration of its latest run.
+        completed: stage -> number of completed runs.
     """
 
     def __init__(self, subject: str, verbose: bool) -> None:
@@ -31,7 +29,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; show it if verbose."""
+        """Time a stage, and show it if ``verbose``."""
         console: Any = _console() if self.verbose else None
         spinner = console.status(f"{self.subject}: {name} …") if console else nullcontext()
         started = time.perf_counter()
@@ -43,6 +41,7 @@ class Display:
             console.print(f"[dim]{self.subject}:[/dim] {name} [cyan]{took:.1f} s[/cyan]")
 
     def note(self, text: str) -> None:
+        """Print a line if ``verbose``."""
         if self.verbose:
             _console().print(f"[dim]{self.subject}:[/dim] {text}")
 

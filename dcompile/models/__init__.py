@@ -1,4 +1,4 @@
-"""Models that come with the package, as stock diffusers pipeline folders."""
+"""The bundled models: folders in the format of diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DEFAULT = "emoji-sd"
 
 @dataclass(frozen=True)
 class Defaults:
-    """What to draw with a text-to-image model where a user does not say.
+    """Default arguments for a text-to-image model.
 
     Attributes:
         prompts: pictures take them in turn.
-        guidance: guidance scale; None is the pipeline's own.
+        guidance: guidance scale; None for the pipeline's default.
     """
 
     prompts: tuple[str, ...] = ("a photograph of an astronaut riding a horse",)
@@ -52,10 +52,10 @@ def names() -> list[str]:
 
 
 def path(name: str) -> Path:
-    """The folder of a bundled model, to be given to ``DiffusionPipeline.from_pretrained``.
+    """The folder of a bundled model, for ``DiffusionPipeline.from_pretrained``.
 
     Raises:
-        ModelError: there is none of that name; lists those there are.
+        ModelError: there is no bundled model of that name; the message lists the names.
     """
     bundled = names()
     if name not in bundled:
@@ -64,7 +64,7 @@ def path(name: str) -> Path:
 
 
 def defaults(model: str) -> Defaults:
-    """What suits a model, by its bundled name or alias; any other has the general defaults."""
+    """Default arguments of a bundled model, by name or alias; those of any other are general."""
     return _DEFAULTS.get(ALIASES.get(model, model), Defaults())
 
 

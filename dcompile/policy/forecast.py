@@ -1,9 +1,9 @@
-"""Forecasts: what a reuse step feeds in for the deep features it does not compute.
+"""Forecasts: the deep features that a reuse step feeds in instead of computing them.
 
-A forecast is any object with an attribute ``history``, the number of earlier boundaries it uses,
-and a method ``coefficients(step, refreshed) -> floats``: what the boundaries of the steps
-``refreshed``, latest first, are multiplied with before they are added up. Where fewer than
-``history`` steps were refreshed yet, ``refreshed`` is shorter, and so may be the answer.
+A forecast is a linear combination of earlier boundaries. It is any object with an attribute
+``history``, the number of boundaries it uses, and a method ``coefficients(step, refreshed)``, which
+returns their coefficients, in the order of the steps ``refreshed``, latest first. While fewer than
+``history`` steps were refreshed, ``refreshed`` is shorter, and so may be the result.
 
 Features are extrapolated over the step index; over log-SNR it was worse in a prototype.
 """
@@ -23,17 +23,17 @@ class Forecast(Protocol):
 
     @property
     def history(self) -> int:
-        """How many boundaries it uses: 1 is the latest only."""
+        """Number of boundaries it uses; 1 for the latest only."""
         ...
 
     def coefficients(self, step: int, refreshed: Sequence[int]) -> Sequence[float]:
-        """Factors for the boundaries of the steps ``refreshed`` (latest first) at ``step``."""
+        """Coefficients at ``step`` of the boundaries of the steps ``refreshed``, latest first."""
         ...
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """The latest boundary as it is: DeepCache's."""
+    """The latest boundary, unchanged, as in DeepCache (Ma et al., CVPR 2024, arXiv 2312.00858)."""
 
     history: int = 1
 
@@ -53,14 +53,14 @@ class Lagrange:
 
     def coefficients(self, step: int, refreshed: Sequence[int]) -> Sequence[float]:
         points = refreshed[: self.history]
-        factors = []
+        coefficients = []
         for one in points:
-            factor = 1.0
+            coefficient = 1.0
             for other in points:
                 if other != one:
-                    factor *= (step - other) / (one - other)
-            factors.append(factor)
-        return factors
+                    coefficient *= (step - other) / (one - other)
+            coefficients.append(coefficient)
+        return coefficients
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Taylor:
     """A Taylor series whose derivatives are finite differences of the latest boundaries.
 
     With k steps since the latest refresh: b + k b' + k^2 b''/2 + ... (TaylorSeer, Liu et al.,
-    2025, arXiv 2503.06923). Of order 1 it is linear; beyond, it trusts curvature less than
-    ``Lagrange`` does, because differences are taken over the past.
+    2025, arXiv 2503.06923). With order 1 it is linear. With higher orders it extrapolates curvature
+    less than ``Lagrange`` does, because its differences are those of earlier intervals.
     """
 
     order: int = 2
@@ -81,7 +81,7 @@ class Taylor:
     def coefficients(self, step: int, refreshed: Sequence[int]) -> Sequence[float]:
         points = list(refreshed[: self.history])
         count = len(points)
-        # Rows of differences, each as factors of the boundaries.
+        # Finite differences, each as coefficients of the boundaries.
         rows = [[float(i == j) for j in range(count)] for i in range(count)]
         total = list(rows[0])
         scale = 1.0
@@ -94,24 +94,25 @@ class Taylor:
                 for i in range(len(rows) - 1)
             ]
             scale *= (step - points[0]) / order
-            total = [value + scale * factor for value, factor in zip(total, rows[0], strict=True)]
+            total = [a + scale * b for a, b in zip(total, rows[0], strict=True)]
         return total
 
 
 @dataclass(frozen=True)
 class Damped:
-    """Another forecast, trusted as far as it would have been right so far.
+    """Another forecast, damped by how well it would have predicted the features so far.
 
-    A network that corrects what a forecast got wrong makes features swing: extrapolated, they swing
-    further, and the result can be far worse than that of plain reuse. So each refresh looks back:
-    of what the forecast would have added to the features before, the share that comes closest to
-    the new ones, between 0 and 1, is what is added until the next refresh. That share is found by
-    least squares over all features of the call, separately for each cut, and over all refreshes so
-    far, each counting half as much as the one after it. On a GPU it is used one refresh later, so
-    that nothing waits for it.
+    A network that corrects the errors of a forecast makes features oscillate. Extrapolation
+    amplifies that, and the result can be far worse than with plain reuse. So at each refresh the
+    forecast is compared with the true boundary. The damping factor, between 0 and 1, scales the
+    forecast's change of the latest boundary until the next refresh. It is the least-squares
+    solution over all features of the call, separately for each cut, and over all refreshes so far,
+    each with ``MEMORY`` times the weight of the next. On a GPU it is used one refresh later, so
+    that the host does not wait for the device.
     """
 
     MEMORY: ClassVar[float] = 0.5
+    """Weight of a refresh in the least squares, relative to the next one."""
 
     forecast: Forecast = Lagrange(1)
 
@@ -124,9 +125,9 @@ class Damped:
 
     @staticmethod
     def apply(coefficients: Sequence[float], damping: float) -> tuple[float, ...]:
-        """The coefficients, with that share of what they add to the latest boundary."""
+        """The coefficients after damping: 0 gives plain reuse, 1 the forecast itself."""
         first, *others = coefficients
-        return (1.0 + damping * (first - 1.0), *(damping * factor for factor in others))
+        return (1.0 + damping * (first - 1.0), *(damping * other for other in others))
 
 
 _NAMED: dict[str, Forecast] = {
@@ -139,10 +140,11 @@ _NAMED: dict[str, Forecast] = {
 
 
 def resolve_forecast(forecast: Any) -> Forecast:
-    """From what ``cache_compile`` takes.
+    """The forecast of that name, or the object itself if it is a forecast.
 
     Raises:
-        ScheduleError: no known name, and no object with ``history`` and ``coefficients``.
+        ScheduleError: it is neither a known name nor an object with ``history`` and
+            ``coefficients``.
     """
     if isinstance(forecast, str) and forecast in _NAMED:
         return _NAMED[forecast]
@@ -161,17 +163,17 @@ def resolve_forecast(forecast: Any) -> Forecast:
 
 
 def name_of(forecast: Forecast | str) -> str | None:
-    """Its name, as ``cache_compile`` takes it; None if it has none."""
+    """The name that ``resolve_forecast`` takes; None if it has none."""
     if isinstance(forecast, str):
         return forecast
     return next((name for name, known in _NAMED.items() if known == forecast), None)
 
 
 def coefficients_of(forecast: Forecast, step: int, refreshed: Sequence[int]) -> tuple[float, ...]:
-    """The forecast's coefficients, one for each of ``history`` boundaries.
+    """The forecast's coefficients, padded with zeros to ``history`` of them.
 
     Raises:
-        ScheduleError: it gave none, more than there are boundaries, or no numbers.
+        ScheduleError: it returned none, more than there are boundaries, or no numbers.
     """
     answer: Any = forecast.coefficients(step, refreshed)
     try:

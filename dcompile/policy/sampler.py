@@ -21,24 +21,23 @@ from dcompile.policy.forecast import Damped, Forecast, Lagrange, Reuse
 # alpha_bar of a noise schedule that ends in pure noise is 0, where sigma_bar is infinite.
 _LEAST_ALPHA_BAR = 1e-5
 
-
-# Of a run, below which extrapolating features loses: with 10 refreshes in 20 steps a checked
-# forecast was 2 dB worse than reuse on emoji-sd, with 17 in 50 steps 4 dB better
+# Refreshes of a run below which reuse is better than extrapolation: with 10 refreshes in 20 steps a
+# damped forecast was 2 dB worse than reuse on emoji-sd, with 17 in 50 steps 4 dB better
 # (bench/results/fidelity.md).
 LEAST_REFRESHES = 12
-# Steps from a refresh to the next, on average, up to which features go straight enough: there a
-# linear forecast was better than a checked one (by 3 dB on emoji-sd), beyond worse (by 1 dB).
-LONGEST_STRAIGHT = 3.5
+# Mean interval up to which features change linearly enough: up to it a linear forecast was better
+# than a damped one (by 3 dB on emoji-sd), beyond it worse (by 1 dB).
+LONGEST_LINEAR = 3.5
 
 
 def error_gains(scheduler: Any) -> list[float] | None:
-    """By how much an error of the network at each step is multiplied on its way into the result.
+    """The factor by which an error of the network at each step enters the result.
 
     Args:
         scheduler: a diffusers scheduler whose timesteps are set.
 
     Returns:
-        One weight, at least 0, for each of ``scheduler.timesteps``; None if its noise levels cannot
+        One gain, at least 0, for each of ``scheduler.timesteps``; None if its noise levels cannot
         be read.
     """
     timesteps = getattr(scheduler, "timesteps", None)
@@ -49,16 +48,16 @@ def error_gains(scheduler: Any) -> list[float] | None:
     if levels is None or not torch.isfinite(levels).all():
         return None
     moved = (levels[1:] - levels[:-1]).abs()
-    weights: list[float] = (moved * _per_unit_of_output(scheduler, levels[:-1])).tolist()
-    for step in range(1, len(weights)):
-        again = step + 1 < len(weights) and bool(timesteps[step] == timesteps[step + 1])
-        if weights[step] == 0 and again:  # the second evaluation of one step (Heun, PNDM)
-            weights[step - 1] = weights[step] = weights[step - 1] / 2
-    return weights
+    gains: list[float] = (moved * _per_unit_of_output(scheduler, levels[:-1])).tolist()
+    for step in range(1, len(gains)):
+        again = step + 1 < len(gains) and bool(timesteps[step] == timesteps[step + 1])
+        if gains[step] == 0 and again:  # the second evaluation of one step (Heun, PNDM)
+            gains[step - 1] = gains[step] = gains[step - 1] / 2
+    return gains
 
 
 def _noise_levels(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor | None:
-    """sigma_bar (of flow matching: sigma) at each step, and at the end; float64, on the CPU."""
+    """sigma_bar (for flow matching: sigma) at each step and at the end, float64 on the CPU."""
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(sigmas, torch.Tensor) and sigmas.dim() == 1:
         levels = sigmas.detach().cpu().double()
@@ -94,11 +93,11 @@ def _per_unit_of_output(scheduler: Any, levels: torch.Tensor) -> torch.Tensor:
 def default_power(scheduler: Any, *, stochastic: bool) -> float:
     """The default exponent of ``error_gains``, for schedules that measure nothing.
 
-    A network that predicts noise errs about alike at all steps: 1/2 makes the sum of its errors
-    least, if they grow linearly with a cache's age. For samplers that add noise 1 was better, in a
-    prototype. One that predicts velocity errs most where its weights are least, and the two about
-    make up for each other: 0, which is uniform (bench/results/fidelity.md); what predicts the
-    sample itself is taken for the same, unmeasured.
+    The errors of a network that predicts noise are about equal at all steps: 1/2 minimizes the sum
+    of their effects if errors grow linearly with the age of the cache. For samplers that add noise
+    1 was better in a prototype. The errors of a network that predicts velocity are largest where
+    the gains are least, and the two about cancel: 0, which is uniform (bench/results/fidelity.md).
+    Networks that predict the sample get 0 as well, which was not measured.
     """
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     if predicts != "epsilon":
@@ -109,45 +108,46 @@ def default_power(scheduler: Any, *, stochastic: bool) -> float:
 def default_forecast(
     *, stochastic: bool, steps: int | None = None, refreshes: int | None = None
 ) -> Forecast:
-    """What ``forecast="auto"`` is for a sampler.
+    """The forecast that ``forecast="auto"`` chooses.
 
-    Fresh noise at every step makes extrapolation worse than plain reuse, and so do few refreshes.
-    Else linear, where they come often; where not, only as far as that was right so far: unchecked
+    With fresh noise at every step, or few refreshes, extrapolation is worse than plain reuse.
+    Otherwise a linear forecast if refreshes are frequent, and a damped one if not: without damping
     it can be far worse than reuse (bench/results/fidelity.md).
 
     Args:
-        steps, refreshes: in the whole run, if that is known.
+        stochastic: whether the sampler adds noise at each step.
+        steps, refreshes: numbers of steps and refreshes of the whole run, if known.
     """
     if stochastic or (refreshes is not None and refreshes < LEAST_REFRESHES):
         return Reuse()
-    often = steps is not None and refreshes is not None and steps <= LONGEST_STRAIGHT * refreshes
-    return Lagrange(1) if often else Damped()
+    frequent = steps is not None and refreshes is not None and steps <= LONGEST_LINEAR * refreshes
+    return Lagrange(1) if frequent else Damped()
 
 
 def is_stochastic(scheduler: Any) -> bool:
-    """Whether a step adds noise of its own, found out by taking one twice with other seeds.
+    """Whether the sampler adds noise at each step: tries steps with two seeds, on a copy.
 
-    A scheduler that cannot be tried out counts as stochastic. What a pipeline asks for at each step
-    (DDIM's ``eta``) is not seen.
+    A scheduler that cannot be tried counts as stochastic. Arguments that a pipeline passes at each
+    step (DDIM's ``eta``) are not seen.
     """
     try:
         return not torch.equal(_tried(scheduler, 0), _tried(scheduler, 1))
-    except Exception:  # whatever a scheduler of the user's may raise
+    except Exception:  # a user's scheduler may raise anything
         return True
 
 
 def _tried(scheduler: Any, seed: int) -> torch.Tensor:
-    """One step from the middle of the timesteps, where noise is added if ever."""
+    """The sample after three steps of six: no noise is added at the last one."""
     trial = copy.deepcopy(scheduler)
     for name, value in vars(trial).items():
-        if isinstance(value, torch.Tensor):  # where earlier steps took it
+        if isinstance(value, torch.Tensor):  # earlier steps may have moved it to a device
             setattr(trial, name, value.cpu())
     trial.set_timesteps(6)
     arguments: dict[str, Any] = {}
     seeded: Any = contextlib.nullcontext()
     if "generator" in inspect.signature(trial.step).parameters:
         arguments["generator"] = torch.Generator().manual_seed(seed)
-    else:  # it can only draw from what all threads draw from
+    else:  # it draws from the global generator
         seeded = _globally_seeded(seed)
     sample = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
     with seeded, torch.no_grad():
@@ -162,5 +162,5 @@ def _tried(scheduler: Any, seed: int) -> torch.Tensor:
 @contextlib.contextmanager
 def _globally_seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not those of other devices
+        torch.default_generator.manual_seed(seed)  # leaves other devices' generators alone
         yield

@@ -1,4 +1,4 @@
-"""``Tuned``: a schedule that was found by measurement, with everything needed to use it again."""
+"""``Tuned``: a schedule that was found by measurement, with everything needed to use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMAT = 1
 
 Levels = tuple[tuple[int, tuple[int, ...]], ...]
 """Cuts, the outermost first: (depth, the steps that refresh it). A step that refreshes one of them
-refreshes all outer ones too."""
+also refreshes all outer ones."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Trial:
         refresh_steps, depth, forecast, outer: what was tried; see ``Tuned``.
         speedup: of a run, in FLOPs.
         psnr: mean over the samples against the uncached result, in dB; infinite if all are equal
-            to it, else one that is counts as 100.
-        interval: N, if this is DeepCache: every N-th step refreshes, plain reuse.
+            to it. In a mean with others, an equal sample counts as 100.
+        interval: N, if it is a schedule of DeepCache: refreshes at every N-th step, plain reuse.
     """
 
     refresh_steps: tuple[int, ...]
@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def key(self) -> tuple[Levels, str]:
-        """What tells it from others."""
+        """What distinguishes it from other trials: its cuts and its forecast."""
         return self.levels, self.forecast
 
 
@@ -59,16 +59,16 @@ class Tuned(Schedule):
     """A schedule with everything needed to use it: ``cache_compile(unet, schedule=tuned)``.
 
     Attributes:
-        refresh_steps: which steps run the whole network.
+        refresh_steps: the steps that run the whole network, ascending from 0.
         steps: the number of timesteps of the runs it was tuned for.
-        depth, forecast: to use it with; ``cache_compile`` takes them from here.
-        outer: further cuts outside of ``depth``, as a ``MultiLevel`` has them, the outermost first:
-            (depth, the steps that refresh it). At a step that is in ``outer`` and not in
-            ``refresh_steps``, only what lies outside of the next deeper cut runs.
+        depth, forecast: used with it; ``cache_compile`` takes them from here.
+        outer: further cuts outside ``depth``, as in a ``MultiLevel``, the outermost first: (depth,
+            the steps that refresh it). A step that is in ``outer`` and not in ``refresh_steps``
+            runs everything outside the next deeper cut.
         network: the network's class and number of parameters.
         speedup: of a run, in FLOPs.
         psnr: mean over the samples against the uncached result, in dB.
-        trials: all that was tried, in that order.
+        trials: all schedules that were tried, in that order.
     """
 
     refresh_steps: tuple[int, ...]
@@ -83,7 +83,7 @@ class Tuned(Schedule):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Of all cuts, the outermost first."""
+        """Depths of all cuts, the outermost first."""
         return tuple(depth for depth, _ in self.levels)
 
     @property
@@ -121,10 +121,10 @@ class Tuned(Schedule):
         return target
 
     def plot(self, file: str | os.PathLike[str]) -> Path:
-        """Draw all that was tried, PSNR over speed-up, as a PNG. Returns the file's full path.
+        """Draw PSNR over speed-up of all trials, as a PNG. Returns the file's full path.
 
-        With the Pareto front, this schedule marked, and DeepCache's own (refresh every N-th step,
-        reuse as it is), of which ``tune(intervals=...)`` tries some.
+        The Pareto front, this schedule, and DeepCache's schedules (``tune(intervals=...)``) are
+        marked.
 
         Raises:
             DcompileError: matplotlib is not installed.
@@ -137,7 +137,7 @@ class Tuned(Schedule):
         """Read what ``save`` wrote.
 
         Raises:
-            ScheduleError: the file is missing, or is not that.
+            ScheduleError: the file is missing, or holds no tuned schedule.
         """
         source = Path(file).expanduser()
         try:
@@ -150,10 +150,11 @@ class Tuned(Schedule):
 
     @staticmethod
     def of_fields(**fields: Any) -> Tuned:
-        """From fields as JSON has them.
+        """The schedule with these fields, as JSON has them.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError, ScheduleError: they are none.
+            ValueError, KeyError, TypeError, AttributeError, ScheduleError: they do not describe
+                one.
         """
         given = [dict(trial) for trial in fields.pop("trials")]
         name, count = fields.pop("network")
@@ -173,7 +174,12 @@ class Tuned(Schedule):
 
 @dataclass(frozen=True, eq=False)
 class TunedPlan(Plan):
-    """For each cut, the outermost first, the steps that refresh it. Beyond ``steps`` all do."""
+    """The plan of a ``Tuned`` schedule.
+
+    Attributes:
+        due: for each cut, the outermost first, the steps that refresh it.
+        steps: number of steps planned; later steps refresh every cut.
+    """
 
     due: tuple[frozenset[int], ...]
     steps: int
@@ -188,10 +194,10 @@ class TunedPlan(Plan):
 
 
 def _check_levels(entry: dict[str, Any], steps: int) -> None:
-    """Check what a schedule and a trial have in common, as JSON has it, and put it right in place.
+    """Check the fields that schedules and trials share, and convert them from JSON's types.
 
     Raises:
-        ValueError, KeyError, TypeError, ScheduleError: it is not that.
+        ValueError, KeyError, TypeError, ScheduleError: a field is missing or invalid.
     """
     entry["psnr"] = math.inf if entry["psnr"] is None else entry["psnr"]
     for key in ("psnr", "speedup"):

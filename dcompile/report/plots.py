@@ -1,4 +1,4 @@
-"""Plots of measurements, through matplotlib. Knows only the data it draws, as protocols."""
+"""Plots of measurements with matplotlib. The data they draw are protocols."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLUE, GREY, ORANGE = "#1d4ed8", "#64748b", "#ea580c"
 
 
 class Point(Protocol):
-    """A schedule that was tried: its speed-up in FLOPs, PSNR in dB, and what to draw it as."""
+    """A schedule that was tried, as ``policy.tuned.Trial`` has it."""
 
     @property
     def speedup(self) -> float: ...
@@ -49,7 +49,10 @@ P = TypeVar("P", bound=Point)
 
 
 def require_matplotlib(file: str | os.PathLike[str] | None = None) -> None:
-    """Complain before the work rather than after it.
+    """Check before the work, not after it, that matplotlib can write a file.
+
+    Args:
+        file: checked by its suffix; None checks only that matplotlib is installed.
 
     Raises:
         DcompileError: it is not installed, or does not write files of that kind.
@@ -75,10 +78,10 @@ def plot_trials(
     """PSNR over speed-up of all schedules that were tried, with the Pareto front.
 
     Args:
-        trials: those with ``interval`` set are DeepCache's own.
-        chosen: speed-up and PSNR of the one to mark.
-        title: of the plot.
-        file: where to write it, as a PNG or whatever its suffix says.
+        trials: the schedules; those with an ``interval`` are DeepCache's.
+        chosen: speed-up and PSNR of the schedule to mark.
+        title: title of the plot.
+        file: where to write it, in the format of its suffix.
 
     Returns:
         The file's full path.
@@ -90,7 +93,7 @@ def plot_trials(
     axis = figure.subplots()
     shown = [trial for trial in trials if math.isfinite(trial.psnr)]
 
-    def place(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    def xy(points: Sequence[Point]) -> tuple[list[float], list[float]]:
         return [t.speedup for t in points], [t.psnr for t in points]
 
     deepcache = [t for t in shown if t.interval is not None]
@@ -98,18 +101,18 @@ def plot_trials(
     several = [t for t in others if t.outer]
     if several:
         axis.scatter(
-            *place(several), marker="*", s=60, color=BLUE, alpha=0.45, label="tried, several cuts",
+            *xy(several), marker="*", s=60, color=BLUE, alpha=0.45, label="tried, several cuts",
         )  # fmt: skip
     depths = sorted({t.depth for t in shown if not t.outer})
     for depth, marker in zip(depths, "os^DvPX" * len(depths), strict=False):
         axis.scatter(
-            *place([t for t in others if t.depth == depth and not t.outer]),
+            *xy([t for t in others if t.depth == depth and not t.outer]),
             marker=marker, s=26, color=BLUE, alpha=0.45, label=f"tried, depth {depth}",
         )  # fmt: skip
         mine = [t for t in deepcache if t.depth == depth]
         if mine:
             axis.scatter(
-                *place(mine), marker=marker, s=34, facecolors="none", edgecolors=GREY,
+                *xy(mine), marker=marker, s=34, facecolors="none", edgecolors=GREY,
                 label=f"DeepCache, depth {depth}",
             )  # fmt: skip
     for trial in deepcache:
@@ -117,7 +120,7 @@ def plot_trials(
             f"N={trial.interval}", (trial.speedup, trial.psnr), color=GREY,
             fontsize=8, xytext=(5, -9), textcoords="offset points",
         )  # fmt: skip
-    front = place(pareto_front(shown))
+    front = xy(pareto_front(shown))
     axis.step(*front, where="pre", color=BLUE, linewidth=1.2, label="Pareto front")
     if math.isfinite(chosen[1]):
         axis.scatter(
@@ -150,10 +153,10 @@ def plot_profile(
     """A heatmap of similarity for each depth, and how much features change at each step.
 
     Args:
-        network: name of its class.
+        network: name of the network's class.
         depths: one entry for each depth.
-        gains: the sampler's error gain at each step, shape (steps,); None to leave it out.
-        file: where to write it.
+        gains: the sampler's error gain at each step, shape (steps,); None to omit it.
+        file: where to write it, in the format of its suffix.
 
     Returns:
         The file's full path.
