@@ -269,7 +269,11 @@ def _network_arguments(model: str, network: Any, size: int | None) -> dict[str, 
     ]
     unknown = config.get("addition_embed_type") not in (None, "text_time")
     if missing or unknown or "sample" not in parameters:
-        reason = f"nothing tells its {', '.join(missing)}" if missing else "its inputs are unusual"
+        reason = (
+            f"its configuration does not determine {', '.join(missing)}"
+            if missing
+            else "its inputs are unusual"
+        )
         hint = " (try --size)" if side is None else ""
         raise ModelError(
             f"{model} is a bare {type(network).__name__}, and {reason}{hint}: give the folder of a "

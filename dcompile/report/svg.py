@@ -245,8 +245,8 @@ def _legend(y: float, *, several: bool) -> tuple[list[str], float]:
         svg.text(
             x + 19,
             y,
-            "skip connection at depth d, with its share of the FLOPs of one call: its stretch of "
-            "the down path and of the up path together",
+            "skip connection at depth d, with its share of the FLOPs of one call: of its parts of "
+            "the down path and the up path together",
             "muted",
         ),
     ]

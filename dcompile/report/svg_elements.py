@@ -42,7 +42,7 @@ def width_of(content: str) -> float:
 def text(
     x: float, y: float, content: str, css: str = "", anchor: str = "start", title: str = ""
 ) -> str:
-    """A line of text; ``title`` is shown when the pointer rests on it."""
+    """A line of text, with ``title`` as its tooltip."""
     hint = f"<title>{escape(title)}</title>" if title else ""
     return (
         f'<text x="{x:g}" y="{y:g}" class="{css.strip()}" text-anchor="{anchor}">'

@@ -160,7 +160,7 @@ def draw_unet(layout: Layout, explanation: Explanation) -> list[str]:
 def _rung(
     row: DepthReport, depths: tuple[DepthReport, ...], chosen: tuple[int, ...], layout: Layout
 ) -> list[str]:
-    """One depth: its stretch of the down path, its skip connection, its stretch of the up path."""
+    """One depth: its part of the down path, its skip connection, and its part of the up path."""
     depth, paint = row.depth, paint_of(row.depth, chosen)
     x_down, x_up, y = layout.down(depth), layout.up(depth), layout.tops[depth]
     centre = layout.middle(depth)
@@ -250,7 +250,7 @@ def store_height(row: DepthReport) -> float:
 
 
 def _share(depths: tuple[DepthReport, ...], depth: int) -> float:
-    """What a cut at this depth runs more than a cut one further out, as a share of a full call."""
+    """FLOPs between this depth and the next one further out, as a share of a full call."""
     return max(0.0, depths[depth].ratio - (depths[depth - 1].ratio if depth else 0.0))
 
 

@@ -49,7 +49,7 @@ class Predictor:
         return depth in self._depths
 
     def best(self, among: Iterable[Choice]) -> Choice | None:
-        """The one with the least predicted error; None of none."""
+        """The choice with the least predicted error; None if there are none."""
         return min(among, key=self, default=None)
 
     def learn(self, choice: Choice, error: float) -> None:
