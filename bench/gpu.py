@@ -3,395 +3,109 @@
     python bench/gpu.py
 
 It runs the gpu-marked tests, measures the card's matrix rate, and then one way after another, the
-most important first. After every measurement it writes gpu.json and gpu.md (see gpu_page.py), and
-it ends in time (--minutes); the same command again goes on with what is missing. What it needs:
-torch, diffusers, DeepCache, typer, rich, pytest; no network. A dry run of everything but CUDA:
+most important first, each in a process of its own (gpu_job.py): several compile at a time, one is
+measured at a time. After every measurement it writes gpu.json and gpu.md (see gpu_page.py);
+tracebacks and what processes printed go to gpu.log, tables of kernels to gpu-profiles.txt. It ends
+in time (--budget), and the same command again goes on with what is missing. What it needs: torch,
+diffusers, DeepCache, typer, rich, pytest; no network, no installed dcompile. A rehearsal of
+everything but CUDA, on tiny networks:
 
-    python bench/gpu.py --device cpu --tiny --out /tmp/dry --ways eager,deepcache,dcompile-eager
+    python bench/gpu.py --rehearse --out /tmp/rehearsal
 """
 
 from __future__ import annotations
 
 import datetime
-import gc
 import hashlib
+import importlib.util
 import json
-import math
 import os
 import platform
+import queue
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
-from unittest import mock
-
-import torch
-import typer
-from gpu_page import BARS, WAYS, ShapeResults, key, page
-from rich.console import Console
-from rich.table import Table
-from shapes import GPU_SHAPES, Call, Shape
-from training import replace_file
-
-import dcompile
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/runtime/test_state.py", "tests/runtime/test_cuda_graphs.py")
-TESTS_SECONDS = 150
-WARM_SECONDS = 0.6  # until clocks are up, apart from everything lazy
-TIMED_SECONDS = 1.0  # at least one whole run
-HOST_SECONDS = 0.4  # likewise
-LEAST_SECONDS = 15  # nothing is begun with less time left
-WORST_ERROR = 0.1  # of a refresh step against diffusers; a wrong result is off by more than 1
+sys.path[:0] = [str(ROOT)]  # a bare checkout will do
 
-# Ways of one group run on one network and share what they compile. Stages: what the bars need
-# comes first, for all shapes.
-STAGES = (
-    (("eager",), ("dcompile-graphs", "dcompile-inductor"), ("deepcache",)),
-    (("torch-compile", "torch-graphs"),),
-    (("dcompile-eager",),),
-    (("torch-max-autotune",),),
+import torch  # noqa: E402
+import typer  # noqa: E402
+from gpu_job import Device, Job, Row  # noqa: E402
+from gpu_page import BARS, INTERVALS, WAYS, ShapeResults, key, page  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from shapes import GPU_SHAPES  # noqa: E402
+from training import replace_file  # noqa: E402
+
+import dcompile  # noqa: E402
+
+RESULTS = ROOT / "bench/results"
+TESTS = (
+    "tests/runtime/test_cuda_graphs.py",
+    "tests/runtime/test_state.py",
+    "tests/policy/test_adaptive.py",
+    "tests/policy/test_forecasts.py",
+    "tests/policy/test_multi_level.py",
+    "tests/compiler/test_dynamic_sizes.py",
+    "tests/integrations/test_pipelines.py",
 )
-TORCH_MODES = {
-    "torch-compile": None,
-    "torch-graphs": "reduce-overhead",
-    "torch-max-autotune": "max-autotune",
-}
-
-Step = Callable[[torch.Tensor], Any]
-Row = dict[str, Any]
-
-
-class TookTooLongError(BaseException):
-    """Raised by the alarm, anywhere. No Exception: compilers swallow those."""
-
-
-class BrokenDeviceError(RuntimeError):
-    """The device answers nothing but errors any more; a new process has to go on."""
-
-
-@contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise TookTooLongError inside once the time is up; again and again, should it be lost."""
-
-    def stop(*_: Any) -> None:
-        raise TookTooLongError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01), 5)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def empty_caches() -> Iterator[None]:
-    """Nothing that was compiled before is found again."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        places = {
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-            "TRITON_CACHE_DIR": f"{folder}/triton",
-        }
-        with mock.patch.dict(os.environ, places):
-            yield
+TESTS_SECONDS = 240  # while networks compile
+PREPARE_SECONDS = 300  # of a job: building, capturing, compiling
+MEASURE_SECONDS = 90  # of a job
+LEAST_SECONDS = 12  # no measurement is begun with less time left
+LEAST_SECONDS_TO_PREPARE = 60  # nothing is compiled with less time left
 
 
 @dataclass(frozen=True)
-class Device:
-    """Where it runs. On a CPU, for dry runs, host clocks stand in for events."""
+class Planned:
+    """A job of the plan: ways that share a process, in the order they are measured in."""
 
-    device: torch.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    def synchronize(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
-
-    def clear(self, workspaces: bool = False) -> None:
-        """Free all that nobody holds, and begin to watch for the memory peak.
-
-        Args:
-            workspaces: those of cuBLAS, too, one for each stream that was ever used. Recorded
-                CUDA graphs write to them: only where none is replayed any more.
-        """
-        gc.collect()
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
-            if workspaces:
-                torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak(self) -> Row:
-        """Reserved memory counts the private pools of CUDA graphs, allocated does not."""
-        if not self.is_cuda:
-            return {}
-        return {
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(self.device),
-        }
-
-    def timed(self, runs: Sequence[Callable[[], Any]]) -> list[float]:
-        """Milliseconds of each, one right behind the other."""
-        if not self.is_cuda:
-            marks = [time.perf_counter()]
-            for run in runs:
-                run()
-                marks.append(time.perf_counter())
-            return [1e3 * (end - begin) for begin, end in pairwise(marks)]
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
-        self.synchronize()
-        events[0].record()
-        for run, event in zip(runs, events[1:], strict=True):
-            run()
-            event.record()
-        self.synchronize()
-        return [begin.elapsed_time(end) for begin, end in pairwise(events)]
-
-    def matrix_tflops(self, size: int, dtype: torch.dtype) -> float:
-        """Rate of a large matrix product, on random numbers: zeros are faster."""
-        one, other = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
-        result = torch.empty_like(one)
-        product = [lambda: torch.mm(one, other, out=result)] * 20
-        until = time.monotonic() + WARM_SECONDS
-        while time.monotonic() < until:
-            self.timed(product)
-        return 2 * size**3 / statistics.median(self.timed(product)) / 1e9
+    shape: str
+    ways: tuple[str, ...]
+    intervals: tuple[int, ...] = (3, 1, 2, 5)
+    makes_references: bool = False
+    profiled: bool = False
 
 
-class Loop:
-    """Generations: walks over a scheduler's timesteps, each a tensor of its own, on the device."""
-
-    def __init__(
-        self, step: Step, scheduler: Any, steps: int, interval: int, device: Device
-    ) -> None:
-        self._step = step
-        self._scheduler = scheduler
-        self._steps = steps
-        self._interval = interval
-        self._device = device
-        self.refreshes = self.reuses = 0  # as they should be
-
-    def generation(self) -> list[Callable[[], Any]]:
-        """The calls of one; begin it once it is clear that it will be run."""
-        self._scheduler.set_timesteps(self._steps, device=self._device.device)
-
-        def call(index: int, t: torch.Tensor) -> Any:
-            if index % self._interval:
-                self.reuses += 1
-            else:
-                self.refreshes += 1
-            return self._step(t)
-
-        return [
-            lambda index=index, t=t: call(index, t)
-            for index, t in enumerate(self._scheduler.timesteps)
-        ]
-
-    def first(self) -> tuple[Any, float]:
-        """The first step's result, and the seconds it took: with compiling, where there is any."""
-        run = self.generation()[0]
-        self._device.synchronize()
-        started = time.perf_counter()
-        result = run()
-        self._device.synchronize()
-        return result[0], time.perf_counter() - started
-
-    def warm_up(self) -> None:
-        until = time.monotonic() + WARM_SECONDS
-        while True:
-            for done, run in enumerate(self.generation(), start=1):
-                run()
-                if done % self._interval == 0:
-                    self._device.synchronize()
-                    if done >= 2 * self._interval and time.monotonic() >= until:
-                        return
-
-    def step_times(self) -> list[list[float]]:
-        """Milliseconds of each step, cycle by cycle."""
-        cycles: list[list[float]] = []
-        until = time.monotonic() + TIMED_SECONDS
-        while not cycles or time.monotonic() < until:
-            times = self._device.timed(self.generation())
-            cycles += [times[i : i + self._interval] for i in range(0, len(times), self._interval)]
-        return cycles
-
-    def host_times(self) -> list[float]:
-        """Seconds each reuse call keeps the CPU, while the device works on the refresh step.
-
-        It waits for the device before each refresh step only: what is measured is neither idle
-        time nor a full launch queue.
-        """
-        seconds: list[float] = []
-        until = time.monotonic() + HOST_SECONDS
-        while not seconds or time.monotonic() < until:
-            for index, run in enumerate(self.generation()):
-                if index % self._interval == 0:
-                    self._device.synchronize()
-                    run()
-                    continue
-                started = time.perf_counter()
-                run()
-                seconds.append(time.perf_counter() - started)
-            self._device.synchronize()
-        return seconds
-
-    def measure(self) -> Row:
-        """Everything about one way at one interval, compiled before."""
-        self.warm_up()
-        self._device.clear()
-        cycles = self.step_times()
-        memory = self._device.peak()
-        means = [statistics.mean(cycle) for cycle in cycles]
-        row: Row = {
-            "step_ms": statistics.median(means),
-            "step_ms_least": min(means),
-            "step_ms_most": max(means),
-            "timed_steps": sum(map(len, cycles)),
-            **memory,
-        }
-        if self._interval > 1:
-            row["refresh_ms"] = statistics.median(cycle[0] for cycle in cycles)
-            row["reuse_ms"] = statistics.median(ms for cycle in cycles for ms in cycle[1:])
-            row["host_us"] = 1e6 * statistics.median(self.host_times())
-        return row
-
-
-class Subject:
-    """One network, for the ways of one group."""
-
-    def __init__(self, shape: Shape, steps: int, device: Device, dtype: torch.dtype, tiny: bool):
-        self._shape = shape
-        self._least_steps = steps
-        self._device = device
-        self.network, self._call = shape.build(device.device, dtype, tiny)
-        self._references: dict[int, torch.Tensor] = {}
-        self._cold = True
-
-    def run(self, way: str, interval: int) -> Row:
-        """Install the way and measure it.
-
-        Raises:
-            RuntimeError: a refresh step's result is not diffusers', or steps were refreshed that
-                should not have been, and whatever the way itself raises.
-        """
-        steps = self._steps(interval)
-        scheduler = self._shape.scheduler()
-        with warnings.catch_warnings():
-            # That dcompile runs on without CUDA graphs must not go into a table unseen.
-            warnings.filterwarnings("error", message="dcompile: ")
-            with self._installed(way, interval, scheduler) as step:
-                self._device.clear(workspaces=True)  # the way before it is gone
-                loop = Loop(step, scheduler, steps, interval, self._device)
-                result, seconds = loop.first()
-                row: Row = {"error": self._error(result, steps)}
-                del result  # a recorded graph's output: its memory is used again
-                if self._cold and way not in ("eager", "deepcache"):
-                    row["compile_seconds"] = seconds
-                self._cold = False
-                row |= loop.measure()
-                self._check(way, loop)
-        if way in TORCH_MODES:
-            from torch._dynamo.utils import counters
-
-            row["cudagraph_skips"] = counters["inductor"]["cudagraph_skips"]
-        return row
-
-    def prepare(self, intervals: Sequence[int]) -> None:
-        """Remember what the untouched network returns at the first step."""
-        for steps in {self._steps(interval) for interval in intervals}:
-            scheduler = self._shape.scheduler()
-            loop = Loop(self._step(self.network), scheduler, steps, 1, self._device)
-            self._references[steps] = loop.first()[0].float()
-
-    def facts(self) -> Row:
-        """FLOPs of a step, and r; after a dcompile way has run."""
-        explanation = dcompile.handle(self.network).explain()
-        return {"flops": explanation.flops, "ratio": explanation.depths[0].ratio}
-
-    def _steps(self, interval: int) -> int:
-        """Whole cycles, two at least."""
-        return interval * max(2, math.ceil(self._least_steps / interval))
-
-    def _step(self, network: Any) -> Step:
-        sample = self._call["sample"]
-        rest: Call = {name: value for name, value in self._call.items() if name != "sample"}
-        return lambda t: network(sample, t, **rest)
-
-    @contextmanager
-    def _installed(self, way: str, interval: int, scheduler: Any) -> Iterator[Step]:
-        if way in TORCH_MODES:
-            torch._dynamo.reset()
-            torch._dynamo.utils.counters.clear()
-            step = self._step(torch.compile(self.network, mode=TORCH_MODES[way]))
-
-            def marked(t: torch.Tensor) -> Any:
-                torch.compiler.cudagraph_mark_step_begin()
-                return step(t)
-
-            yield step if way == "torch-compile" else marked
-        elif way == "deepcache":
-            from DeepCache import DeepCacheSDHelper
-
-            helper = DeepCacheSDHelper(SimpleNamespace(unet=self.network, scheduler=scheduler))
-            helper.set_params(cache_interval=interval, cache_branch_id=0)
-            helper.enable()
-            try:
-                yield self._step(self.network)
-            finally:
-                helper.disable()
-        elif way.startswith("dcompile"):
-            dcompile.cache_compile(
-                self.network,
-                interval=interval,
-                backend="eager" if way == "dcompile-eager" else "inductor",
-                cuda_graphs=way == "dcompile-graphs",
-                verbose=False,
-            )
-            yield self._step(self.network)
-        else:
-            yield self._step(self.network)
-
-    def _error(self, result: torch.Tensor, steps: int) -> float:
-        expected = self._references[steps]
-        error = float((result.float() - expected).norm() / expected.norm())
-        if not error < WORST_ERROR:  # NaN is wrong, too
-            raise RuntimeError(f"the first step differs from diffusers' by {error:.2g} of its norm")
-        return error
-
-    def _check(self, way: str, loop: Loop) -> None:
-        if not way.startswith("dcompile"):
-            return
-        stats = dcompile.handle(self.network).stats
-        found = (stats.refresh_steps, stats.reuse_steps, stats.uncached_calls)
-        expected = (loop.refreshes, loop.reuses, 0)
-        if found != expected:
-            raise RuntimeError(
-                f"expected {expected} refresh, reuse and uncached calls, counted {found}"
-            )
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of an error, short enough for a table."""
-    text = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()
-    return text if len(text) <= 200 else f"{text[:199]}…"
+# Rounds: what the bars need comes first. Jobs of a round compile side by side.
+PLAN: tuple[tuple[Planned, ...], ...] = (
+    tuple(
+        job
+        for shape in ("sd15", "sdxl")
+        for job in (
+            Planned(shape, ("eager", "dcompile-eager"), (1, 3), makes_references=True),
+            Planned(shape, ("dcompile-graphs", "dcompile-inductor"), profiled=True),
+            Planned(shape, ("deepcache",)),
+            Planned(shape, ("torch-graphs",), profiled=True),
+        )
+    ),
+    (
+        Planned("sd15", ("dcompile-graphs-last",), (3, 1), profiled=True),
+        Planned("sdxl", ("dcompile-graphs-last",), (3, 1), profiled=True),
+        Planned("sd15", ("dcompile-autotuned",)),
+        Planned("sd15", ("torch-graphs-last",)),
+        Planned("svd", ("eager", "dcompile-eager"), (1, 3), makes_references=True),
+        Planned("svd", ("dcompile-graphs",), (3, 1), profiled=True),
+        Planned("svd", ("torch-graphs",)),
+    ),
+    (
+        Planned("sdxl", ("dcompile-autotuned",)),
+        Planned("sdxl", ("torch-graphs-last",)),
+        Planned("sd15", ("torch-compile",)),
+        Planned("sdxl", ("torch-compile",)),
+        Planned("svd", ("deepcache",), (3,)),
+    ),
+)
 
 
 def code_version() -> str:
@@ -433,23 +147,35 @@ def versions() -> Row:
 
 
 class Record:
-    """The results, on disk after every change: gpu.json and gpu.md."""
+    """The results, on disk after every change: gpu.json and gpu.md.
 
-    def __init__(self, folder: Path, stem: str, identity: Row, fresh: bool) -> None:
+    Results of an earlier call are taken up, from the same folder or from ``earlier``.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, identity: Row, fresh: bool, earlier: Path | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.json = folder / f"{stem}.json"
         self.markdown = folder / f"{stem}.md"
+        self.log = folder / f"{stem}.log"
+        self.profiles = folder / f"{stem}-profiles.txt"
         self.code = code_version()
         self.results: Row = {**identity, "shapes": {}}
         self.resumed = False
-        if fresh or not self.json.is_file():
+        if fresh:
             return
-        earlier = json.loads(self.json.read_text())
-        if _identity(earlier) == _identity(identity):
-            self.results, self.resumed = earlier, True
-        else:  # another card's, or made with other versions: kept
-            name = re.sub(r"[^a-z0-9]+", "-", earlier["card"]["name"].lower()).strip("-")
-            os.replace(self.json, folder / f"{stem}-{name}.json")
+        if self.json.is_file():
+            found = json.loads(self.json.read_text())
+            if _identity(found) == _identity(identity):
+                self.results, self.resumed = found, True
+            else:  # another card's, or made with other versions: kept
+                name = re.sub(r"[^a-z0-9]+", "-", found["card"]["name"].lower()).strip("-")
+                os.replace(self.json, folder / f"{stem}-{name}.json")
+        elif earlier is not None and earlier.is_file():
+            found = json.loads(earlier.read_text())
+            if _identity(found) == _identity(identity):
+                self.results, self.resumed = found, True
 
     def shape(self, name: str) -> Row:
         found: Row = self.results["shapes"].setdefault(name, {"rows": {}})
@@ -470,6 +196,11 @@ class Record:
         replace_file(self.json, lambda path: _write(path, json.dumps(self.results, indent=1)))
         replace_file(self.markdown, lambda path: _write(path, page(self.results)))
 
+    def note(self, file: Path, title: str, text: str) -> None:
+        """Append to the log, or to the profiles."""
+        with file.open("a") as out:
+            out.write(f"=== {title}\n{text.rstrip()}\n\n")
+
 
 def _identity(results: Row) -> tuple[Any, ...]:
     return results["card"]["name"], results["versions"], results["settings"]
@@ -480,18 +211,53 @@ def _write(path: Path, text: str) -> None:
 
 
 @dataclass
+class Running:
+    """A job's process.
+
+    Attributes:
+        job: what it does.
+        process: which does it.
+        started: when, by the monotonic clock.
+        log: what it prints.
+        state: "preparing", "ready", "measuring" or "done".
+    """
+
+    job: Job
+    process: subprocess.Popen[str]
+    started: float
+    log: Path
+    state: str = "preparing"
+    awaited: set[tuple[str, int]] = field(default_factory=set)
+
+    def stop(self) -> None:
+        """With all processes it has started, compilers among them."""
+        self.state = "done"
+        stop_group(self.process)
+
+
+def stop_group(process: subprocess.Popen[Any]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+@dataclass
 class Suite:
     """One run of the command."""
 
     record: Record
     device: Device
-    dtype: torch.dtype
-    tiny: bool
-    steps: int
+    base: Job
     deadline: float
-    way_seconds: float
+    at_once: int
     retry: bool
     console: Console
+    scratch: Path
+    messages: queue.Queue[tuple[Running, Row]] = field(default_factory=queue.Queue)
+    tests: subprocess.Popen[Any] | None = None
+    tests_started: float = 0.0
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -499,34 +265,51 @@ class Suite:
     def say(self, text: str, style: str = "") -> None:
         self.console.print(f"{self.left():4.0f} s left  {text}", style=style, markup=False)
 
-    def run_tests(self) -> None:
-        """The gpu-marked tests, in a process of their own."""
+    # The gpu-marked tests
+
+    def start_tests(self) -> None:
+        """In processes of their own, while networks compile."""
         known = self.record.results.get("tests")
         if known is not None and known["code"] == self.record.code and not self.retry:
             return
-        started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "--color=no", "--tb=short", *TESTS]
-        seconds = max(1.0, min(TESTS_SECONDS, self.left()))
-        try:
-            process = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+        several = importlib.util.find_spec("xdist") is not None
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "--color=no", "--tb=short", "-v"]
+        command += ["-n", "8"] if several and (os.cpu_count() or 1) >= 8 else []
+        self.tests_started = time.monotonic()
+        with self.tests_log.open("w") as log:
+            self.tests = subprocess.Popen(
+                [*command, *TESTS],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-            if process.returncode:
-                log = self.record.json.with_name("gpu-tests.log")
-                log.write_text(process.stdout + process.stderr)
-            lines = [line for line in process.stdout.splitlines() if line.strip()]
-            found = {
-                "summary": (lines or process.stderr.splitlines() or ["no output"])[-1].strip("= "),
-                "passed": process.returncode == 0,
-                "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
-            }
+
+    @property
+    def tests_log(self) -> Path:
+        return self.record.json.with_name("gpu-tests.log")
+
+    def finish_tests(self) -> None:
+        """Wait for them, and note what they said, also where they did not come to their end."""
+        if self.tests is None:
+            return
+        seconds = min(self.tests_started + TESTS_SECONDS, self.deadline) - time.monotonic()
+        try:
+            code: int | None = self.tests.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
-            found = {"summary": f"stopped after {seconds:.0f} s", "passed": False, "failed": []}
-        self.record.results["tests"] = {
-            **found,
-            "seconds": time.monotonic() - started,
-            "code": self.record.code,
+            code = None
+        stop_group(self.tests)
+        took = time.monotonic() - self.tests_started
+        lines = [line for line in self.tests_log.read_text().splitlines() if line.strip()]
+        found = {
+            "summary": (lines or ["no output"])[-1].strip("= ")
+            if code is not None
+            else f"stopped after {took:.0f} s",
+            "passed": code == 0,
+            "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
         }
+        self.tests = None
+        self.record.results["tests"] = {**found, "seconds": took, "code": self.record.code}
         self.record.save()
         self.say(f"gpu-marked tests: {found['summary']}", "" if found["passed"] else "bold red")
         for line in found["failed"][:10]:
@@ -535,78 +318,165 @@ class Suite:
     def measure_matrix_rate(self, size: int) -> None:
         if "matrix_tflops" in self.record.results:
             return
+        rate = self.device.matrix_tflops(size, getattr(torch, self.base.dtype))
         self.device.clear()
-        self.record.results["matrix_tflops"] = self.device.matrix_tflops(size, self.dtype)
+        self.record.results["matrix_tflops"] = rate
         self.record.save()
-        self.say(f"matrix rate: {self.record.results['matrix_tflops']:.4g} TFLOP/s")
+        self.say(f"matrix rate: {rate:.4g} TFLOP/s")
 
-    def run_group(self, shape: str, ways: Sequence[str]) -> None:
-        """Measure what is missing of a group.
+    # Jobs
 
-        Raises:
-            TookTooLongError: no time is left.
-            BrokenDeviceError: the device is of no use any more.
-        """
-        missing = {way: self._missing(shape, way) for way in ways}
-        intervals = [interval for each in missing.values() for interval in each]
-        if not intervals:
-            return
-        if self.left() < LEAST_SECONDS:
-            raise TookTooLongError
-        with torch.no_grad(), empty_caches():
-            subject: Subject | None = None
-            for way in ways:
-                for interval in missing[way]:
-                    try:
-                        with limited(min(self.way_seconds, self.left())):
-                            if subject is None:
-                                subject = self._subject(shape, intervals)
-                            row = subject.run(way, interval)
-                            if way.startswith("dcompile"):
-                                self._note_facts(shape, subject)
-                    except TookTooLongError:
-                        if self.left() < 1:
-                            raise
-                        self._failed(shape, way, f"took over {self.way_seconds / 60:.3g} minutes")
-                        break
-                    except Exception as error:
-                        self._failed(shape, way, one_line(error))
-                        self._check_device()
-                        break
-                    self.record.put(shape, way, interval, row)
-                    self.say(self._line(shape, way, interval))
-        del subject
-        torch._dynamo.reset()
-        self.device.clear(workspaces=True)
+    def run_round(self, planned: Sequence[Planned]) -> bool:
+        """Compile side by side, then measure one after the other; whether there was time for it."""
+        jobs = [job for job in map(self._job, planned) if job.ways]
+        if not jobs:
+            self.finish_tests()
+            return True
+        if self.left() < LEAST_SECONDS_TO_PREPARE:
+            return False
+        running: list[Running] = []
+        try:
+            for job in jobs:
+                while sum(one.state == "preparing" for one in running) >= self.at_once:
+                    self._handle_next(running)
+                running.append(self._start(job))
+            while any(one.state == "preparing" for one in running):
+                self._handle_next(running)
+            self.finish_tests()
+            for one in running:
+                if one.state == "ready":
+                    if self.left() < LEAST_SECONDS:
+                        return False
+                    self._measure(one, running)
+            return True
+        finally:
+            for one in running:
+                self._close(one)
 
-    def _missing(self, shape: str, way: str) -> list[int]:
-        """Intervals yet to measure, the bars' first."""
-        return sorted(
-            (n for n in WAYS[way].intervals if not self.record.has(shape, way, n, self.retry)),
-            key=lambda n: (n != 3, n),
+    def _job(self, planned: Planned) -> Job:
+        """What is missing of it."""
+        ways = {}
+        for way in planned.ways:
+            offered = [n for n in planned.intervals if n in WAYS[way].intervals]
+            missing = [
+                n for n in offered if not self.record.has(planned.shape, way, n, self.retry)
+            ]
+            if missing:
+                ways[way] = missing
+        known = self.record.results["shapes"].get(planned.shape, {})
+        references = self.scratch / f"{planned.shape}.pt"
+        if planned.makes_references and known.get("code") != self.record.code:
+            ways = ways or {"eager": [1]}
+        return replace(
+            self.base,
+            shape=planned.shape,
+            ways=ways,
+            references=str(references),
+            makes_references=planned.makes_references and not references.exists(),
+            profiles=planned.ways[:1] if planned.profiled else (),
         )
 
-    def _subject(self, shape: str, intervals: Sequence[int]) -> Subject:
-        subject = Subject(GPU_SHAPES[shape], self.steps, self.device, self.dtype, self.tiny)
-        subject.prepare(intervals)
-        return subject
+    def _start(self, job: Job) -> Running:
+        log = self.scratch / re.sub(r"[^a-z0-9-]+", "-", f"{job.name}.log")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
+            "PYTHONUNBUFFERED": "1",
+        }
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4" if self.at_once > 2 else "1")
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("gpu_job.py")), job.to_json()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
+        running = Running(job, process, time.monotonic(), log)
+        running.awaited = {(way, n) for way, intervals in job.ways.items() for n in intervals}
 
-    def _note_facts(self, shape: str, subject: Subject) -> None:
-        known = self.record.shape(shape)
-        if known.get("code") != self.record.code:
-            known.update(subject.facts(), code=self.record.code)
+        def listen() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                self.messages.put((running, json.loads(line)))
+            self.messages.put((running, {"kind": "ended"}))
 
-    def _failed(self, shape: str, way: str, reason: str) -> None:
-        """What fails at one interval would at the others."""
-        for interval in self._missing(shape, way):
-            self.record.put(shape, way, interval, {"failed": reason})
-        self.say(f"{shape:5s} {WAYS[way].label} failed: {reason}", "bold red")
+        threading.Thread(target=listen, daemon=True).start()
+        return running
 
-    def _check_device(self) -> None:
+    def _measure(self, one: Running, running: Sequence[Running]) -> None:
+        assert one.process.stdin is not None
+        one.state, one.started = "measuring", time.monotonic()
+        one.process.stdin.write("go\n")
+        one.process.stdin.flush()
+        while one.state == "measuring":
+            self._handle_next(running)
+
+    def _handle_next(self, running: Sequence[Running]) -> None:
+        """Take in one message, or give up what takes too long."""
         try:
-            self.device.synchronize()
-        except Exception as error:
-            raise BrokenDeviceError(one_line(error)) from error
+            one, message = self.messages.get(timeout=0.2)
+        except queue.Empty:
+            self._give_up_late(running)
+            return
+        if one.state != "done":
+            self._handle(one, message)
+        self._give_up_late(running)
+
+    def _handle(self, one: Running, message: Row) -> None:
+        job, kind = one.job, message.pop("kind")
+        if kind == "ready":
+            one.state = "ready"
+            self.say(f"{job.name}: ready after {message['seconds']:.0f} s")
+        elif kind == "facts":
+            self.record.shape(job.shape).update(message["facts"], code=self.record.code)
+        elif kind == "row":
+            way, interval = message["way"], message["interval"]
+            one.awaited.discard((way, interval))
+            self.record.put(job.shape, way, interval, message["row"])
+            self.say(self._line(job.shape, way, interval))
+        elif kind == "profile":
+            title = f"{job.shape} {WAYS[message['way']].label}, one cycle"
+            self.record.note(self.record.profiles, title, message["text"])
+        elif kind == "failed":
+            self.record.note(self.record.log, f"{job.name}: {message['way']}", message["traceback"])
+            self._failed(one, message["reason"], message["way"])
+        elif kind in ("done", "ended"):
+            if one.awaited:
+                self._failed(one, f"the process ended with {one.process.poll()}")
+            one.stop()
+
+    def _give_up_late(self, running: Sequence[Running]) -> None:
+        now = time.monotonic()
+        for one in running:
+            limit = {"preparing": PREPARE_SECONDS, "measuring": MEASURE_SECONDS}.get(one.state)
+            if limit is None:
+                continue
+            if now - one.started > limit:
+                self._failed(one, f"{one.state} took over {limit} s")
+                one.stop()
+            elif now > self.deadline - LEAST_SECONDS / 4:
+                self.say(f"{one.job.name}: no time left while {one.state}", "bold yellow")
+                one.stop()
+
+    def _failed(self, one: Running, reason: str, way: str | None = None) -> None:
+        """What fails at one interval would at the others."""
+        if way in one.job.ways or not way:
+            gone = {item for item in one.awaited if not way or item[0] == way}
+            one.awaited -= gone
+            for each, interval in sorted(gone):
+                self.record.put(one.job.shape, each, interval, {"failed": reason})
+        self.say(f"{one.job.name}, {way or 'all'} failed: {reason}", "bold red")
+
+    def _close(self, one: Running) -> None:
+        one.stop()
+        printed = one.log.read_text(errors="replace")
+        if printed.strip():
+            self.record.note(self.record.log, f"{one.job.name}: printed", printed[-20_000:])
 
     def _line(self, shape: str, way: str, interval: int) -> str:
         results = ShapeResults(self.record.shape(shape))
@@ -643,85 +513,131 @@ def names_of(text: str, known: Sequence[str], option: str) -> list[str]:
     return names
 
 
+def rehearsed(plan: Sequence[Sequence[Planned]]) -> Iterator[list[Planned]]:
+    """Every way on one shape, and the main ones on all: compiling for a CPU takes its time."""
+    main_ways = {"eager", "dcompile-eager", "deepcache", "dcompile-graphs"}
+    first = plan[0][0].shape if plan[0] else ""
+    for part in plan:
+        yield [
+            replace(job, ways=tuple(w for w in job.ways if job.shape == first or w in main_ways))
+            for job in part
+            if job.shape == first or main_ways & set(job.ways)
+        ]
+
+
+def chosen(
+    plan: Sequence[Sequence[Planned]],
+    shapes: Sequence[str],
+    ways: Sequence[str],
+    intervals: Sequence[int],
+) -> Iterator[list[Planned]]:
+    """The plan without what was not asked for; N=1 is always asked for."""
+    for part in plan:
+        yield [
+            replace(
+                job,
+                ways=tuple(way for way in job.ways if way in ways),
+                intervals=tuple(n for n in job.intervals if n == 1 or n in intervals),
+            )
+            for job in part
+            if job.shape in shapes and any(way in ways for way in job.ways)
+        ]
+
+
 def main(
-    minutes: Annotated[float, typer.Option(help="Be done within.")] = 8.5,
+    budget: Annotated[float, typer.Option(help="Be done within, in seconds.")] = 530,
     shapes: Annotated[str, typer.Option(help="What to measure.")] = ",".join(GPU_SHAPES),
     ways: Annotated[str, typer.Option(help="How to run it.")] = ",".join(WAYS),
+    intervals: Annotated[str, typer.Option(help="Refresh intervals.")] = ",".join(
+        map(str, INTERVALS)
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Steps of a run, at least.")] = 30,
-    out: Annotated[Path, typer.Option(help="Folder for gpu.json and gpu.md.")] = ROOT
-    / "bench/results",
+    out: Annotated[Path, typer.Option(help="Folder for what it writes.")] = RESULTS,
     device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny networks: a dry run.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Every way, tiny, on the CPU, as short as can be.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
-    max_autotune: Annotated[bool, typer.Option(help="Measure it, too, as the last.")] = True,
-    tests: Annotated[bool, typer.Option(help="Run the gpu-marked tests first.")] = True,
-    way_minutes: Annotated[float, typer.Option(help="Give a way up after.")] = 4.0,
+    tests: Annotated[bool, typer.Option(help="Run the gpu-marked tests, too.")] = True,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Networks that compile at a time.")
+    ] = None,
     page_only: Annotated[
         bool, typer.Option("--page", help="Only write gpu.md from gpu.json.")
     ] = False,
 ) -> None:
-    deadline = time.monotonic() + 60 * minutes
+    deadline = time.monotonic() + budget
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-    chosen_shapes = names_of(shapes, list(GPU_SHAPES), "--shapes")
-    chosen_ways = names_of(ways, list(WAYS), "--ways")
-    if not max_autotune:
-        chosen_ways = [way for way in chosen_ways if way != "torch-max-autotune"]
+    plan = list(
+        chosen(
+            PLAN,
+            names_of(shapes, list(GPU_SHAPES), "--shapes"),
+            names_of(ways, list(WAYS), "--ways"),
+            [int(n) for n in names_of(intervals, list(map(str, INTERVALS)), "--intervals")],
+        )
+    )
     if page_only:
         source = out / "gpu.json"
         results = json.loads(source.read_text()) if source.is_file() else {}
         out.mkdir(parents=True, exist_ok=True)
         replace_file(out / "gpu.md", lambda path: _write(path, page(results)))
         return
+    if rehearse:
+        device, tiny, steps = "cpu", True, min(steps, 6)
+        plan = list(rehearsed(plan))
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            "no CUDA device here; --device cpu --tiny is a dry run, --page writes the page"
-        )
+        raise typer.BadParameter("no CUDA device here; --rehearse does without, --page as well")
 
     place = Device(torch.device(device))
-    dtype = torch.float16 if place.is_cuda else torch.float32
+    dtype = "float16" if place.is_cuda else "float32"
     size = 8192 if place.is_cuda and not tiny else 256
     identity = {
         "card": card_of(place),
         "versions": versions(),
         "settings": {
-            "dtype": str(dtype).removeprefix("torch."),
-            "matrix": f"{size}x{size}x{size} {str(dtype).removeprefix('torch.')}",
+            "dtype": dtype,
+            "matrix": f"{size}x{size}x{size} {dtype}",
             "steps": steps,
             "tiny": tiny,
         },
     }
     stem = "gpu" if place.is_cuda and not tiny else "gpu-dry-run"
-    record = Record(out, stem, identity, fresh)
-    suite = Suite(record, place, dtype, tiny, steps, deadline, 60 * way_minutes, retry, console)
-    suite.say(f"{identity['card']['name']}, torch {torch.__version__}")
-    if record.resumed:
-        suite.say(f"going on with what is missing in {record.json}")
-    try:
-        if tests and place.is_cuda:
-            suite.run_tests()
+    record = Record(out, stem, identity, fresh, RESULTS / f"{stem}.json")
+    base = Job("", {}, "", device, dtype, tiny, steps, quick=rehearse, simulate=not place.is_cuda)
+    at_once = at_once or max(2, min(12, (os.cpu_count() or 2) - 4))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        suite = Suite(
+            record, place, base, deadline, at_once, retry, console, Path(scratch)
+        )
+        suite.say(f"{identity['card']['name']}, torch {torch.__version__}")
+        if record.resumed:
+            suite.say(f"going on with what is missing in {record.json}")
         suite.measure_matrix_rate(size)
-        for stage in STAGES:
-            for shape in chosen_shapes:
-                for group in stage:
-                    suite.run_group(shape, [way for way in group if way in chosen_ways])
+        if tests and place.is_cuda:
+            suite.start_tests()
+        try:
+            in_time = all(suite.run_round(part) for part in plan)
+        finally:
+            suite.finish_tests()
+    if in_time:
         suite.say("everything asked for is measured")
-    except TookTooLongError:
+    else:
         suite.say("out of time: the same command goes on with what is missing", "bold yellow")
-    except BrokenDeviceError as error:
-        suite.say(f"the device gave up ({error}): run the same command again", "bold red")
     record.save()
     console.print(bars(record.results))
     console.print(f"wrote {record.json} and {record.markdown}", markup=False)
+    failed = [
+        f"{name} {way}"
+        for name, shape in record.results["shapes"].items()
+        for way, row in shape["rows"].items()
+        if "failed" in row
+    ]
+    if rehearse and (failed or not in_time):
+        console.print(f"not rehearsed: {', '.join(failed) or 'out of time'}", style="bold red")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    code: Any = 0
-    try:
-        typer.run(main)
-    except SystemExit as done:
-        code = done.code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is written; Inductor's workers would be waited for, with all they have still to compile.
-    os._exit(code if isinstance(code, int) else 1)
+    typer.run(main)

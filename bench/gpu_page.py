@@ -37,11 +37,17 @@ WAYS = {
     "eager": Way("diffusers, eager", (1,)),
     "torch-compile": Way("torch.compile", (1,)),
     "torch-graphs": Way("torch.compile, CUDA graphs", (1,)),
-    "torch-max-autotune": Way("torch.compile, max-autotune, CUDA graphs", (1,)),
+    "torch-graphs-last": Way("torch.compile, CUDA graphs, channels last", (1,)),
     "deepcache": Way("DeepCache package", INTERVALS, "eager"),
-    "dcompile-eager": Way("dcompile, eager", INTERVALS, "eager"),
-    "dcompile-inductor": Way("dcompile, inductor", (1, *INTERVALS), "dcompile-inductor"),
+    "dcompile-eager": Way("dcompile, eager", (3,), "eager"),
+    "dcompile-inductor": Way("dcompile, inductor", (1, 3), "dcompile-inductor"),
     "dcompile-graphs": Way("dcompile, inductor, CUDA graphs", (1, *INTERVALS), "dcompile-graphs"),
+    "dcompile-graphs-last": Way(
+        "dcompile, inductor, CUDA graphs, channels last", (1, 3), "dcompile-graphs-last"
+    ),
+    "dcompile-autotuned": Way(
+        "dcompile, inductor, CUDA graphs, shallow graph max-autotune", (3,), "dcompile-graphs"
+    ),
 }
 
 

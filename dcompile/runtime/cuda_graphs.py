@@ -59,33 +59,56 @@ class Recorder(Protocol):
         ...
 
 
+_capturing = threading.Lock()
+"""CUDA allows one capture at a time into a memory pool, and other captures disturb it."""
+
+
 class CudaRecorder:
-    """Records CUDA graphs, all in one memory pool."""
+    """Records CUDA graphs, all in one memory pool and on one side stream.
+
+    One stream, because the caching allocator keeps free blocks apart by stream: temporaries of one
+    graph are the next one's only if both are captured on the same stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._pool: Any = torch.cuda.graph_pool_handle()
+            # Not the stream of the caller: what a graph holds must not be ordered after the
+            # legacy default stream (PyTorch, "CUDA semantics", whole-network capture).
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, run: Runs, reads: Sequence[Any]) -> tuple[Any, Tensors]:
-        with torch.cuda.device(self._device):
-            # Not on the stream of the caller: what a graph holds must not be ordered after the
-            # legacy default stream (PyTorch, "CUDA semantics", whole-network capture).
-            side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    run(reads)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # cuBLAS keeps a workspace for each stream, and somebody may free it (Inductor's CUDA
-            # graph trees do). One that is made while capturing lives in the graph's own pool.
-            clear_cublas_workspaces()
-            # Other threads may go on launching and allocating meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
-            ):
-                outputs = tuple(run(reads))
-            clear_cublas_workspaces()
+        with _capturing, torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            self._side.wait_stream(stream)
+            try:
+                with torch.cuda.stream(self._side):
+                    for _ in range(WARM_UPS):
+                        run(reads)
+                stream.wait_stream(self._side)
+                return self._captured(run, reads)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # Another thread may have disturbed it. Raises if the device itself has failed.
+                torch.cuda.set_stream(stream)
+                torch.cuda.synchronize()
+                return self._captured(run, reads)
+            finally:
+                torch.cuda.set_stream(stream)  # a capture that fails stays on the side stream
+
+    def _captured(self, run: Runs, reads: Sequence[Any]) -> tuple[Any, Tensors]:
+        graph = torch.cuda.CUDAGraph()
+        # cuBLAS keeps a workspace for each stream, and somebody may free it (Inductor's CUDA
+        # graph trees do). One that is made while capturing lives in the graph's own pool.
+        clear_cublas_workspaces()
+        # Other threads may go on launching and allocating meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
+        ):
+            outputs = tuple(run(reads))
+        clear_cublas_workspaces()
         return graph, outputs
 
     def replay(self, recording: Any) -> None:

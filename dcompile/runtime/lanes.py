@@ -222,6 +222,11 @@ class Lane:
 
 @functools.lru_cache(maxsize=1024)
 def on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """A small float32 tensor that is copied to its device once, however often it is used."""
+    """A small float32 tensor that is copied to its device once, however often it is used.
+
+    The copy is from pinned memory: one from pageable memory would wait for all that is launched.
+    """
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        pinned = device.type == "cuda"
+        made = torch.tensor(values, dtype=torch.float32, device="cpu", pin_memory=pinned)
+        return made.to(device, non_blocking=True)
