@@ -553,10 +553,12 @@ def main(
     ),
     steps: Annotated[int, typer.Option(min=1, help="Steps of a run, at least.")] = 30,
     out: Annotated[Path, typer.Option(help="Folder for what it writes.")] = RESULTS,
-    device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run.")] = "cuda",
+    device: Annotated[
+        str | None, typer.Option(help="cuda, or cpu for a rehearsal.", show_default="cuda")
+    ] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Tiny networks: a dry run.")] = False,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Every way, tiny, on the CPU, as short as can be.")
+        bool, typer.Option("--rehearse", help="Every way, tiny, as short as can be, on the CPU.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
@@ -585,8 +587,9 @@ def main(
         replace_file(out / "gpu.md", lambda path: _write(path, page(results)))
         return
     if rehearse:
-        device, tiny, steps = "cpu", True, min(steps, 6)
+        device, tiny, steps = device or "cpu", True, min(steps, 6)
         plan = list(rehearsed(plan))
+    device = device or "cuda"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device here; --rehearse does without, --page as well")
 
