@@ -15,6 +15,7 @@ everything but CUDA, on tiny networks:
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.util
@@ -236,10 +237,8 @@ class Running:
 
 
 def stop_group(process: subprocess.Popen[Any]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -358,9 +357,7 @@ class Suite:
         ways = {}
         for way in planned.ways:
             offered = [n for n in planned.intervals if n in WAYS[way].intervals]
-            missing = [
-                n for n in offered if not self.record.has(planned.shape, way, n, self.retry)
-            ]
+            missing = [n for n in offered if not self.record.has(planned.shape, way, n, self.retry)]
             if missing:
                 ways[way] = missing
         known = self.record.results["shapes"].get(planned.shape, {})
@@ -611,9 +608,7 @@ def main(
     base = Job("", {}, "", device, dtype, tiny, steps, quick=rehearse, simulate=not place.is_cuda)
     at_once = at_once or max(2, min(12, (os.cpu_count() or 2) - 4))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        suite = Suite(
-            record, place, base, deadline, at_once, retry, console, Path(scratch)
-        )
+        suite = Suite(record, place, base, deadline, at_once, retry, console, Path(scratch))
         suite.say(f"{identity['card']['name']}, torch {torch.__version__}")
         if record.resumed:
             suite.say(f"going on with what is missing in {record.json}")

@@ -31,6 +31,7 @@ from shapes import GPU_SHAPES, Call, Shape
 
 import dcompile
 from dcompile.backends.inductor import Inductor
+from dcompile.runtime.cuda_graphs import RECORDERS
 
 WARM_SECONDS = 0.6  # until clocks are up, apart from everything lazy
 TIMED_SECONDS = 1.0  # at least one whole run
@@ -338,7 +339,7 @@ class Subject:
         elif way.startswith("dcompile"):
             backend: Any = BACKENDS.get(way, "inductor")
             graphs: Any = way not in ("dcompile-eager", "dcompile-inductor")
-            if graphs and not self._device.is_cuda:
+            if graphs and "cpu" in RECORDERS:
                 graphs = "auto"  # simulated
             dcompile.cache_compile(
                 self.network, interval=interval, backend=backend, cuda_graphs=graphs, verbose=False
@@ -380,8 +381,8 @@ class Job:
     Attributes:
         shape: key of GPU_SHAPES.
         ways: each with its intervals; compiled and measured in this order.
-        references: file of the shape's eager results; made by the job that has ``makes_references``.
-        makes_references: whether this is the job that makes them.
+        references: file of the shape's eager results.
+        makes_references: whether this job makes that file.
         profiles: ways to profile at N=3.
         device, dtype, tiny, steps: as for the suite.
         quick: time as little as possible: a rehearsal.
@@ -506,8 +507,6 @@ def _simulate_graphs() -> None:
     """Recorded graphs without a GPU, as the tests have them."""
     sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
     from simulated_graphs import SimulatedRecorder
-
-    from dcompile.runtime.cuda_graphs import RECORDERS
 
     RECORDERS["cpu"] = SimulatedRecorder
 
