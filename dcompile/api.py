@@ -14,7 +14,13 @@ from dcompile.compat.hooks import without_torch_compile
 from dcompile.compiler.fingerprint import identity_of, portable, structure_of
 from dcompile.compiler.program import ProgramSpec
 from dcompile.compiler.sizes import DynamicSizes
-from dcompile.errors import BackendError, DepthError, NotCompiledError, ScheduleError
+from dcompile.errors import (
+    BackendError,
+    DcompileError,
+    DepthError,
+    NotCompiledError,
+    ScheduleError,
+)
 from dcompile.handles import Handle, device_of
 from dcompile.integrations.pipelines import (
     companions_of,
@@ -51,6 +57,7 @@ def cache_compile(
     dynamic: bool | Mapping[str, Sequence[int]] = False,
     cuda_graphs: bool | Literal["auto"] = "auto",
     options: Mapping[str, Any] | None = None,
+    on_error: Literal["uncached", "raise"] = "uncached",
     verbose: bool = True,
 ) -> M:
     """Make a skip-connection diffusion network reuse its deep features across sampling steps.
@@ -101,6 +108,9 @@ def cache_compile(
         options: Inductor settings, such as ``{"max_autotune": True}`` or, on CPUs,
             ``{"freezing": True}``; or arguments of ``torch_tensorrt.dynamo.compile``, such as
             ``{"engine_cache_dir": folder}``, and ``profiles`` (see ``TensorRT``).
+        on_error: what happens to calls that cannot be captured or compiled: "uncached" runs them as
+            if ``cache_compile`` had not been called, with one warning, and counted in
+            ``handle(module).stats.uncached_reasons``; "raise" raises at each.
         verbose: show on standard error what is captured and compiled.
 
     Returns:
@@ -112,7 +122,7 @@ def cache_compile(
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
-        DcompileError: a pipeline without a recognisable denoiser; a parallel wrapper (DDP, FSDP,
+        DcompileError: ``on_error`` is neither; a pipeline without a recognisable denoiser; a parallel wrapper (DDP, FSDP,
             DeepSpeed) or weights spread over processes.
         TimestepError: the network's forward takes no timestep.
     """
@@ -129,6 +139,7 @@ def cache_compile(
         cuda_graphs=_checked_cuda_graphs(cuda_graphs),
         forecasts=_forecasts_of(plan, [forecast] * len(depths)),
         sampler=sampler_of(module, sampler),
+        on_error=_checked_on_error(on_error),
     )
     _require_sampler(settings)
     plan.require_fit(identity_of(network_of(module)))
@@ -145,6 +156,7 @@ def load(
     schedule: Schedule | RefreshRule | None = None,
     forecast: str | Forecast | None = None,
     sampler: Any = None,
+    on_error: Literal["uncached", "raise"] = "uncached",
     verbose: bool = True,
 ) -> M:
     """``cache_compile`` with programs that ``Handle.save`` wrote: nothing is captured or compiled.
@@ -160,7 +172,7 @@ def load(
         folder: what ``Handle.save`` wrote.
         interval, speedup, schedule: see ``cache_compile``; as it was saved if none is given.
         forecast: as it was saved if not given; programs are made for one length of history.
-        sampler: see ``cache_compile``.
+        sampler, on_error: see ``cache_compile``.
         verbose: show on standard error what is done.
 
     Returns:
@@ -199,6 +211,7 @@ def load(
         cuda_graphs=artifact.cuda_graphs,
         forecasts=_forecasts_of(plan, [_saved("forecast", one, source) for one in forecasts]),
         sampler=sampler_of(module, sampler),
+        on_error=_checked_on_error(on_error),
     )
     _require_sampler(settings)
     _require_spec(source, artifact.cuts, settings.target.spec)
@@ -298,6 +311,12 @@ def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto
             'cuda_graphs=True, and there is no CUDA device here; "auto" uses CUDA graphs where '
             "there is one"
         )
+    return wanted
+
+
+def _checked_on_error(wanted: Literal["uncached", "raise"]) -> Literal["uncached", "raise"]:
+    if wanted not in ("uncached", "raise"):
+        raise DcompileError(f'on_error: expected "uncached" or "raise", got {wanted!r}')
     return wanted
 
 

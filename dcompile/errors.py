@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class DcompileError(Exception):
     """Base of every error dcompile raises on purpose."""
 
 
 class CaptureError(DcompileError, RuntimeError):
-    """The network cannot be captured as a graph. It still runs, uncached."""
+    """The network cannot be captured as a graph. It still runs, uncached.
+
+    Attributes:
+        uncached_result: what the network itself returned for the call, in a tuple, if it was called
+            once for real before it was captured; else empty.
+    """
+
+    uncached_result: tuple[Any, ...] = ()
 
 
 class NoSkipConnectionError(DcompileError, ValueError):

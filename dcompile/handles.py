@@ -40,7 +40,7 @@ class Handle:
 
     @property
     def enabled(self) -> bool:
-        """Whether calls are cached; False after ``disable`` and after a failed compile."""
+        """Whether calls are cached; False after ``disable``."""
         return self._dispatcher.enabled
 
     @property
@@ -49,7 +49,8 @@ class Handle:
         return self._dispatcher.stats()
 
     def enable(self) -> None:
-        """Cache again, after ``disable`` or after a failed compile."""
+        """Cache again, after ``disable``; what could not be compiled is tried again."""
+        self._dispatcher.programs.forget_failures()
         self._switch(True)
 
     def disable(self) -> None:
@@ -58,7 +59,11 @@ class Handle:
         self._dispatcher.release()
 
     def reset(self) -> None:
-        """Drop what is cached: the next step of every run refreshes."""
+        """Drop what is cached: the next step of every run refreshes.
+
+        What could not be captured or compiled is tried again.
+        """
+        self._dispatcher.programs.forget_failures()
         self._dispatcher.state.tracker.reset()
 
     def remove(self) -> None:

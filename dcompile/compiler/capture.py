@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from dcompile.compat.export import (
     conditions_of,
     functionalized,
-    is_fake,
     is_higher_order,
     kept_kernels,
     shape_env_of,
@@ -124,30 +123,6 @@ def _take_over_writes(module: nn.Module, twin: Any, before: Mapping[str, Any]) -
             module.__dict__[name] = value
 
 
-def _holders(module: nn.Module) -> Iterator[Any]:
-    """Submodules, and the objects in their attributes, such as attention processors."""
-    for submodule in module.modules():
-        yield submodule
-        for value in submodule.__dict__.values():
-            plain = isinstance(value, (nn.Module, torch.Tensor, type, types.FunctionType))
-            if not plain and type(getattr(value, "__dict__", None)) is dict:
-                yield value
-
-
-def _put_back(held: Sequence[tuple[Any, dict[str, Any]]]) -> str | None:
-    """Undo what capture left in them of its own tensors. Returns where the first was."""
-    first = None
-    for thing, before in held:
-        for name, value in list(thing.__dict__.items()):
-            if is_fake(value) and value is not before.get(name):
-                first = first or f"{type(thing).__name__}.{name}"
-                if name in before:
-                    thing.__dict__[name] = before[name]
-                else:
-                    del thing.__dict__[name]
-    return first
-
-
 _PREFIX = "network."
 
 
@@ -161,6 +136,9 @@ def capture(
 ) -> CapturedNetwork:
     """Capture one call of ``forward``, the original forward of ``module``.
 
+    What its code does besides computing happens here, too, with tensors that have no values: see
+    ``side_effects``, and ``CaptureCache``, which undoes it.
+
     Args:
         leaves, spec: the call's ``(args, kwargs)``, flattened by ``torch.utils._pytree``.
         sample_leaf: which of the leaves is the noisy sample.
@@ -170,7 +148,7 @@ def capture(
     Raises:
         CaptureError: ``torch.export`` cannot follow the code; names the line.
     """
-    _require_all_weights(module)
+    require_all_weights(module)
     # One tensor given twice would be one input.
     distinct = [
         leaf.clone() if isinstance(leaf, torch.Tensor) and _is_among(leaf, leaves[:i]) else leaf
@@ -178,7 +156,6 @@ def capture(
     ]
     args, kwargs = tree_unflatten(distinct, spec)
     before = dict(module.__dict__)
-    held = [(thing, dict(thing.__dict__)) for thing in _holders(module)]
     network = _Network(module, forward)
     # Ranges let backends tune for them. Code that treats a size within the range specially makes
     # torch.export refuse the range; then it finds the widest one by itself.
@@ -198,12 +175,6 @@ def capture(
     finally:
         capturing_threads.discard(threading.get_ident())
         _take_over_writes(module, network.network, before)
-        kept = _put_back(held)
-    if kept is not None:
-        raise CaptureError(
-            f"{type(module).__name__} leaves a tensor that it computes in {kept}, for others to "
-            "read; a reuse step would leave that out. It runs uncached"
-        )
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
     captured = _from_exported(exported, spec, sample_leaf, ranges)
     if captured.guard is not None and not captured.guard.understood:
@@ -212,7 +183,7 @@ def capture(
     return captured
 
 
-def _require_all_weights(module: nn.Module) -> None:
+def require_all_weights(module: nn.Module) -> None:
     """Refuse hooks that move the weights of one part after another, before they are disturbed.
 
     Raises:

@@ -5,19 +5,21 @@ Used for a denoiser (``ProgramCache``) and for its companions (``runtime.lazy_ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_unflatten
 
 from dcompile.compiler.call import StandardCall
-from dcompile.compiler.capture import CapturedNetwork, capture
+from dcompile.compiler.capture import CapturedNetwork, capture, require_all_weights
 from dcompile.compiler.fingerprint import (
     Structure,
     changed_by_running,
     difference,
     structure_of,
 )
+from dcompile.compiler.side_effects import Change, FunctionCaches, Key, RandomStates, Snapshot
 from dcompile.compiler.signature import Signature, signature_of
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import CaptureError
@@ -29,6 +31,10 @@ IN_TRAINING_MODE = "the network is in training mode (call .eval())"
 
 class TrainingModeError(CaptureError):
     """The network is in training mode, and what it computes depends on that."""
+
+
+class SideEffectError(CaptureError):
+    """The network does more than compute, so none of its calls can be cached."""
 
 
 class CaptureCache:
@@ -48,6 +54,9 @@ class CaptureCache:
         self._forward = forward
         self._structures: list[Structure] = []
         self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
+        # What cannot be captured is not tried again: by structure, and by structure and call.
+        self._refused: dict[int, CaptureError] = {}
+        self._failed: dict[tuple[int, Signature, DynamicSizes | None], CaptureError] = {}
 
     def structure(self) -> Structure:
         """The module's structure as it is now."""
@@ -95,7 +104,19 @@ class CaptureCache:
         if network is None and dynamic is not None:
             network = self._of_other_sizes(number, dynamic, call)
         if network is None:
-            network = self._capture(number, call, dynamic, display)
+            known = self._refused.get(number) or self._failed.get(key)
+            if known is not None:
+                raise type(known)(str(known)) from known
+            try:
+                network = self._capture(number, call, dynamic, display)
+            except TrainingModeError:
+                raise
+            except SideEffectError as error:
+                self._refused[number] = _without_result(error)
+                raise
+            except CaptureError as error:
+                self._failed[key] = _without_result(error)
+                raise
         self._networks.pop(key, None)
         self._networks[key] = network  # the latest last
         return network
@@ -119,6 +140,11 @@ class CaptureCache:
             (number, signature, network)
             for (number, signature, _), network in self._networks.items()
         ]
+
+    def forget_failures(self) -> None:
+        """Try again what could not be captured."""
+        self._refused.clear()
+        self._failed.clear()
 
     def refresh_guard(self, network: CapturedNetwork) -> None:
         """After a compile: forget calls that were given ``network`` before its guard got tighter.
@@ -144,21 +170,89 @@ class CaptureCache:
     def _capture(
         self, number: int, call: StandardCall, dynamic: DynamicSizes | None, display: Display
     ) -> CapturedNetwork:
-        form, leaves = call.form, call.leaves
         with display.stage("capturing"):
             try:
-                network = capture(
-                    self.module, self._forward, leaves, form.spec, form.sample, dynamic
-                )
+                network = self._captured_without_a_trace(call, dynamic)
+                # Pipelines that build a network out of another's parts leave it in training mode.
+                if self.module.training and any(map(is_random, network.graph_module.graph.nodes)):
+                    raise TrainingModeError(IN_TRAINING_MODE)
             except CaptureError as error:
-                if not self.module.training:
+                if not self.module.training or isinstance(error, TrainingModeError):
                     raise
-                raise TrainingModeError(IN_TRAINING_MODE) from error
-            # Pipelines that build a network out of another's parts leave it in training mode.
-            if self.module.training and any(map(is_random, network.graph_module.graph.nodes)):
-                raise TrainingModeError(IN_TRAINING_MODE)
-        written = changed_by_running(self._structures[number], self.structure())
-        if written:  # by the forward pass itself: the structure has not changed
-            self.written |= written
-            self._structures[number] = self.structure()
+                in_training = TrainingModeError(IN_TRAINING_MODE)
+                in_training.uncached_result = error.uncached_result
+                raise in_training from error
+            finally:
+                written = changed_by_running(self._structures[number], self.structure())
+                if written:  # by the forward pass itself: the structure has not changed
+                    self.written |= written
+                    self._structures[number] = self.structure()
         return network
+
+    def _captured_without_a_trace(
+        self, call: StandardCall, dynamic: DynamicSizes | None
+    ) -> CapturedNetwork:
+        """Call the network once for real, and capture it; see ``side_effects``.
+
+        Raises:
+            CaptureError: it cannot be captured, or has side effects. The error has the result of
+                the real call, so that nobody has to call it again.
+        """
+        form, leaves = call.form, call.leaves
+        require_all_weights(self.module)
+        args, kwargs = tree_unflatten(list(leaves), form.spec)
+        name = type(self.module).__name__
+        roots = [(leaves, "the arguments"), (self._forward, name), (self.module, name)]
+        numbers = RandomStates()
+        before = Snapshot(roots)
+        result = self._forward(*args, **kwargs)
+        after = Snapshot(roots)
+        effects = before.changes(after)
+        # Of weights and arguments torch.export says so; other tensors it would write to itself.
+        own = {id(x) for x in (*self.module.parameters(), *self.module.buffers(), *leaves)}
+        for (identity, _), change in effects.items():
+            if change.in_place and identity not in own:
+                raise self._side_effect(change.where, result)
+        caches = FunctionCaches()
+        try:
+            network = capture(self.module, self._forward, leaves, form.spec, form.sample, dynamic)
+        except CaptureError as error:
+            error.uncached_result = (result,)
+            raise
+        finally:
+            traced = after.changes(Snapshot(roots))
+            after.restore(traced)
+            caches.forget_new()
+        repeated = _repeated(effects, traced)
+        if repeated is None and not all(change.harmless for change in effects.values()):
+            # Made once and kept, or made anew at every call, but not while tracing?
+            self._forward(*args, **kwargs)
+            repeats = after.changes(Snapshot(roots))
+            after.restore(repeats)
+            repeated = _repeated(effects, repeats)
+        if repeated is not None:
+            raise self._side_effect(repeated, result)
+        before.restore_generators()  # the graph will draw the same numbers
+        numbers.restore()
+        return network
+
+    def _side_effect(self, where: str, result: Any) -> SideEffectError:
+        error = SideEffectError(
+            f"{type(self.module).__name__} does more than compute: every call changes {where}, "
+            "and a reuse step would leave that out. It runs uncached"
+        )
+        error.uncached_result = (result,)
+        return error
+
+
+def _without_result(error: CaptureError) -> CaptureError:
+    """The same refusal, to be kept: without tensors, and without the frames that hold some."""
+    return type(error)(str(error))
+
+
+def _repeated(first: Mapping[Key, Change], second: Mapping[Key, Change]) -> str | None:
+    """What both calls changed, other than counters; written tensors without a second look."""
+    for key, change in first.items():
+        if change.in_place or (key in second and not (change.harmless or second[key].harmless)):
+            return change.where
+    return None

@@ -19,7 +19,7 @@ from dcompile.compiler.program import CompiledGraph, Constant, Program, ProgramS
 from dcompile.compiler.saved import SavedProgram
 from dcompile.compiler.signature import portable_signature, signature_of
 from dcompile.compiler.sizes import DynamicSizes
-from dcompile.errors import ArtifactError, BackendError, NotCompiledError
+from dcompile.errors import ArtifactError, BackendError, DcompileError, NotCompiledError
 from dcompile.notices import Notices
 from dcompile.progress import Display
 
@@ -56,6 +56,8 @@ class ProgramCache:
         self._programs: dict[tuple[CapturedNetwork, ProgramSpec, Backend], Program] = {}
         # Loaded programs, with the number of the structure they are for.
         self._loaded: list[tuple[int, ProgramSpec, Backend, SavedProgram]] = []
+        # What could not be built is not tried again.
+        self._failed: dict[tuple[CapturedNetwork, ProgramSpec, Backend], DcompileError] = {}
         # Dynamic captures that a backend could not compile.
         self._fixed_sizes: set[tuple[CapturedNetwork, Backend]] = set()
 
@@ -169,10 +171,7 @@ class ProgramCache:
         if program is not None:
             program = rebound(program, network, target.spec, self._module, leaves, display)
         if program is None:
-            full = self._full_graph_of(network, target)
-            program = build(
-                network, target.spec, target.backend, self._module, leaves, display, full
-            )
+            program = self._built(key, leaves, display)
             self.captures.refresh_guard(network)
             if gains_little(network):
                 notices.warn(
@@ -182,15 +181,47 @@ class ProgramCache:
         self._programs[key] = program
         return program
 
-    def _full_graph_of(self, network: CapturedNetwork, target: Target) -> CompiledGraph | None:
+    def _built(
+        self,
+        key: tuple[CapturedNetwork, ProgramSpec, Backend],
+        leaves: Sequence[Any],
+        display: Display,
+    ) -> Program:
+        network, spec, backend = key
+        known = self._failed.get(key)
+        if known is not None:
+            raise type(known)(str(known))
+        full = self._full_graph_of(network, spec, backend)
+        try:
+            return build(network, spec, backend, self._module, leaves, display, full)
+        except DcompileError as error:
+            self._failed[key] = type(error)(str(error))
+            raise
+        except Exception as error:  # such as no memory for the first run of the full graph
+            first = (str(error).strip() or "no message").splitlines()[0]
+            failure = BackendError(
+                f"compiling for a call like this failed: {type(error).__name__}: {first}"
+            )
+            self._failed[key] = BackendError(str(failure))
+            raise failure from error
+
+    def forget_failures(self) -> None:
+        """Try again what could not be captured or compiled."""
+        with self.lock:
+            self._failed.clear()
+            self.captures.forget_failures()
+
+    def _full_graph_of(
+        self, network: CapturedNetwork, wanted: ProgramSpec, backend: Backend
+    ) -> CompiledGraph | None:
         """The compiled full graph, if a program with forecasts of other lengths has it."""
 
         def outputs(spec: ProgramSpec) -> tuple[tuple[int, ...], bool]:
             return spec.depths, spec.probe is not None
 
-        for (other, spec, backend), program in self._programs.items():
-            alike = outputs(spec) == outputs(target.spec) and program.full.folded is None
-            if other is network and backend == target.backend and alike:
+        for (other, spec, compiler), program in self._programs.items():
+            alike = outputs(spec) == outputs(wanted) and program.full.folded is None
+            if other is network and compiler == backend and alike:
                 return program.full
         return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 
@@ -15,6 +17,19 @@ from dcompile.runtime.settings import Settings
 
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.
 MAX_RECORDED = 16
+
+
+class Refusal(NamedTuple):
+    """There is no program for a kind of call.
+
+    Attributes:
+        reason: for the user.
+        result: what the network itself returned for the present call, in a tuple, if it was called.
+    """
+
+    reason: str
+    result: tuple[Any, ...] = ()
+
 
 Runner = BoundProgram | RecordedProgram | Reordered
 

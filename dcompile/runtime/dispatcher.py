@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.compiler import is_compiling
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture import capturing_in_this_thread
@@ -18,10 +18,10 @@ from dcompile.compiler.fingerprint import ToggleSnapshot
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
-from dcompile.errors import CaptureError, DcompileError
+from dcompile.errors import BackendError, CaptureError, DcompileError
 from dcompile.policy.schedule import Plan
 from dcompile.progress import Display
-from dcompile.runtime.binder import Runner
+from dcompile.runtime.binder import Refusal, Runner
 from dcompile.runtime.counters import Stats
 from dcompile.runtime.lanes import Lane
 from dcompile.runtime.lazy_network import LazyNetwork
@@ -50,7 +50,7 @@ class Dispatcher(ForwardWrapper):
         companions: the pipeline's networks whose results this one reads, such as ControlNets.
     """
 
-    __slots__ = ("_training_matters", "companions", "forms", "programs", "state")
+    __slots__ = ("_raised", "_training_matters", "companions", "forms", "programs", "state")
 
     def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
         super().__init__(module, original)
@@ -61,6 +61,8 @@ class Dispatcher(ForwardWrapper):
 
     def configure(self, settings: Settings) -> None:
         """Use other settings from the next call on; keeps compiled programs that still fit."""
+        self.programs.forget_failures()
+        self._raised: set[str] = set()
         self._training_matters = False  # known to draw random numbers or to learn as it runs
         self.state = State.of(self.module, self.forms, settings)
 
@@ -77,6 +79,8 @@ class Dispatcher(ForwardWrapper):
             bound = lane.bound if call.signature is lane.signature else None
             if bound is None:
                 bound = run.programs.get(call.signature) or self._bind(state, run, call)
+                if isinstance(bound, Refusal):
+                    return self._run_uncached(state, bound.reason, args, kwargs, bound.result)
             plan = run.plan or self._plan(state, run, bound, call)
             if lane.program is not bound.program or lane.signature is not call.signature:
                 lane.release()
@@ -87,6 +91,8 @@ class Dispatcher(ForwardWrapper):
             if level == len(run.due) and step and run.toggled():
                 run.invalidate_programs()
                 bound = self._bind(state, run, call)
+                if isinstance(bound, Refusal):
+                    return self._run_uncached(state, bound.reason, args, kwargs, bound.result)
                 if lane.program is not bound.program:
                     lane.release()
             # Autocast, if on, stays on: the graph was captured without its conversions.
@@ -95,8 +101,6 @@ class Dispatcher(ForwardWrapper):
                     result = self._execute(state, bound, run, lane, step, level, call)
             else:
                 result = self._execute(state, bound, run, lane, step, level, call)
-        except TrainingModeError as error:
-            return self._run_uncached(state, str(error), args, kwargs)
         except BaseException:  # an interrupt too: nothing of this run may be used again
             state.tracker.forget(run)
             raise
@@ -148,11 +152,20 @@ class Dispatcher(ForwardWrapper):
         return None
 
     def _run_uncached(
-        self, state: State, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        state: State,
+        reason: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: tuple[Any, ...] = (),
     ) -> Any:
-        state.counters.uncached(reason)
-        state.notices.warn(f"{reason}; {type(self.module).__name__} runs uncached")
-        return self.original(*args, **kwargs)
+        """Call the module's own forward, unless it was called already and returned ``result``."""
+        state.counters.uncached(reason.splitlines()[0])
+        said = "uncached" in reason
+        state.notices.warn(
+            reason if said else f"{reason}; {type(self.module).__name__} runs uncached"
+        )
+        return result[0] if result else self.original(*args, **kwargs)
 
     # Cold: once for each run and kind of call
 
@@ -161,47 +174,53 @@ class Dispatcher(ForwardWrapper):
         run.begin(plan, forecasts)
         return plan
 
-    def _bind(self, state: State, run: Run, call: Call) -> Runner:
-        """A program for this call with the module's weights, for the lanes of this run."""
-        runner = self.runner_for(state, call)
-        run.programs[call.signature] = runner
+    def _bind(self, state: State, run: Run, call: Call) -> Runner | Refusal:
+        """A program for this call with the module's weights, for the lanes of this run.
+
+        Raises:
+            DcompileError: there is none, and that is to be raised.
+        """
         run.toggles = ToggleSnapshot(self.module)
+        try:
+            runner: Runner | Refusal = self.runner_for(state, call)
+        except TrainingModeError as error:
+            self._training_matters = True
+            return Refusal(str(error), error.uncached_result)
+        except DcompileError as error:
+            if self._is_raised(state, error):
+                raise
+            run.programs[call.signature] = Refusal(str(error))
+            return Refusal(str(error), getattr(error, "uncached_result", ()))
+        run.programs[call.signature] = runner
         return runner
+
+    def _is_raised(self, state: State, error: DcompileError) -> bool:
+        """Whether to raise it: a wrong setting is raised once, then the network runs uncached."""
+        if state.settings.on_error == "raise":
+            return True
+        if isinstance(error, (CaptureError, BackendError)) or str(error) in self._raised:
+            return False
+        self._raised.add(str(error))
+        return True
 
     def runner_for(self, state: State, call: Call) -> Runner:
         """A program for this call with the module's weights: found, or captured and compiled.
 
         Raises:
-            DcompileError: there is none; from now on the network runs uncached.
+            DcompileError: there is none.
         """
         form = call.form
         assert form is not None
         with self.programs.lock:
             display = Display(type(self.module).__name__, state.settings.verbose)
-            leaves = materialize(call.leaves)
             try:
-                standard = self.forms.standard(form, leaves)
+                standard = self.forms.standard(form, materialize(call.leaves))
                 program = self.programs.program_for(
                     standard, state.settings.target, display, state.notices
                 )
-            except TrainingModeError:
-                self._training_matters = True
-                raise
-            except DcompileError as error:
-                if isinstance(error, CaptureError):
-                    args, kwargs = tree_unflatten(leaves, form.spec)
-                    with torch.no_grad():  # a call the network refuses raises its own error
-                        self.original(*args, **kwargs)
-                self._disable(state)
-                raise
             finally:
                 state.counters.built(display)
             return state.binder.bind(program, standard)
-
-    def _disable(self, state: State) -> None:
-        """Run uncached from now on, unless ``cache_compile`` was called meanwhile."""
-        if self.state is state:
-            self.state = replace(state, enabled=False)
 
     # Steering; see ``handles.Handle``
 

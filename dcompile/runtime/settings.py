@@ -31,6 +31,7 @@ class Settings:
         cuda_graphs: whether programs are recorded as CUDA graphs.
         forecasts: one for each cut; "auto" is chosen at the start of each run.
         sampler: where to find the sampler then; None without one.
+        on_error: what a network or call that cannot be captured or compiled does.
     """
 
     schedule: Schedule
@@ -41,6 +42,7 @@ class Settings:
     cuda_graphs: bool | Literal["auto"] = "auto"
     forecasts: tuple[Forecast | Literal["auto"], ...] = (Reuse(),)
     sampler: Callable[[], Any] | None = None
+    on_error: Literal["uncached", "raise"] = "uncached"
 
     @functools.cached_property
     def target(self) -> Target:

@@ -52,10 +52,7 @@ def warm_up(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any
     reason = call.refusal or dispatcher.reason_not_to_cache(call)
     if reason is not None:
         raise CaptureError(f"warmup: {reason}, so such a call runs uncached")
-    try:
-        runner = dispatcher.runner_for(state, call)
-    finally:
-        dispatcher.enabled = state.enabled  # what is tried ahead of traffic does not end it
+    runner = dispatcher.runner_for(state, call)
     with torch.no_grad():
         _, cached = runner.refresh(call.leaves)
         for level, layout in enumerate(runner.program.cached):

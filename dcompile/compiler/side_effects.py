@@ -1,0 +1,454 @@
+"""What calling a network changes besides returning a result.
+
+A graph computes and nothing else: what Python does beside it, such as a hook that collects
+features, happens once while tracing and never again. So a network is called once for real before
+it is captured, and everything that can be reached from it is compared before and after:
+attributes, containers, closures, defaults, globals, class attributes, tensors. What a call changes
+every time is a side effect, and the network is refused. What it changes the first time only was
+made lazily, and stays. What tracing itself changes is undone.
+
+Numbers, strings and the like that a call assigns are taken for counters and left alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import gc
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dcompile.compat.tensors import version_of
+
+# Packages whose functions and objects are not looked into: they keep nothing for their callers.
+_OPAQUE = frozenset({"torch", "torchvision", "numpy", "sympy", "dcompile", "functorch", "triton"})
+_STDLIB_CONTAINERS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.layout,
+    torch.memory_format,
+)
+_MISSING = object()
+# How what is in a module's own tables is called.
+_MODULE_TABLES = {
+    "_modules": "{where}.{name}",
+    "_parameters": "{where}.{name}",
+    "_buffers": "{where}.{name}",
+    "_forward_hooks": "a hook of {where}",
+    "_forward_pre_hooks": "a hook of {where}",
+}
+
+Key = tuple[int, Any]
+"""Identity of a container and, where it has them, a key in it."""
+
+
+class Change(NamedTuple):
+    """One place that differs between two snapshots.
+
+    Attributes:
+        where: for a person.
+        in_place: a tensor was written to.
+        harmless: only plain values were assigned, as a counter does, or an equal copy.
+    """
+
+    where: str
+    in_place: bool
+    harmless: bool
+
+
+class _Held(NamedTuple):
+    """One object with mutable state, and a shallow copy of that state.
+
+    Attributes:
+        thing: the object.
+        where: for a person.
+        state: the copy; a mapping for what is compared key by key.
+        write: puts a state back; None where that is impossible.
+    """
+
+    thing: Any
+    where: str
+    state: Any
+    write: Callable[[Any], None] | None
+
+
+class Snapshot:
+    """The mutable state that can be reached from some objects, as it is now.
+
+    Args:
+        roots: objects, each with its name for a person.
+    """
+
+    def __init__(self, roots: Iterable[tuple[Any, str]]) -> None:
+        self._held: dict[tuple[int, str], _Held] = {}
+        self._seen: dict[int, Any] = {}
+        self._pending: list[tuple[Any, str]] = list(roots)
+        while self._pending:
+            thing, where = self._pending.pop()
+            if id(thing) not in self._seen and type(thing) not in _PLAIN:
+                self._seen[id(thing)] = thing
+                self._visit(thing, where)
+
+    def changes(self, later: Snapshot) -> dict[Key, Change]:
+        """What differs in another snapshot of the same roots. New objects are not compared."""
+        found: dict[Key, Change] = {}
+        for key, held in self._held.items():
+            now = later._held.get(key)
+            if now is not None:
+                found.update(_differences(held, now.state))
+        return found
+
+    def restore(self, changes: Iterable[Key]) -> None:
+        """Put back what was changed since."""
+        changed = {identity for identity, _ in changes}
+        for held in self._held.values():
+            if id(held.thing) in changed and held.write is not None:
+                held.write(held.state)
+
+    def restore_generators(self) -> None:
+        """Put back the states of all ``torch.Generator`` objects."""
+        for held in self._held.values():
+            if isinstance(held.thing, torch.Generator) and held.write is not None:
+                held.write(held.state)
+
+    # What can be reached
+
+    def _visit(self, thing: Any, where: str) -> None:
+        kind = type(thing)
+        if isinstance(thing, torch.Tensor):
+            self._hold(thing, where, "tensor", version_of(thing), None)
+            self._attributes(thing, where)
+        elif isinstance(thing, torch.Generator):
+            self._hold(thing, where, "generator", thing.get_state(), thing.set_state)
+        elif isinstance(thing, dict):
+            self._dictionary(thing, where)
+        elif isinstance(thing, (list, collections.deque)):
+            self._hold(thing, where, "items", list(thing), functools.partial(_refill, thing))
+            self._items(thing, where)
+        elif isinstance(thing, set):
+            self._hold(thing, where, "items", set(thing), functools.partial(_reset_set, thing))
+            self._items(thing, where)
+        elif isinstance(thing, (tuple, frozenset)):
+            self._items(thing, where)
+        elif isinstance(thing, types.FunctionType):
+            self._function(thing, where)
+        elif isinstance(thing, types.MethodType):
+            self._pending += [(thing.__self__, where), (thing.__func__, where)]
+        elif isinstance(thing, functools.partial):
+            self._pending += [(part, where) for part in (thing.func, thing.args, thing.keywords)]
+        elif isinstance(thing, (staticmethod, classmethod)) or hasattr(kind, "cache_info"):
+            self._pending.append((getattr(thing, "__wrapped__", None), where))
+        elif isinstance(thing, property):
+            self._pending += [(part, where) for part in (thing.fget, thing.fset) if part]
+        elif isinstance(thing, type):
+            self._class(thing)
+        elif isinstance(thing, nn.Module) or _is_looked_into(kind):
+            self._attributes(thing, where)
+            self._pending.append((kind, kind.__name__))
+
+    def _hold(
+        self, thing: Any, where: str, aspect: str, state: Any, write: Callable[[Any], None] | None
+    ) -> None:
+        self._held[id(thing), aspect] = _Held(thing, where, state, write)
+        self._seen.setdefault(id(thing), thing)  # alive as long as its identity is used
+
+    def _table(self, table: dict[Any, Any], where: str, form: str) -> None:
+        """One of the tables in which a module keeps its submodules, tensors and hooks."""
+        self._seen[id(table)] = table
+        write = functools.partial(_refill_dict, table)
+        self._hold(table, where, "mapping", dict(table), write)
+        for name, value in table.items():
+            self._pending.append((value, form.format(where=where, name=name)))
+
+    def _items(self, things: Iterable[Any], where: str) -> None:
+        self._pending += [(item, f"{where}[{number}]") for number, item in enumerate(things)]
+
+    def _dictionary(self, thing: dict[Any, Any], where: str) -> None:
+        state = dict(dict.items(thing))
+        self._hold(thing, where, "mapping", state, functools.partial(_refill_dict, thing))
+        self._pending += [(value, f"{where}[{key!r}]") for key, value in state.items()]
+        self._pending += [(key, where) for key in state if type(key) not in _PLAIN]
+
+    def _attributes(self, thing: Any, where: str) -> None:
+        attributes = getattr(thing, "__dict__", None)
+        if type(attributes) is dict and id(attributes) not in self._seen:
+            self._seen[id(attributes)] = attributes
+            if attributes or not isinstance(thing, torch.Tensor):
+                write = functools.partial(_refill_dict, attributes)
+                self._hold(attributes, where, "attributes", dict(attributes), write)
+            for name, value in attributes.items():
+                if isinstance(thing, nn.Module) and name in _MODULE_TABLES and value:
+                    self._table(value, where, _MODULE_TABLES[name])
+                else:
+                    self._pending.append((value, f"{where}.{name}"))
+        slots = {
+            name: getattr(thing, name)
+            for base in type(thing).__mro__
+            for name in _slots(base)
+            if hasattr(thing, name)
+        }
+        if slots and not isinstance(thing, torch.Tensor):
+            self._hold(thing, where, "attributes", slots, functools.partial(_set_all, thing))
+            self._pending += [(value, f"{where}.{name}") for name, value in slots.items()]
+
+    def _function(self, function: types.FunctionType, where: str) -> None:
+        if _is_opaque(function.__module__):
+            return
+        name = function.__qualname__
+        for variable, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            place = f"{variable!r}, which {name} refers to"
+            self._cell(cell, place)
+        self._pending += [
+            (value, f"a default of {name}")
+            for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        ]
+        self._pending += [(value, f"{name}.{key}") for key, value in vars(function).items()]
+        self._globals(function)
+
+    def _cell(self, cell: types.CellType, where: str) -> None:
+        if id(cell) in self._seen:
+            return
+        self._seen[id(cell)] = cell
+        content = _content(cell)
+        self._hold(cell, where, "cell", {"": content}, functools.partial(_fill_cell, cell))
+        if content is not _MISSING:
+            self._pending.append((content, where))
+
+    def _globals(self, function: types.FunctionType) -> None:
+        """The globals that its code names; of modules, what it may take from them."""
+        names = _names_in(function.__code__)
+        scope = function.__globals__
+        state = {name: scope[name] for name in names if name in scope}
+        for name, value in state.items():
+            if isinstance(value, types.ModuleType):
+                if not _is_opaque(value.__name__):
+                    inside = vars(value)
+                    self._pending += [
+                        (inside[other], f"{name}.{other}") for other in names if other in inside
+                    ]
+            else:
+                self._pending.append((value, f"the global {name!r}"))
+        plain = {name: v for name, v in state.items() if not isinstance(v, types.ModuleType)}
+        if plain:
+            self._held[id(function), "globals"] = _Held(
+                function, "the global", plain, functools.partial(_set_globals, scope)
+            )
+
+    def _class(self, kind: type) -> None:
+        if not _is_looked_into(kind):
+            return
+        members = dict(vars(kind))
+        code = (types.FunctionType, staticmethod, classmethod, property, type)
+        values = {
+            name: value
+            for name, value in members.items()
+            if not isinstance(value, code) and not name.startswith("__")
+        }
+        if values:
+            write = functools.partial(_set_all, kind)
+            self._hold(kind, kind.__name__, "attributes", values, write)
+        self._pending += [
+            (value, f"{kind.__name__}.{name}")
+            for name, value in members.items()
+            if name not in ("__dict__", "__weakref__")
+        ]
+        self._pending += [(base, base.__name__) for base in kind.__bases__]
+
+
+def _differences(held: _Held, now: Any) -> Iterator[tuple[Key, Change]]:
+    before, where = held.state, held.where
+    if isinstance(before, Mapping):
+        for key in before.keys() | now.keys():
+            one, other = before.get(key, _MISSING), now.get(key, _MISSING)
+            if not _same(one, other):
+                place = where if key == "" else _place(held, key)
+                harmless = (_is_plain(one) and _is_plain(other)) or _is_copy(one, other)
+                yield (id(held.thing), key), Change(place, in_place=False, harmless=harmless)
+    elif isinstance(held.thing, torch.Tensor):
+        if before != now:
+            yield (id(held.thing), None), Change(where, in_place=True, harmless=False)
+    elif isinstance(held.thing, torch.Generator):
+        if not torch.equal(before, now):  # drawing random numbers is no side effect
+            yield (id(held.thing), None), Change(where, in_place=False, harmless=True)
+    elif len(before) != len(now) or not all(
+        _same(one, other) for one, other in zip(_ordered(before), _ordered(now), strict=True)
+    ):
+        yield (id(held.thing), None), Change(where, in_place=False, harmless=False)
+
+
+def _ordered(items: Any) -> Any:
+    return sorted(items, key=id) if isinstance(items, set) else items
+
+
+def _place(held: _Held, key: Any) -> str:
+    if held.where == "the global":
+        return f"the global {key!r}"
+    if isinstance(held.thing, dict) and not isinstance(key, str):
+        return f"{held.where}[{key!r}]"
+    return f"{held.where}.{key}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    return type(one) is type(other) and _is_plain(one) and bool(one == other)
+
+
+def _is_copy(one: Any, other: Any, depth: int = 4) -> bool:
+    """Containers of the same things: torch.export replaces some by copies."""
+    if _same(one, other):
+        return True
+    if type(one) is not type(other) or not isinstance(one, (list, tuple, dict)) or depth == 0:
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(
+            _is_copy(value, other[key], depth - 1) for key, value in one.items()
+        )
+    return len(one) == len(other) and all(
+        _is_copy(a, b, depth - 1) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    return value is _MISSING or type(value) in _PLAIN
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    if _is_opaque(kind.__module__):
+        return ()
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    """All global names and attributes that code mentions, in functions within it, too."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(_names_in(constant)))
+    return tuple(names)
+
+
+def _is_opaque(module: str | None) -> bool:
+    package = (module or "").partition(".")[0]
+    return package in _OPAQUE or (package in sys.stdlib_module_names and package != "__main__")
+
+
+def _is_looked_into(kind: type) -> bool:
+    if issubclass(kind, _STDLIB_CONTAINERS):
+        return True
+    return not _is_opaque(kind.__module__)
+
+
+# Putting states back
+
+
+def _refill(items: Any, state: list[Any]) -> None:
+    items.clear()
+    items.extend(state)
+
+
+def _reset_set(items: set[Any], state: set[Any]) -> None:
+    items.clear()
+    items.update(state)
+
+
+def _refill_dict(items: dict[Any, Any], state: dict[Any, Any]) -> None:
+    if list(items) == list(state):  # others may read it meanwhile
+        for key, value in state.items():
+            dict.__setitem__(items, key, value)
+        return
+    dict.clear(items)
+    for key, value in state.items():
+        dict.__setitem__(items, key, value)
+
+
+def _set_all(thing: Any, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        if getattr(thing, name, _MISSING) is not value:
+            setattr(thing, name, value)
+
+
+def _set_globals(scope: dict[str, Any], state: dict[str, Any]) -> None:
+    scope.update(state)
+
+
+def _fill_cell(cell: types.CellType, state: dict[str, Any]) -> None:
+    if state[""] is _MISSING:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = state[""]
+
+
+class RandomStates:
+    """The states of the random number generators that a call may draw from."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._cpu = torch.get_rng_state()
+        self._devices = (
+            {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+            if torch.cuda.is_initialized()
+            else {}
+        )
+        numpy = sys.modules.get("numpy")
+        self._numpy = numpy.random.get_state() if numpy is not None else None
+
+    def restore(self) -> None:
+        """Draw the same numbers again."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._cpu)
+        for device, state in self._devices.items():
+            torch.cuda.set_rng_state(state, device)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+class FunctionCaches:
+    """The ``functools`` caches of all code but the libraries that tracing itself runs.
+
+    What they hold cannot be looked at, and a tensor of a trace in one of them would come out of it
+    for the rest of the process.
+    """
+
+    def __init__(self) -> None:
+        self._misses = [
+            (cached, cached.cache_info().misses)
+            for cached in gc.get_objects()
+            if type(cached) is functools._lru_cache_wrapper
+            and not _is_opaque(getattr(cached, "__module__", None))
+        ]
+
+    def forget_new(self) -> None:
+        """Clear those that something was added to; they fill again."""
+        for cached, misses in self._misses:
+            if cached.cache_info().misses != misses:
+                cached.cache_clear()
