@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import gc
 import json
+import logging
 import math
 import os
 import statistics
@@ -17,7 +18,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -307,12 +307,10 @@ class Subject:
     @contextmanager
     def _loop(self, way: str, interval: int, steps: int | None = None) -> Iterator[Loop]:
         scheduler = self._shape.scheduler()
-        with warnings.catch_warnings():
-            # That dcompile runs on without CUDA graphs must not go into a table unseen.
-            warnings.filterwarnings("error", message="dcompile: ")
-            with self._installed(way, interval, scheduler) as step:
-                steps = steps or self._steps(interval)
-                yield Loop(step, scheduler, steps, interval, self._device)
+        # That dcompile runs on without CUDA graphs must not go into a table unseen.
+        with _warnings_as_errors(), self._installed(way, interval, scheduler) as step:
+            steps = steps or self._steps(interval)
+            yield Loop(step, scheduler, steps, interval, self._device)
 
     @contextmanager
     def _installed(self, way: str, interval: int, scheduler: Any) -> Iterator[Step]:
@@ -372,6 +370,22 @@ class Subject:
             raise RuntimeError(
                 f"expected {expected} refresh, reuse and uncached calls, counted {found}"
             )
+
+
+class _Strict(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            raise RuntimeError(record.getMessage())
+
+
+@contextmanager
+def _warnings_as_errors() -> Iterator[None]:
+    logger, strict = logging.getLogger("dcompile"), _Strict()
+    logger.addHandler(strict)
+    try:
+        yield
+    finally:
+        logger.removeHandler(strict)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dcompile.backends import GraphCompiler, resolve
 from dcompile.compat.hooks import without_torch_compile
 from dcompile.compiler.fingerprint import identity_of, portable, structure_of
 from dcompile.compiler.program import ProgramSpec
+from dcompile.compiler.roles import Roles
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import (
     BackendError,
@@ -52,6 +53,8 @@ def cache_compile(
     schedule: Schedule | RefreshRule | None = None,
     forecast: str | Forecast | None = None,
     sampler: Any = None,
+    sample: str | None = None,
+    timestep: str | None = None,
     depth: int = 0,
     backend: str | GraphCompiler = "inductor",
     dynamic: bool | Mapping[str, Sequence[int]] = False,
@@ -92,6 +95,8 @@ def cache_compile(
             has few refreshes, "linear" if they are frequent, else "damped".
         sampler: a diffusers scheduler, if ``module`` is no pipeline that has one.
             Read at the start of each run by ``speedup``, ``GainWeighted`` and "auto".
+        sample, timestep: names of these two parameters of the network's forward, where they cannot
+            be told by their shapes and names.
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to
             the uncached result. Equals DeepCache's ``cache_branch_id``.
         backend: "inductor", "tensorrt", "eager" (exact), any name of
@@ -122,9 +127,10 @@ def cache_compile(
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
-        DcompileError: ``on_error`` is neither; a pipeline without a recognisable denoiser; a parallel wrapper (DDP, FSDP,
-            DeepSpeed) or weights spread over processes.
-        TimestepError: the network's forward takes no timestep.
+        DcompileError: ``on_error`` is neither; a pipeline without a recognisable denoiser; a
+            parallel wrapper (DDP, FSDP, DeepSpeed) or weights spread over processes.
+        TimestepError: the network's forward takes no timestep, or has no parameter of the name
+            given for it or for the sample.
     """
     plan = _schedule_of(interval, schedule, speedup)
     depths = _depths_of(plan, depth)
@@ -139,6 +145,7 @@ def cache_compile(
         cuda_graphs=_checked_cuda_graphs(cuda_graphs),
         forecasts=_forecasts_of(plan, [forecast] * len(depths)),
         sampler=sampler_of(module, sampler),
+        roles=Roles(sample, timestep),
         on_error=_checked_on_error(on_error),
     )
     _require_sampler(settings)
@@ -156,6 +163,8 @@ def load(
     schedule: Schedule | RefreshRule | None = None,
     forecast: str | Forecast | None = None,
     sampler: Any = None,
+    sample: str | None = None,
+    timestep: str | None = None,
     on_error: Literal["uncached", "raise"] = "uncached",
     verbose: bool = True,
 ) -> M:
@@ -172,7 +181,7 @@ def load(
         folder: what ``Handle.save`` wrote.
         interval, speedup, schedule: see ``cache_compile``; as it was saved if none is given.
         forecast: as it was saved if not given; programs are made for one length of history.
-        sampler, on_error: see ``cache_compile``.
+        sampler, sample, timestep, on_error: see ``cache_compile``.
         verbose: show on standard error what is done.
 
     Returns:
@@ -211,6 +220,7 @@ def load(
         cuda_graphs=artifact.cuda_graphs,
         forecasts=_forecasts_of(plan, [_saved("forecast", one, source) for one in forecasts]),
         sampler=sampler_of(module, sampler),
+        roles=Roles(sample, timestep),
         on_error=_checked_on_error(on_error),
     )
     _require_sampler(settings)

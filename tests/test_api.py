@@ -6,10 +6,10 @@ import importlib.metadata
 import pickle
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
+from heard import noticed, silent
 from plain import Plain, compiled, picture, plain, sampled, timesteps
 from torch import nn
 
@@ -185,16 +185,15 @@ def test_pickling_is_refused() -> None:
 
 def test_training_and_gradients_run_uncached_and_warn_once() -> None:
     network = compiled().train()
-    with pytest.warns(UserWarning, match="training mode"):
+    with noticed("training mode"):
         network(picture(), timesteps()[0])
     network.eval()
     x = picture().requires_grad_()
-    with pytest.warns(UserWarning, match="requires grad"):
+    with noticed("requires grad"):
         result = network(x, timesteps()[0])[0]
     result.sum().backward()
     assert x.grad is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         network(x, timesteps()[0])
     assert handle(network).stats.uncached_calls == 3
 
@@ -310,7 +309,7 @@ def test_a_call_the_network_refuses_raises_its_own_error_and_changes_nothing() -
     with pytest.raises(RuntimeError, match="channels") as error:
         network(torch.randn(2, 5, 8, 8), timesteps()[0])
     assert not isinstance(error.value, dcompile.DcompileError)
-    with pytest.warns(UserWarning, match="sample is empty"):
+    with noticed("sample is empty"):
         network(torch.randn(0, 3, 8, 8), timesteps()[0])
     sampled(network, picture(), timesteps())
     assert handle(network).stats.reuse_steps == 4
@@ -441,7 +440,7 @@ class TestRefusals:
 
     def test_missing_arguments_raise_the_modules_own_error(self) -> None:
         with (
-            pytest.warns(UserWarning, match="no timestep"),
+            noticed("no timestep"),
             pytest.raises(TypeError, match="timestep"),
         ):
             compiled()(picture())
@@ -463,10 +462,9 @@ class TopHeavy(Plain):
 def test_a_network_that_gains_nothing_is_told_so_once() -> None:
     network = TopHeavy().eval()
     dcompile.cache_compile(network, interval=3, backend="eager", verbose=False)
-    with pytest.warns(UserWarning, match="caching will not make this network faster"):
+    with noticed("caching will not make this network faster"):
         sampled(network, picture(), timesteps())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         sampled(network, picture(batch=3), timesteps())
     assert handle(network).stats.reuse_steps > 0
     assert "will not make this faster" in " ".join(str(handle(network).explain()).split())

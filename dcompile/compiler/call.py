@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import (
-    TreeSpec,
-    tree_flatten,
-    tree_unflatten,
-)
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from dcompile.compiler.lazy import LazyTensor
+from dcompile.compiler.lazy import LazyTensor, materialize
+from dcompile.compiler.roles import UNKNOWN, Roles, roles_of
 from dcompile.errors import TimestepError
 
 
@@ -27,11 +25,13 @@ class CallForm:
         spec: tree structure of ``(args, kwargs)``.
         sample: position of the noisy sample among the leaves.
         timestep: position of the timestep.
+        roles: names of the arguments that they are.
     """
 
     spec: TreeSpec
     sample: int
     timestep: int
+    roles: Roles = UNKNOWN
 
 
 class StandardCall(NamedTuple):
@@ -49,37 +49,52 @@ class StandardCall(NamedTuple):
 
 
 class CallForms:
-    """Finds sample and timestep in the calls of one forward function.
+    """Finds sample and timestep in the calls of one forward function; see ``roles``.
 
-    The sample is the first parameter. The timestep is the first one whose name contains "time",
-    else the second: ``(sample, timestep, ...)``, ``(x, timesteps)``, ``(x, t)``.
+    Args:
+        forward: the function.
+        asked: the names the user gave to the two, where it cannot be told.
 
     Raises:
-        TimestepError: the function has fewer than two parameters.
+        TimestepError: the function has fewer than two parameters, or none of a name asked for.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], asked: Roles = UNKNOWN) -> None:
+        self.asked = asked
+        self._forward = forward
         self._parameters = inspect.signature(forward)
         self._decorated = hasattr(forward, "__wrapped__")
-        names = list(self._parameters.parameters)
-        timed = [name for name in names[1:] if "time" in name.lower()]
-        if len(names) < 2:
+        self._names = list(self._parameters.parameters)
+        if len(self._names) < 2:
             raise TimestepError(
-                f"forward{inspect.signature(forward)} takes no timestep: without one, steps cannot "
+                f"forward{self._parameters} takes no timestep: without one, steps cannot "
                 "be distinguished. Expected (sample, timestep, ...)"
             )
-        self._sample = names[0]
-        self._timestep = (timed or names[1:])[0]
-        self._position = names.index(self._timestep)
+        open_ended = any(
+            p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+            for p in self._parameters.parameters.values()
+        )
+        for role, name in asked._asdict().items():
+            if name is not None and name not in self._names and not open_ended:
+                raise TimestepError(
+                    f"{role}={name!r}: forward{self._parameters} has no such parameter"
+                )
         self._known: dict[tuple[Any, ...], CallForm | None] = {}
 
     def flatten(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles | None = None
     ) -> tuple[list[Any], CallForm | None]:
         """The call's leaves and form; no form if sample or timestep is not given as one leaf.
 
         Leaves come in the order of ``torch.utils._pytree``, which is slow and asked once for each
         form.
+
+        Args:
+            args, kwargs: the call.
+            roles: what is what, if known from another way to write the call.
+
+        Raises:
+            TimestepError: several arguments may be the sample, or the timestep.
         """
         leaves: list[Any] = []
         structure: list[Any] = [len(args), *kwargs]
@@ -92,7 +107,7 @@ class CallForms:
             return leaves, self._known[key]
         except KeyError:
             _, spec = tree_flatten((args, kwargs))
-            form = self._known[key] = self._analyse(spec, args, kwargs)
+            form = self._known[key] = self._analyse(spec, args, kwargs, roles)
             return leaves, form
 
     def standard(self, form: CallForm, leaves: Sequence[Any]) -> StandardCall:
@@ -119,27 +134,62 @@ class CallForms:
             positional = ((), ())
         if not kwargs.keys() <= parameters.keys():
             return given
-        asked = (self._sample, self._timestep)
         kept = [
             name
             for name, parameter in parameters.items()
             if name in kwargs
-            and (self._decorated or name in asked or not _is_default(parameter, kwargs[name]))
+            and (self._decorated or name in form.roles or not _is_default(parameter, kwargs[name]))
         ]
-        leaves, standard = self.flatten(positional[0], {name: kwargs[name] for name in kept})
+        kept_kwargs = {name: kwargs[name] for name in kept}
+        leaves, standard = self.flatten(positional[0], kept_kwargs, form.roles)
         order, _ = tree_flatten((positional[1], {name: named_places[name] for name in kept}))
         if standard is None or len(order) != len(leaves):
             return given
         return StandardCall(standard, leaves, tuple(order))
 
     def _analyse(
-        self, spec: TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        spec: TreeSpec,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        roles: Roles | None,
     ) -> CallForm | None:
-        sample = _leaf_of(args, kwargs, 0, self._sample)
-        timestep = _leaf_of(args, kwargs, self._position, self._timestep)
-        if sample is None or timestep is None:
+        named = {**dict(zip(self._positional(len(args)), args, strict=True)), **kwargs}
+        places = {name: index for index, name in enumerate(self._names)}
+        arguments = {
+            name: named[name]
+            for name in sorted(named, key=lambda name: places.get(name, len(places)))
+            if isinstance(named[name], (torch.Tensor, numbers.Real))
+        }
+        if roles is None:
+            roles = roles_of(arguments, self.asked, lambda: self._called(args, kwargs))
+        if roles.sample not in arguments or roles.timestep not in arguments:
             return None
-        return CallForm(spec, sample, timestep)
+        marks = {roles.sample: object(), roles.timestep: object()}
+        marked_args = tuple(
+            marks.get(name, value)
+            for name, value in zip(self._positional(len(args)), args, strict=True)
+        )
+        marked_kwargs = {name: marks.get(name, value) for name, value in kwargs.items()}
+        leaves, _ = tree_flatten((marked_args, marked_kwargs))
+        where = {id(leaf): place for place, leaf in enumerate(leaves)}
+        sample, timestep = where[id(marks[roles.sample])], where[id(marks[roles.timestep])]
+        return CallForm(spec, sample, timestep, roles)
+
+    def _positional(self, count: int) -> list[str]:
+        """Names for positional arguments, made up for those that ``*args`` takes."""
+        parameters = self._parameters.parameters.values()
+        taken = [
+            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        return [taken[i] if i < len(taken) else f"argument {i}" for i in range(count)]
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = tree_map_only(
+            LazyTensor, lambda lazy: materialize([lazy])[0], (args, kwargs)
+        )
+        with torch.no_grad():
+            return self._forward(*args, **kwargs)
 
 
 def _is_default(parameter: inspect.Parameter, value: Any) -> bool:
@@ -169,21 +219,3 @@ def _flatten_into(value: Any, leaves: list[Any], structure: list[Any]) -> None:
         if not spec.is_leaf():
             structure.append((len(leaves), spec))
         leaves.extend(found)
-
-
-def _leaf_of(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str
-) -> int | None:
-    """Position among the leaves of one argument, if it is a single leaf."""
-    mark = object()
-    if name in kwargs:
-        marked: tuple[Any, Any] = (args, {**kwargs, name: mark})
-    elif position < len(args):
-        marked = ((*args[:position], mark, *args[position + 1 :]), dict(kwargs))
-    else:
-        return None
-    original, _ = tree_flatten((args, dict(kwargs)))
-    leaves, _ = tree_flatten(marked)
-    if len(leaves) != len(original):
-        return None
-    return next(index for index, leaf in enumerate(leaves) if leaf is mark)

@@ -42,13 +42,17 @@ class CaptureCache:
 
     Not thread-safe: its owner holds a lock.
 
+    Args:
+        module: the network.
+        forward: returns its own forward, as it is now.
+
     Attributes:
         module: the network.
         written: entries of its structure that its own forward pass writes, such as counters; they
             are left out when structures are compared (see ``fingerprint.changed_by_running``).
     """
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, forward: Callable[[], Callable[..., Any]]) -> None:
         self.module = module
         self.written: frozenset[str] = frozenset()
         self._forward = forward
@@ -201,11 +205,11 @@ class CaptureCache:
         form, leaves = call.form, call.leaves
         require_all_weights(self.module)
         args, kwargs = tree_unflatten(list(leaves), form.spec)
-        name = type(self.module).__name__
-        roots = [(leaves, "the arguments"), (self._forward, name), (self.module, name)]
+        name, forward = type(self.module).__name__, self._forward()
+        roots = [(leaves, "the arguments"), (forward, name), (self.module, name)]
         numbers = RandomStates()
         before = Snapshot(roots)
-        result = self._forward(*args, **kwargs)
+        result = forward(*args, **kwargs)
         after = Snapshot(roots)
         effects = before.changes(after)
         # Of weights and arguments torch.export says so; other tensors it would write to itself.
@@ -215,7 +219,7 @@ class CaptureCache:
                 raise self._side_effect(change.where, result)
         caches = FunctionCaches()
         try:
-            network = capture(self.module, self._forward, leaves, form.spec, form.sample, dynamic)
+            network = capture(self.module, forward, leaves, form.spec, form.sample, dynamic)
         except CaptureError as error:
             error.uncached_result = (result,)
             raise
@@ -226,7 +230,7 @@ class CaptureCache:
         repeated = _repeated(effects, traced)
         if repeated is None and not all(change.harmless for change in effects.values()):
             # Made once and kept, or made anew at every call, but not while tracing?
-            self._forward(*args, **kwargs)
+            forward(*args, **kwargs)
             repeats = after.changes(Snapshot(roots))
             after.restore(repeats)
             repeated = _repeated(effects, repeats)

@@ -12,9 +12,10 @@ import functools
 import hashlib
 import json
 import re
+import threading
 import types
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,7 +37,7 @@ Structure = dict[str, Any]
 class _Identity(NamedTuple):
     """Something compared by what it is in this process; ``what`` says it in any process."""
 
-    ident: tuple[int, ...]
+    ident: tuple[Any, ...]
     what: Any
 
 
@@ -60,10 +61,14 @@ def structure_of(module: nn.Module, ignore: Iterable[str] = ()) -> Structure:
         positions = tuple(map(int, place.split("."))) if place else ()
         ignored.setdefault((path, name), []).append(positions)
     first_names: dict[int, str] = {}
-    structure = {
-        path: _describe_module(submodule, path, first_names)
-        for path, submodule in module.named_modules(remove_duplicate=False)
-    }
+    _kinds.known = {}
+    try:
+        structure = {
+            path: _describe_module(submodule, path, first_names)
+            for path, submodule in module.named_modules(remove_duplicate=False)
+        }
+    finally:
+        _kinds.known = None
     for (path, name), places in ignored.items():
         entry = structure.get(path, {})
         if () in places:
@@ -120,8 +125,51 @@ def _portable(value: Any) -> Any:
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-@functools.lru_cache(maxsize=4096)
+_kinds = threading.local()  # .known: what was found of classes for the present structure
+
+
+def _kind_of(kind: type) -> Any:
+    """A class, and the code it has at present: methods may be replaced on the class itself."""
+    known = getattr(_kinds, "known", None)
+    if known is None:
+        known = {}
+    if kind not in known:
+        code = tuple(
+            function
+            for base in kind.__mro__
+            if base.__module__.partition(".")[0] not in _FIXED_CODE
+            for member in vars(base).values()
+            for function in _functions_of(member)
+        )
+        known[kind] = _Identity((kind, *code), kind) if code else kind
+    return known[kind]
+
+
+# Classes of these are taken for unchangeable: torch, Python, and this package.
+_FIXED_CODE = frozenset({"torch", "builtins", "collections", "functools", "typing", "dcompile"})
+_CALLED = frozenset({"forward", "__call__"})
+
+
+def _functions_of(member: Any) -> Iterator[Any]:
+    """The function behind a member of a class; of what is called, the functions it names, too."""
+    member = getattr(member, "__func__", getattr(member, "fget", member))
+    if not isinstance(member, types.FunctionType):
+        return
+    yield member
+    if member.__name__ in _CALLED:
+        for name in member.__code__.co_names:
+            named = member.__globals__.get(name)
+            if isinstance(named, types.FunctionType):
+                yield named
+
+
 def _class_of(kind: type) -> str:
+    """Name and code, in any process."""
+    return _class_digest(kind, _kind_of(kind))
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_digest(kind: type, code: Any) -> str:
     """Name and code: a class of the same name may do something else elsewhere."""
     digest = hashlib.sha256()
     for base in kind.__mro__:
@@ -211,7 +259,7 @@ def _marked(description: Any, place: tuple[int, ...]) -> Any:
 
 
 def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"class": type(module), "training": module.training}
+    entry: dict[str, Any] = {"class": _kind_of(type(module)), "training": module.training}
     for table in (module._parameters, module._buffers):
         for name, tensor in table.items():
             if tensor is not None:
@@ -236,10 +284,12 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
 
 
 class ToggleSnapshot:
-    """All switches (attributes that are bools) in a module, to compare during a run.
+    """All switches (attributes that are bools) and scales (dicts of numbers) in a module.
 
-    Some pipelines turn parts of a network off while they draw. Comparing the whole structure takes
-    too long for that.
+    To compare during a run: adapters keep their weights in such dicts.
+
+    Some pipelines turn parts of a network off while they draw, or change an adapter's weight.
+    Comparing the whole structure takes too long for that.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -251,6 +301,12 @@ class ToggleSnapshot:
             for submodule in module.modules()
         ]
         self._switches = [(where, names) for where, names in switches if names]
+        self._scales = [
+            (submodule.__dict__, name)
+            for submodule in module.modules()
+            for name, value in submodule.__dict__.items()
+            if _are_numbers(value)
+        ]
         self._seen = self._now()
 
     def changed(self) -> bool:
@@ -258,7 +314,20 @@ class ToggleSnapshot:
         return self._now() != self._seen
 
     def _now(self) -> list[Any]:
-        return [where.get(name) for where, names in self._switches for name in names]
+        found = [where.get(name) for where, names in self._switches for name in names]
+        for where, name in self._scales:
+            value = where.get(name)
+            found.append(dict(value) if isinstance(value, dict) else value)
+        return found
+
+
+def _are_numbers(value: Any) -> bool:
+    """A dict of nothing but numbers, such as the scales of an adapter layer."""
+    return (
+        type(value) is dict
+        and bool(value)
+        and all(type(item) in (int, float) for item in value.values())
+    )
 
 
 def tensors_in_containers(module: nn.Module) -> dict[int, str]:
@@ -343,10 +412,12 @@ def _describe(value: Any, depth: int) -> Any:
             if hasattr(value, name):
                 state[name] = getattr(value, name)
     if state:
-        return kind, tuple((name, _describe(item, depth - 1)) for name, item in state.items())
+        return _kind_of(kind), tuple(
+            (name, _describe(item, depth - 1)) for name, item in state.items()
+        )
     if getattr(kind, "__repr__", None) is not object.__repr__:
-        return kind, repr(value)
-    return kind
+        return _kind_of(kind), repr(value)
+    return _kind_of(kind)
 
 
 def _names(slots: Any) -> tuple[str, ...]:

@@ -48,7 +48,9 @@ class ProgramCache:
         forms: of the network's forward.
     """
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any], forms: CallForms) -> None:
+    def __init__(
+        self, module: nn.Module, forward: Callable[[], Callable[..., Any]], forms: CallForms
+    ) -> None:
         self.lock = threading.RLock()
         self.captures = CaptureCache(module, forward)
         self.forms = forms

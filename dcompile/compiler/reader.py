@@ -10,6 +10,7 @@ interned: calls of equal signature have the very same one, so the rest compares 
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +127,7 @@ def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
     sample, timestep = leaves[form.sample], leaves[form.timestep]
     if not isinstance(sample, torch.Tensor):
         return "the sample is no tensor"
-    if not isinstance(timestep, (torch.Tensor, int, float)):
+    if not isinstance(timestep, (torch.Tensor, numbers.Real)):  # NumPy's numbers are Real, too
         return "the timestep is neither a tensor nor a number"
     if sample.numel() == 0:
         return "the sample is empty"

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from dcompile.compat.hooks import spread_parameter, without_torch_compile
+from dcompile.compiler.roles import is_called_time, may_be_called_time
 from dcompile.errors import DcompileError, ScheduleError
 
 
@@ -47,11 +48,18 @@ def denoiser_name(pipeline: Any) -> str:
 
 
 def timed_components(pipeline: Any) -> list[str]:
-    """Names of the components that are called with a timestep."""
-    return [
-        name
+    """Names of the components that are called with a timestep.
+
+    Those that say so in a parameter's name; else those whose second parameter is called what a
+    timestep may be called, such as ``r``.
+    """
+    parameters = {
+        name: list(inspect.signature(without_torch_compile(component).forward).parameters)[1:]
         for name, component in pipeline.components.items()
-        if isinstance(component, nn.Module) and _takes_timestep(without_torch_compile(component))
+        if isinstance(component, nn.Module)
+    }
+    return [name for name, names in parameters.items() if any(map(is_called_time, names))] or [
+        name for name, names in parameters.items() if names and may_be_called_time(names[0])
     ]
 
 
@@ -133,8 +141,3 @@ def sampler_of(module: Any, given: Any) -> Callable[[], Any] | None:
         return latest
 
     return sampler
-
-
-def _takes_timestep(module: nn.Module) -> bool:
-    names = list(inspect.signature(module.forward).parameters)
-    return any("time" in name.lower() for name in names[1:])

@@ -13,11 +13,11 @@ plan's level, where a cache is missing or older than the latest step at which it
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from dcompile import notices
 from dcompile.errors import ScheduleError
 from dcompile.policy.forecast import Forecast, Reuse
 
@@ -69,7 +69,7 @@ class RunInfo:
     gains: tuple[float, ...] | None = None
     power: float = 0.5
     forecast: Forecast = Reuse()  # noqa: RUF009
-    warn: Callable[[str], None] = warnings.warn
+    warn: Callable[[str], None] = notices.warn
 
 
 class Plan:

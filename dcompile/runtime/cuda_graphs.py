@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -35,6 +34,7 @@ from dcompile.compat.cuda import clear_cublas_workspaces, copy_all
 from dcompile.compat.storages import storage_of
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program import BoundProgram, CacheLayout, Program, graph_label
+from dcompile.notices import warn
 
 Tensors = tuple[Any, ...]
 Runs = Callable[[Sequence[Any]], Sequence[Any]]
@@ -395,11 +395,10 @@ class RecordedProgram:
             self._boundary, self._owner = (), None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        warnings.warn(
-            f"dcompile: the {graph_label(level, self._levels)} graph cannot be recorded as a CUDA "
+        warn(
+            f"the {graph_label(level, self._levels)} graph cannot be recorded as a CUDA "
             f"graph ({type(error).__name__}: {first}); it runs without. cuda_graphs=False says so "
-            "beforehand",
-            stacklevel=5,
+            "beforehand"
         )
 
 

@@ -54,13 +54,16 @@ class Dispatcher(ForwardWrapper):
 
     def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
         super().__init__(module, original)
-        self.forms = CallForms(original)
-        self.programs = ProgramCache(module, original, self.forms)
+        self.forms = CallForms(original, settings.roles)
+        self.programs = ProgramCache(module, lambda: self.original, self.forms)
         self.companions: list[LazyNetwork] = []
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
         """Use other settings from the next call on; keeps compiled programs that still fit."""
+        if settings.roles != self.forms.asked:
+            self.forms = CallForms(self.original, settings.roles)
+            self.programs = ProgramCache(self.module, lambda: self.original, self.forms)
         self.programs.forget_failures()
         self._raised: set[str] = set()
         self._training_matters = False  # known to draw random numbers or to learn as it runs
@@ -68,6 +71,9 @@ class Dispatcher(ForwardWrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
+        copy = self.copy_that_is_called()
+        if copy is not None:
+            return self._run_copy(state, copy, args, kwargs)
         if not state.enabled or (is_compiling() and capturing_in_this_thread()):
             return self.original(*args, **kwargs)
         call = state.reader.read(args, kwargs)
@@ -104,6 +110,8 @@ class Dispatcher(ForwardWrapper):
         except BaseException:  # an interrupt too: nothing of this run may be used again
             state.tracker.forget(run)
             raise
+        if step == run.last_step:  # what follows, such as decoding, may need the memory
+            lane.release()
         if level:
             full, forced = level == len(run.due), level > wanted
             state.counters.refresh(bound.program.cost(level), full=full, forced=forced)
@@ -166,6 +174,16 @@ class Dispatcher(ForwardWrapper):
             reason if said else f"{reason}; {type(self.module).__name__} runs uncached"
         )
         return result[0] if result else self.original(*args, **kwargs)
+
+    def _run_copy(
+        self, state: State, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        reason = (
+            f"a shallow copy of {type(copy).__name__} is not compiled: call cache_compile on it"
+        )
+        state.counters.uncached(reason)
+        state.notices.warn(f"{reason}; it runs uncached")
+        return type(copy).forward(copy, *args, **kwargs)
 
     # Cold: once for each run and kind of call
 

@@ -10,7 +10,7 @@ from dcompile.compat.hooks import forward_slot, without_torch_compile
 from dcompile.runtime.dispatcher import Dispatcher
 from dcompile.runtime.lazy_network import LazyNetwork
 from dcompile.runtime.settings import Settings
-from dcompile.runtime.wrapper import wrapper_of
+from dcompile.runtime.wrapper import own_forward_of_copy, wrapper_of
 
 
 def install(network: nn.Module, settings: Settings) -> Dispatcher:
@@ -21,6 +21,7 @@ def install(network: nn.Module, settings: Settings) -> Dispatcher:
         return found
     if found is not None:
         found.uninstall()
+    own_forward_of_copy(network)
     slot = forward_slot(network)
     dispatcher = Dispatcher(network, getattr(network, slot), settings)
     dispatcher.install(slot)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from dcompile.compat.memory import available_bytes
 from dcompile.compat.storages import storage_of, weak_storage
 from dcompile.compiler.program import CacheLayout, Program
 from dcompile.policy.forecast import Damped, Forecast, coefficients_of
@@ -109,6 +111,13 @@ class Lane:
         """A later step came with the same conditioning, as far as it still exists."""
         if not self.steady and self.anchors:
             self.steady = all(anchor.alive for anchor in self.anchors)
+
+    def is_more_than_there_is_room_for(self) -> bool:
+        """Whether memory would get short if one more lane cached as much as this one."""
+        values = tree_leaves(getattr(self.cached, "tensors", self.cached))
+        held = [value for value in values if isinstance(value, torch.Tensor)]
+        taken = sum(tensor.nbytes for tensor in held)
+        return taken > 0 and available_bytes(held[0].device) < 2 * taken
 
     # What does it take?
 

@@ -11,7 +11,6 @@ a lazy output gets the true tensor.
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from dcompile.compiler.call import CallForm, CallForms
 from dcompile.compiler.lazy import LazyTensor, PendingCall, materialize
 from dcompile.compiler.signature import signature_of
 from dcompile.errors import CaptureError, DcompileError
+from dcompile.notices import warn
 from dcompile.runtime.partial_programs import BoundPartialProgram, PartialPrograms
 from dcompile.runtime.tracking import StepTracker
 from dcompile.runtime.wrapper import ForwardWrapper
@@ -64,7 +64,7 @@ class LazyNetwork(ForwardWrapper):
         self._direct = threading.local()  # set in a thread that calls the module's own forward
         # A list of networks is built in training mode, whatever they are in; .train() reaches all.
         self._leaf = next((m for m in module.modules() if not any(m.children())), module)
-        self.programs = PartialPrograms(module, original)
+        self.programs = PartialPrograms(module, lambda: self.original)
         self.configure(backend, verbose)
 
     @property
@@ -219,11 +219,7 @@ class LazyNetwork(ForwardWrapper):
 
     def _give_up(self, reason: str) -> None:
         self._unsuited = True
-        warnings.warn(
-            f"dcompile: {type(self.module).__name__} computes all its results at every step: "
-            f"{reason}",
-            stacklevel=5,
-        )
+        warn(f"{type(self.module).__name__} computes all its results at every step: {reason}")
 
 
 def _versions(leaves: Sequence[Any]) -> list[int | None]:

@@ -67,10 +67,10 @@ class PartialPrograms:
 
     Args:
         module: the network.
-        forward: its own forward.
+        forward: returns its own forward, as it is now.
     """
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, forward: Callable[[], Callable[..., Any]]) -> None:
         self._module = module
         self._captures = CaptureCache(module, forward)
         self._lock = threading.RLock()  # capture and compile; never held on a warm call

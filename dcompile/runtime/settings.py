@@ -10,6 +10,7 @@ from typing import Any, Literal
 from dcompile.backends import Backend
 from dcompile.compiler.program import ProgramSpec
 from dcompile.compiler.program_cache import Target
+from dcompile.compiler.roles import UNKNOWN, Roles
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.policy.forecast import Forecast, Reuse
 from dcompile.policy.schedule import Schedule
@@ -31,6 +32,7 @@ class Settings:
         cuda_graphs: whether programs are recorded as CUDA graphs.
         forecasts: one for each cut; "auto" is chosen at the start of each run.
         sampler: where to find the sampler then; None without one.
+        roles: names of the sample's and the timestep's parameter, where they were given.
         on_error: what a network or call that cannot be captured or compiled does.
     """
 
@@ -42,6 +44,7 @@ class Settings:
     cuda_graphs: bool | Literal["auto"] = "auto"
     forecasts: tuple[Forecast | Literal["auto"], ...] = (Reuse(),)
     sampler: Callable[[], Any] | None = None
+    roles: Roles = UNKNOWN
     on_error: Literal["uncached", "raise"] = "uncached"
 
     @functools.cached_property

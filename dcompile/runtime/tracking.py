@@ -3,8 +3,9 @@
 The timestep's *value* is never read where that can be avoided: on a GPU reading it waits for the
 device, and second-order samplers visit the same value twice. Samplers iterate over
 ``scheduler.timesteps``, so each ``t`` is a view of it: the storage behind the view identifies the
-run, the view's offset the step. A timestep that is a number, or a tensor of its own, is identified
-by its value instead (see ``_ValueTrack``).
+run, the view's offset the step, in whatever stride the sampler goes over it (see
+``_StorageTrack``). A timestep that is a number, or a tensor of its own, is identified by its value
+instead (see ``_ValueTrack``).
 
 One rule governs all that is uncertain: when in doubt, refresh. A wrong refresh costs time, a
 wrong reuse costs the picture.
@@ -28,8 +29,10 @@ from dcompile.runtime.lanes import Anchor, Lane
 
 # Runs identified by timestep value that are kept; interleaving more only refreshes more often.
 MAX_VALUE_TRACKS = 8
-# Calls at one timestep that are distinguished; no sampler makes more.
-MAX_LANES = 8
+# Calls at one timestep that are distinguished, where memory allows; then the oldest goes.
+MAX_LANES = 1024
+# Storages that died after one call, one after another, before values are looked at.
+MAX_ORPHANS = 2
 # Of the first value of a run identified by value: a second one further away begins another run.
 FIRST_GAP = 0.3
 
@@ -47,10 +50,12 @@ class Run:
         forecasts: one for each cut, chosen with the plan.
         toggles: the module's switches as they were when its programs were bound.
         lanes: the calls of a step, each with what it cached.
+        ended: known to be at its last step although ``steps`` is not known.
     """
 
     steps: int | None
     step: int = -1
+    ended: bool = False
     due: list[int] = field(default_factory=lambda: [0])
     programs: dict[Any, Any] = field(default_factory=dict)
     plan: Plan | None = None
@@ -67,13 +72,15 @@ class Run:
     @property
     def last_step(self) -> int | None:
         """The number of the last step, if known."""
+        if self.ended:
+            return self.step
         return None if self.steps is None else self.steps - 1
 
     def enter(self, step: int, conditioning: Sequence[torch.Tensor], signature: Any = None) -> Lane:
         """Register a call and return its lane; a lane without a program has to be refreshed."""
         if step == self.step:
             # Another lane, if its conditioning says so; else it may as well be another run.
-            if len(self.lanes) >= MAX_LANES or any(
+            if any(
                 id(lane) in self._served and not lane.contradicts(conditioning, signature)
                 for lane in self.lanes
             ):
@@ -94,6 +101,7 @@ class Run:
             (lane,) = fitting
             lane.note_steady()
         else:
+            self._make_room()
             lane = Lane(tuple(map(Anchor.of, conditioning)))
             self.lanes.append(lane)
             if step == 0:  # perhaps another run's first step: the module may have changed
@@ -144,9 +152,28 @@ class Run:
         self._served = set()
         self.invalidate_programs()
 
-    def inherit_doubts(self, earlier: Run, shift: int) -> None:
-        """Another pass over the same timesteps, ``shift`` steps behind, may go on at any time."""
-        self._open_ends = {end + shift for end in (*earlier._open_ends, earlier.step + 1)}
+    def doubt_at(self, steps: set[int]) -> None:
+        """At these steps another pass over the same timesteps may go on, at any time."""
+        self._open_ends = steps
+
+    @property
+    def open_ends(self) -> set[int]:
+        """Steps at which this pass, or an earlier one over the same timesteps, may go on."""
+        return {*self._open_ends, self.step + 1}
+
+    def count_again(self, steps: int) -> None:
+        """It has another number of steps than was thought: it is planned again, after a refresh."""
+        self.steps = steps
+        self.plan = None
+        self.doubt()
+
+    def _make_room(self) -> None:
+        """Drop the oldest lanes, where there are too many, or too little memory for one more."""
+        while self.lanes and (
+            len(self.lanes) >= MAX_LANES or self.lanes[-1].is_more_than_there_is_room_for()
+        ):
+            oldest = self.lanes.pop(0)
+            self._served.discard(id(oldest))
 
     def _advance(self) -> None:
         """Keep the lanes that were called at the step before, unless it is doubtful whose."""
@@ -166,6 +193,56 @@ class Run:
         self._served = set()
         self._doubtful = True
         self.due = [min(due, step) for due in self.due]
+
+
+@dataclass(eq=False)
+class _StorageTrack:
+    """A run over timesteps that share one storage, such as ``scheduler.timesteps``.
+
+    Samplers go through it element by element, or every second one (``timesteps[::2]``), or
+    backwards, or down one column of a table. The first two calls tell the stride; if it is not
+    the one that was expected, the second step is refreshed, because it may be another run's first.
+
+    Attributes:
+        storage: held weakly.
+        run: the run.
+        size: elements of the storage.
+        first: offset of the first call.
+        stride: offset from one step to the next.
+        is_guess: nothing has shown the stride yet.
+    """
+
+    storage: weakref.ref[Any]
+    run: Run
+    size: int
+    first: int
+    stride: int
+    is_guess: bool = True
+
+    @property
+    def steps(self) -> int:
+        """How many there are from the first one to the end of the storage."""
+        if self.stride > 0:
+            return -(-(self.size - self.first) // self.stride)
+        return self.first // -self.stride + 1
+
+    def step_of(self, offset: int) -> int | None:
+        """The step at an offset; None if this run never comes there."""
+        step, rest = divmod(offset - self.first, self.stride)
+        return None if rest or step < 0 else step
+
+    def learn_stride(self, offset: int) -> None:
+        """Take the second call's offset for the second step's."""
+        if self.run.step == 0 and offset != self.first:
+            if offset != self.first + self.stride:
+                self.stride = offset - self.first
+                self.run.count_again(self.steps)
+            self.is_guess = False
+
+    def open_steps_in(self, other: _StorageTrack) -> set[int]:
+        """Steps of another track at which a pass over this one's timesteps may go on."""
+        found = {other.step_of(self.first + end * self.stride) for end in self.run.open_ends}
+        return {step for step in found if step is not None}
 
 
 @dataclass(eq=False)
@@ -198,6 +275,9 @@ class _ValueTrack:
             self.gap = value - self.value
             self.value = value
             self.step += 1
+            # Timesteps and noise levels end near zero: one more gap, even half as wide, would
+            # be beyond.
+            self.run.ended = abs(value) < abs(self.gap) / 2 and value * self.gap <= 0
 
 
 class StepTracker:
@@ -209,7 +289,11 @@ class StepTracker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held for bookkeeping only, never while anything computes
-        self._by_storage: dict[int, tuple[weakref.ref[Any], Run, int]] = {}
+        self._by_storage: dict[int, _StorageTrack] = {}
+        self._stride = 1  # of the latest run that has shown one
+        # How many timesteps in a row were views of storages that nobody went on with, such as
+        # ``timesteps.flip(0)[i]``: after some of them, values identify the step.
+        self._orphans = 0
         self._by_value: list[_ValueTrack] = []
         self.runs = 0
 
@@ -223,56 +307,89 @@ class StepTracker:
             conditioning: the call's other tensors, without the sample.
             signature: the call's; calls of one step that differ in it are different lanes.
         """
+        storage, value = None, 0.0
+        if isinstance(timestep, torch.Tensor):
+            found = storage_of(timestep)
+            if found.nbytes() > timestep.element_size() * _own_elements(timestep):
+                storage = found
+        by_value = storage is None or (
+            self._orphans >= MAX_ORPHANS and id(storage) not in self._by_storage
+        )
+        if by_value:
+            value = _value(timestep)  # may wait for the device: not under the lock
         with self._lock:
-            if isinstance(timestep, torch.Tensor):
-                storage = storage_of(timestep)
-                if storage.nbytes() > timestep.element_size() * _own_elements(timestep):
-                    run, step = self._step_by_storage(timestep, storage)
-                    if step == 0 < run.step:  # another run over the same timesteps
-                        self.runs += 1
-                    return run, run.enter(step, conditioning, signature), step
-            run, step = self._step_by_value(_value(timestep), conditioning, signature)
+            if by_value:
+                run, step = self._step_by_value(value, conditioning, signature)
+                if storage is not None:  # in case that the next call is a view of it, too
+                    self._begin(timestep, storage, int(timestep.storage_offset()), None)
+            else:
+                run, step = self._step_by_storage(timestep, storage)
+                if step == 0 < run.step:  # another run over the same timesteps
+                    self.runs += 1
             return run, run.enter(step, conditioning, signature), step
 
     def forget(self, run: Run) -> None:
         """Drop a run: something went wrong in the middle of it."""
         with self._lock:
             self._by_value = [track for track in self._by_value if track.run is not run]
-            for key, (_, known, _) in list(self._by_storage.items()):
-                if known is run:
+            for key, known in list(self._by_storage.items()):
+                if known.run is run:
                     del self._by_storage[key]
 
     def reset(self) -> None:
         """Drop all that is cached; runs go on, and refresh at their next step."""
         with self._lock:
-            for _, run, _ in list(self._by_storage.values()):
-                run.drop()
+            for track in list(self._by_storage.values()):
+                track.run.drop()
             self._by_value.clear()
 
     def cached(self) -> list[Any]:
         """What all lanes have cached at present."""
         with self._lock:
-            known = [run for _, run, _ in list(self._by_storage.values())]
+            known = [track.run for track in list(self._by_storage.values())]
             known += [track.run for track in self._by_value]
             return [lane.cached for run in known for lane in run.lanes]
 
     def _step_by_storage(self, timestep: torch.Tensor, storage: Any) -> tuple[Run, int]:
         key = id(storage)
         offset = int(timestep.storage_offset())
-        entry = self._by_storage.get(key)
-        if entry is None or entry[0]() is not storage or offset < entry[2]:
-            steps = storage.nbytes() // timestep.element_size() - offset
-            run = Run(steps)
-            if entry is not None and entry[0]() is storage:
-                run.inherit_doubts(entry[1], entry[2] - offset)
-            # The storage dies with scheduler.timesteps, and its run with it. Dictionary operations
-            # are atomic, so the callback needs no lock (it may run while this thread holds it).
-            table = self._by_storage
-            reference = weak_storage(timestep, lambda _: table.pop(key, None))
-            entry = table[key] = (reference, run, offset)
+        track = self._by_storage.get(key)
+        if track is not None and track.storage() is not storage:
+            track = None
+        step = None
+        if track is not None:
+            self._orphans = 0
+            if track.is_guess:
+                track.learn_stride(offset)
+            step = track.step_of(offset)
+            if step is not None and step > 1:
+                self._stride = track.stride
+        if track is None or step is None:
+            track, step = self._begin(timestep, storage, offset, track), 0
             self.runs += 1
-        _, run, first = entry
-        return run, offset - first
+        return track.run, step
+
+    def _begin(
+        self, timestep: torch.Tensor, storage: Any, offset: int, earlier: _StorageTrack | None
+    ) -> _StorageTrack:
+        # The storage dies with scheduler.timesteps, and its run with it. Dictionary operations are
+        # atomic, so the callback needs no lock (it may run while this thread holds it).
+        key = id(storage)
+        reference = weak_storage(timestep, lambda _: self._storage_died(key))
+        size = storage.nbytes() // timestep.element_size()
+        track = _StorageTrack(reference, Run(None), size, offset, self._stride)
+        if track.steps < 2:  # the stride of other runs makes no sense here
+            track.stride = 1
+        track.run.steps = track.steps
+        if earlier is not None:
+            track.run.doubt_at(earlier.open_steps_in(track))
+        self._by_storage[key] = track
+        return track
+
+    def _storage_died(self, key: int) -> None:
+        track = self._by_storage.pop(key, None)
+        if track is not None and track.run.step < 1 and track.steps > 1:
+            self._orphans += 1
 
     def _step_by_value(
         self, value: float, conditioning: Sequence[torch.Tensor], signature: Any

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from dcompile.compat.hooks import forward_slots, give_compiled_call, take_compiled_call
+from dcompile.notices import warn
 
 
 class ForwardWrapper:
@@ -18,7 +19,7 @@ class ForwardWrapper:
 
     Attributes:
         module: the module.
-        original: its own forward.
+        original: its own forward, as its class has it now, unless the instance had one of its own.
         replaced: what the module had in the attribute that this is installed in.
         compiled_call: what ``nn.Module.compile()`` had left.
     """
@@ -28,9 +29,10 @@ class ForwardWrapper:
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_given",
+        "_is_of_class",
         "compiled_call",
         "module",
-        "original",
         "replaced",
     )
 
@@ -38,9 +40,32 @@ class ForwardWrapper:
         functools.update_wrapper(self, original)
         self.__code__ = getattr(original, "__code__", None)  # torch.export looks at it
         self.module = module
-        self.original = original
+        self._given = original
+        function = getattr(original, "__func__", None)
+        self._is_of_class = function is not None and function is getattr(
+            type(module), "forward", None
+        )
         self.replaced: dict[str, Any] = {}
         self.compiled_call: Any = None
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        if not self._is_of_class:
+            return self._given
+        method: Callable[..., Any] = type(self.module).forward.__get__(self.module)
+        return method
+
+    def copy_that_is_called(self) -> nn.Module | None:
+        """The module whose call this is, if it is a shallow copy of this one's.
+
+        A shallow copy has this object in its attributes, too. Only the caller's frame,
+        ``nn.Module.__call__``, knows which of them is called.
+        """
+        caller = sys._getframe(2).f_locals.get("self")
+        if caller is self.module or not isinstance(caller, nn.Module):
+            return None
+        return caller if caller.__dict__.get("forward") is self else None
 
     @property
     def enabled(self) -> bool:
@@ -72,10 +97,9 @@ class ForwardWrapper:
                 if self.compiled_call is not None:
                     give_compiled_call(self.module, self.compiled_call)
                 return
-        warnings.warn(
+        warn(
             f"{type(self.module).__name__}.forward was replaced by something else since "
-            "cache_compile; dcompile is switched off beneath it",
-            stacklevel=3,
+            "cache_compile; dcompile is switched off beneath it"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
@@ -101,6 +125,13 @@ def wrapper_of(module: Any) -> ForwardWrapper | None:
     """What replaces the module's forward, if anything of dcompile's does."""
     for slot in forward_slots:
         found = getattr(module, "__dict__", {}).get(slot)
-        if isinstance(found, ForwardWrapper):
+        if isinstance(found, ForwardWrapper) and found.module is module:
             return found
     return None
+
+
+def own_forward_of_copy(module: nn.Module) -> None:
+    """Give a shallow copy of a wrapped module its own forward back, in place."""
+    found = module.__dict__.get("forward")
+    if isinstance(found, ForwardWrapper) and found.module is not module:
+        del module.__dict__["forward"]

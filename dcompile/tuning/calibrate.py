@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from dcompile.errors import ScheduleError, TuneError
+from dcompile.notices import muted
 from dcompile.policy.adaptive import Adaptive
 from dcompile.policy.checks import require_speedup
 from dcompile.policy.forecast import Forecast
@@ -71,9 +71,8 @@ def calibrate(
         adaptive = Adaptive(threshold, min_interval, max_interval, probe, power)
         return harness.flops_speedup(schedule=adaptive, depth=depth, forecast=forecast)
 
-    with harness, warnings.catch_warnings():
-        # Bisection starts from a threshold that is never reached.
-        warnings.filterwarnings("ignore", message=r"dcompile: Adaptive\(")
+    # Bisection starts from a threshold that is never reached.
+    with harness, muted(r"Adaptive\("):
         most = reached(LARGEST_THRESHOLD)
         enough = speedup * (1 - 1e-6)  # counts are sums of fractions
         if most < enough:

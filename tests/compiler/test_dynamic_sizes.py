@@ -1,7 +1,6 @@
 """One program for many sizes, programs compiled ahead of traffic, and weights that change."""
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import networks
 import pytest
 import seam
 import torch
+from heard import noticed, silent
 from plain import Plain, compiled, picture, plain, sampled, timesteps
 
 import dcompile
@@ -142,10 +142,9 @@ def test_a_backend_that_needs_fixed_sizes_gets_them() -> None:
         return graph_module
 
     network = compiled(backend=fixed_only, dynamic=RANGES)
-    with pytest.warns(UserWarning, match=r"no symbols, please; compiled for each size separately"):
+    with noticed(r"no symbols, please; compiled for each size separately"):
         check(network, (2, (8, 8)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         check(network, (4, (16, 8)), (2, (8, 8)))
     assert captures(network) == 3  # the open one, and one for each size
 
@@ -368,7 +367,6 @@ def test_another_dtype_is_another_program_and_back_again() -> None:
     double = sampled(network, picture().double(), timesteps())
     assert torch.equal(double, sampled(compiled().double(), picture().double(), timesteps()))
     network.float()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         assert torch.equal(sampled(network, picture(), timesteps()), first)
     assert captures(network) == 2

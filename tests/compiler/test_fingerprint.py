@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from heard import noticed
 from plain import Plain, picture, plain, timesteps
 from torch import nn
 
@@ -250,5 +251,5 @@ def test_training_mode_that_makes_no_difference_is_inference() -> None:
             network(picture(), t)
     stats = dcompile.handle(network).stats
     assert (stats.refresh_steps, stats.reuse_steps, stats.uncached_calls) == (2, 4, 0)
-    with pytest.warns(UserWarning, match="training mode"):
+    with noticed("training mode"):
         assert network(picture(), ts[0])[0].requires_grad

@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import functools
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from heard import noticed
 from plain import Plain, compiled, picture, plain, sampled, timesteps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -29,9 +29,7 @@ def clean() -> Iterator[None]:
     global LATEST
     BANK.clear()
     LATEST = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+    yield
 
 
 def compiled_like(network: Plain, **settings: Any) -> Plain:
@@ -217,7 +215,7 @@ def test_it_is_said_once_and_by_name() -> None:
     feats: list[Any] = []
     network.deep.register_forward_hook(lambda m, i, o: feats.append(o))
     compiled_like(network)
-    with pytest.warns(UserWarning, match="every call changes 'feats', which .*lambda") as seen:
+    with noticed("every call changes 'feats', which .*lambda") as seen:
         sampled(network, picture(), timesteps(STEPS))
         sampled(network, picture(), timesteps(STEPS))
     assert len(seen) == 1

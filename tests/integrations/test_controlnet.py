@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from heard import noticed, silent
 from simulated_graphs import SimulatedRecorder
 from small_pipelines import (
     DDIM,
@@ -216,12 +216,10 @@ def test_any_schedule(
     pipes: tuple[Any, Any], asked: list[int], schedule: Any, expected: list[int] | None
 ) -> None:
     reference, pipe = pipes
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a threshold that always refreshes
-        for each in (reference.unet, pipe):
-            cached(each, schedule=schedule, sampler=pipe.scheduler)
-        found = run(pipe)
-        assert torch.equal(found, run(reference))
+    for each in (reference.unet, pipe):
+        cached(each, schedule=schedule, sampler=pipe.scheduler)
+    found = run(pipe)
+    assert torch.equal(found, run(reference))
     stats = dcompile.handle(pipe).stats
     assert len(asked) == 9
     assert asked.count(RESIDUALS) == stats.refresh_steps
@@ -382,8 +380,7 @@ def test_a_controlnet_of_two_pipelines_stays_with_the_other() -> None:
     cached(one, interval=3)
     cached(two, interval=3)
     expected = run(two)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         dcompile.handle(one).remove()
         assert isinstance(two.controlnet.forward, LazyNetwork)
         assert torch.equal(run(two), expected)
@@ -443,7 +440,7 @@ def test_what_cannot_be_captured_runs_as_it_is() -> None:
     pipe.register_modules(controlnet=Unfollowable().eval())
     cached(pipe, interval=3)
     sample = torch.ones(1, 3)
-    with pytest.warns(UserWarning, match="Unfollowable computes all its results"), torch.no_grad():
+    with noticed("Unfollowable computes all its results"), torch.no_grad():
         found = pipe.controlnet(sample, torch.tensor(1))
     assert torch.equal(found[0], sample)
 

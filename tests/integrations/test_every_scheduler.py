@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import pkgutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +23,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from every_pipeline import every_third, stale_features
+from heard import heard
 from small_pipelines import DDIM, image, run, stable_diffusion, unconditional, unet
 from torch import Tensor
 
@@ -231,10 +231,8 @@ def test_every_scheduler(
         assert torch.equal(found, picture(plain, name, settings))
     assert len(counted) == calls
 
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always", UserWarning)
+    with heard() as warned:
         _, stats = drawn(speedup=1.5)
-    warned = [str(one.message) for one in heard if str(one.message).startswith("dcompile")]
     assert len(warned) == (name in UNTOLD), warned
     assert all("has no noise levels that can be read" in message for message in warned)
     assert stats.refresh_steps == GainWeighted(speedup=1.5).refreshes(calls, cut.ratio)

@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from heard import noticed
 from plain import plain
 from simulated_graphs import SimulatedRecorder
 from small_pipelines import DDIM, PIPELINES, run, stable_diffusion
@@ -424,7 +425,7 @@ def test_a_run_of_another_sampler_is_not_planned_by_this_one(pipes: tuple[Any, A
     other.unet = pipe.unet
     cached(pipe, schedule=GainWeighted(4), forecast="auto")
     run(pipe, num_inference_steps=20)
-    with pytest.warns(UserWarning, match="timesteps are not those of the DDIMScheduler"):
+    with noticed("timesteps are not those of the DDIMScheduler"):
         run(other, num_inference_steps=12)
     assert dcompile.handle(pipe).stats.refresh_steps == 8
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from typing import Any
 
 import pytest
 import seam
 import torch
 from diffusers import DDIMScheduler
+from heard import noticed, silent
 from plain import Plain, picture, plain, sampled, steps_of, timesteps
 
 import dcompile
@@ -146,7 +146,7 @@ def test_interleaved_runs_decide_for_themselves() -> None:
         assert torch.equal(found, wanted)
 
 
-def test_it_reads_the_sampler(recwarn: pytest.WarningsRecorder) -> None:
+def test_it_reads_the_sampler() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(20)
     x, found = picture(), []
@@ -214,10 +214,9 @@ def test_a_threshold_that_decides_nothing_warns_once(threshold: float, message: 
     network = dcompile.cache_compile(
         plain(), schedule=Adaptive(threshold), backend="eager", verbose=False
     )
-    with pytest.warns(UserWarning, match=message):
+    with noticed(message):
         sampled(network, picture(), timesteps(20))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         sampled(network, picture(1), timesteps(20))
 
 
@@ -245,7 +244,7 @@ def test_another_threshold_warns_again() -> None:
     network = plain()
     for _ in range(2):
         dcompile.cache_compile(network, schedule=Adaptive(1e9), backend="eager", verbose=False)
-        with pytest.warns(UserWarning, match="never reached"):
+        with noticed("never reached"):
             sampled(network, picture(), timesteps(9))
 
 
@@ -253,7 +252,7 @@ def test_features_that_are_not_finite_warn_once() -> None:
     network = dcompile.cache_compile(
         plain(), schedule=Adaptive(0.6), backend="eager", verbose=False
     )
-    with pytest.warns(UserWarning, match="features are not finite"):
+    with noticed("features are not finite"):
         sampled(network, picture() * float("nan"), timesteps(9))
     stats = dcompile.handle(network).stats
     assert stats.refresh_steps >= 4

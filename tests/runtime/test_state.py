@@ -220,9 +220,16 @@ def test_two_samplers_share_one_network(network: Plain) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_the_cache_is_freed_with_the_timesteps(network: Plain) -> None:
+def test_the_cache_is_freed_at_the_last_step(network: Plain) -> None:
     ts = timesteps()
-    sampled(network, picture(), ts)
+    for seed in (1, 2):
+        sampled(network, picture(seed), ts)
+        assert dcompile.handle(network).stats.cache_bytes == 0
+
+
+def test_the_cache_of_an_interrupted_run_is_freed_with_the_timesteps(network: Plain) -> None:
+    ts = timesteps()
+    sampled(network, picture(), ts[:-1])
     boundaries = dcompile.policy.forecast.resolve_forecast(SETTINGS["forecast"]).history
     assert dcompile.handle(network).stats.cache_bytes == boundaries * 2 * 8 * 8 * 8 * 4
     del ts

@@ -1,0 +1,145 @@
+"""Which arguments of a call are the noisy sample and the timestep.
+
+Decided by what they look like: the timestep is a number, or a tensor with one element or one for
+each batch element; the sample is a floating-point tensor with at least two dimensions, and shaped
+like what the network returns. Names only break ties. Where that leaves more than one, nothing is
+guessed.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from dcompile.errors import TimestepError
+
+# What papers and libraries call a timestep or noise level, apart from names with one of the words.
+_TIME_WORDS = ("time", "sigma", "noise", "step")
+_TIME_NAMES = ("t", "r", "tau", "s", "logsnr", "log_snr", "lam")
+_SAMPLE_NAMES = ("sample", "x", "hidden_states", "latents", "latent", "x_t", "xt", "z", "z_t")
+
+
+class Roles(NamedTuple):
+    """Names of the two arguments; None where nothing fits."""
+
+    sample: str | None
+    timestep: str | None
+
+
+UNKNOWN = Roles(None, None)
+
+
+def roles_of(arguments: Mapping[str, Any], asked: Roles, output_of: Callable[[], Any]) -> Roles:
+    """The roles in a call.
+
+    Args:
+        arguments: those that are tensors or numbers, by name, in the order of the parameters.
+        asked: names the user gave; None where none was given.
+        output_of: calls the network, once, if what it returns has to decide.
+
+    Raises:
+        TimestepError: several arguments fit equally well.
+    """
+    sample = asked.sample or _sample_of(arguments, asked.timestep, output_of)
+    timestep = asked.timestep or _timestep_of(arguments, sample)
+    return Roles(
+        sample if sample in arguments else None, timestep if timestep in arguments else None
+    )
+
+
+def is_called_time(name: str) -> bool:
+    """Whether a parameter's name alone says that it is a timestep."""
+    return "time" in name.lower()
+
+
+def may_be_called_time(name: str) -> bool:
+    """Whether a timestep may have this name."""
+    lowered = name.lower()
+    return lowered in _TIME_NAMES or any(word in lowered for word in _TIME_WORDS)
+
+
+def _sample_of(
+    arguments: Mapping[str, Any], timestep: str | None, output_of: Callable[[], Any]
+) -> str | None:
+    first = next(iter(arguments), "")
+    if first.lower() in _SAMPLE_NAMES and isinstance(arguments[first], torch.Tensor):
+        return first
+    tensors = [
+        name
+        for name, value in arguments.items()
+        if name != timestep and not is_called_time(name) and isinstance(value, torch.Tensor)
+    ]
+    fitting = [name for name in tensors if _is_field(arguments[name])]
+    if len(fitting) < 2:
+        return next(iter(fitting or tensors), None)
+    shape = _shape_of(output_of())
+    alike = [name for name in fitting if arguments[name].shape == shape] or [
+        name for name in fitting if _differ_in_channels_only(arguments[name].shape, shape)
+    ]
+    if len(alike) == 1:
+        return alike[0]
+    candidates = alike or fitting
+    named = [name for name in candidates if name.lower() in _SAMPLE_NAMES]
+    if len(named) == 1:
+        return named[0]
+    if not named and candidates[0] == first:
+        return candidates[0]  # the first parameter, as everywhere
+    raise _ambiguous("noisy sample", "sample", named or candidates)
+
+
+def _timestep_of(arguments: Mapping[str, Any], sample: str | None) -> str | None:
+    others = {name: value for name, value in arguments.items() if name != sample}
+    timed = [name for name in others if is_called_time(name)]
+    batch = arguments[sample].shape[0] if sample is not None else None
+    fitting = [name for name, value in others.items() if _is_time(value, batch)]
+    for names in ([name for name in timed if name in fitting], timed, fitting):
+        if len(names) == 1 or (names and names is not fitting):
+            return names[0]  # of several with "time" in their names, the first
+    if not fitting:
+        return None
+    named = [name for name in fitting if may_be_called_time(name)]
+    exact = [name for name in _TIME_NAMES if name in named]
+    if len(named) == 1:
+        return named[0]
+    if exact:
+        return exact[0]
+    raise _ambiguous("timestep", "timestep", named or fitting)
+
+
+def _ambiguous(what: str, parameter: str, names: Sequence[str]) -> TimestepError:
+    return TimestepError(
+        f"cannot tell which argument is the {what}: {', '.join(names)} look alike. Say it: "
+        f'cache_compile(network, {parameter}="{names[0]}")'
+    )
+
+
+def _is_field(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.is_floating_point()
+
+
+def _is_time(value: Any, batch: int | None) -> bool:
+    if isinstance(value, torch.Tensor):
+        if value.dtype is torch.bool:
+            return False
+        return value.numel() == 1 or (value.dim() == 1 and value.shape[0] == batch)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _shape_of(output: Any) -> torch.Size | None:
+    """Of the first tensor in what a network returned."""
+    if isinstance(output, torch.Tensor):
+        return output.shape
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (list, tuple)):
+        return next((shape for item in output if (shape := _shape_of(item)) is not None), None)
+    return None
+
+
+def _differ_in_channels_only(one: torch.Size, other: torch.Size | None) -> bool:
+    if other is None or len(one) != len(other) or one[0] != other[0]:
+        return False
+    return one[2:] == other[2:] or one[1:-1] == other[1:-1]

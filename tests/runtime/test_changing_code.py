@@ -1,0 +1,156 @@
+"""Code that changes between runs, or in a copy, is seen."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from heard import noticed
+from plain import Plain, compiled, picture, plain, sampled, timesteps
+from torch import nn
+
+import dcompile
+
+STEPS = 7
+
+
+class Scale(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return scaled(x)
+
+
+def scaled(x: torch.Tensor) -> torch.Tensor:
+    return x * 1.5
+
+
+class Processor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.25
+
+
+class Patched(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale()
+        self.processor = Processor()
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        return super().forward(self.processor(self.scale(sample)), timestep, condition)
+
+
+def made() -> Patched:
+    torch.manual_seed(0)
+    return Patched().eval()
+
+
+def patch_submodule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scale, "forward", lambda self, x: x * 0.5)
+
+
+def patch_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processor, "__call__", lambda self, x: x - 0.25)
+
+
+def patch_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Patched.forward
+    monkeypatch.setattr(
+        Patched, "forward", lambda self, sample, timestep, condition=None: (
+            forward(self, sample * 0.5, timestep, condition)
+        ),
+    )  # fmt: skip
+
+
+def patch_base_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Plain.forward
+    monkeypatch.setattr(
+        Plain, "forward", lambda self, sample, timestep, condition=None: (
+            forward(self, sample * 0.5, timestep, condition)
+        ),
+    )  # fmt: skip
+
+
+def patch_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "scaled", lambda x: x * 0.5)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [patch_submodule, patch_processor, patch_network, patch_base_class, patch_function],
+    ids=lambda f: f.__name__,
+)
+def test_a_patch_between_two_runs_is_seen(patch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = dcompile.cache_compile(made(), interval=1, backend="eager", verbose=False)
+    before = sampled(network, picture(), timesteps(STEPS))
+    with monkeypatch.context() as patched:
+        patch(patched)
+        found = sampled(network, picture(), timesteps(STEPS))
+        assert torch.equal(found, sampled(made(), picture(), timesteps(STEPS)))
+        assert not torch.equal(found, before)
+    assert torch.equal(sampled(network, picture(), timesteps(STEPS)), before)
+    assert dcompile.handle(network).stats.uncached_calls == 0
+    assert dcompile.handle(network).stats.captures == 2  # the first one is used again
+
+
+class Headed(Plain):
+    head: Any = staticmethod(lambda x: x)
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        (result,) = super().forward(sample, timestep, condition)
+        return (self.head(result),)
+
+
+def test_a_shallow_copy_runs_its_own_head() -> None:
+    torch.manual_seed(0)
+    network = Headed().eval()
+    dcompile.cache_compile(network, interval=3, backend="eager", verbose=False)
+    expected = sampled(network, picture(), timesteps(STEPS))
+    other = copy.copy(network)
+    other.head = lambda x: -x
+    with torch.no_grad(), noticed("a shallow copy of Headed"):
+        found = other(picture(), timesteps(STEPS)[0])[0]
+    with torch.no_grad():
+        assert torch.equal(found, -network(picture(), timesteps(STEPS)[0])[0])
+    assert dcompile.handle(network).stats.uncached_calls == 1
+    with pytest.raises(dcompile.NotCompiledError):
+        dcompile.handle(other)
+    dcompile.cache_compile(other, interval=1, backend="eager", verbose=False)
+    with torch.no_grad():
+        assert torch.equal(other(picture(), timesteps(STEPS)[0])[0], found)
+    assert torch.equal(sampled(network, picture(), timesteps(STEPS)), expected)
+
+
+def test_adapter_scales_that_change_during_a_run() -> None:
+    class Adapted(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep.scaling = {"default": 1.0}  # type: ignore[assignment]
+
+        def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+            scale = self.deep.scaling["default"]  # type: ignore[index, union-attr]
+            return super().forward(sample * scale, timestep, condition)
+
+    def run(network: Any) -> torch.Tensor:
+        network.deep.scaling["default"] = 1.0
+        x = picture()
+        with torch.no_grad():
+            for number, t in enumerate(timesteps(STEPS)):
+                network.deep.scaling["default"] = 1.0 if number < 3 else 0.5
+                x = x - 0.2 * network(x, t)[0]
+        return x
+
+    torch.manual_seed(0)
+    expected = run(Adapted().eval())
+    torch.manual_seed(0)
+    network = dcompile.cache_compile(Adapted().eval(), interval=1, backend="eager", verbose=False)
+    assert torch.equal(run(network), expected)
+    assert dcompile.handle(network).stats.captures == 2
+
+
+def test_what_is_unchanged_is_captured_once() -> None:
+    network = compiled()
+    for _ in range(3):
+        sampled(network, picture(), timesteps(STEPS))
+    assert dcompile.handle(network).stats.captures == 1
+    assert plain() is not network
