@@ -19,6 +19,7 @@ from dcompile.errors import CaptureError, ExportError, NotCompiledError
 from dcompile.policy.forecast import name_of
 from dcompile.progress import Display
 from dcompile.report.explain import CompanionReport, Explanation, explain
+from dcompile.report.summary import summary
 from dcompile.runtime.counters import Stats
 from dcompile.runtime.dispatcher import Dispatcher
 from dcompile.runtime.install import detach
@@ -47,6 +48,10 @@ class Handle:
     def stats(self) -> Stats:
         """Counts since the last ``cache_compile``."""
         return self._dispatcher.stats()
+
+    def report(self) -> str:
+        """What to know after a run: what was refreshed, forced and uncached, and why."""
+        return summary(type(self.module).__name__, self.stats)
 
     def enable(self) -> None:
         """Cache again, after ``disable``; what could not be compiled is tried again."""

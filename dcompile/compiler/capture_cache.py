@@ -20,7 +20,7 @@ from dcompile.compiler.fingerprint import (
     structure_of,
 )
 from dcompile.compiler.side_effects import Change, FunctionCaches, Key, RandomStates, Snapshot
-from dcompile.compiler.signature import Signature, signature_of
+from dcompile.compiler.signature import Signature, signature_of, what_differs
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import CaptureError
 from dcompile.passes.base import is_random
@@ -50,11 +50,13 @@ class CaptureCache:
         module: the network.
         written: entries of its structure that its own forward pass writes, such as counters; they
             are left out when structures are compared (see ``fingerprint.changed_by_running``).
+        last_reason: why the latest capture was needed.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[[], Callable[..., Any]]) -> None:
         self.module = module
         self.written: frozenset[str] = frozenset()
+        self.last_reason = self._change = ""
         self._forward = forward
         self._structures: list[Structure] = []
         self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
@@ -74,6 +76,7 @@ class CaptureCache:
             if self._structures:
                 changed = difference(self._structures[-1], now)
                 display.note(f"the module changed ({changed}): new capture")
+                self._change = changed
             self._structures.append(now)
             number = len(self._structures) - 1
         return number
@@ -111,6 +114,7 @@ class CaptureCache:
             known = self._refused.get(number) or self._failed.get(key)
             if known is not None:
                 raise type(known)(str(known)) from known
+            self._note_reason(key)
             try:
                 network = self._capture(number, call, dynamic, display)
             except TrainingModeError:
@@ -124,6 +128,16 @@ class CaptureCache:
         self._networks.pop(key, None)
         self._networks[key] = network  # the latest last
         return network
+
+    def _note_reason(self, key: tuple[int, Signature, DynamicSizes | None]) -> None:
+        number, signature, _ = key
+        others = [known for structure, known, _ in self._networks if structure == number]
+        if self._change and not others:
+            self.last_reason = f"the module changed: {self._change}"
+        elif others:
+            self.last_reason = f"another kind of call: {what_differs(others[-1], signature)}"
+        elif not self._networks:
+            self.last_reason = "the first call"
 
     def networks(self) -> list[CapturedNetwork]:
         """All networks captured so far, the latest last."""

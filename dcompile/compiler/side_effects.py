@@ -84,7 +84,7 @@ class _Held(NamedTuple):
     thing: Any
     where: str
     state: Any
-    write: Callable[[Any], None] | None
+    write: Callable[[Any], Any] | None
 
 
 class Snapshot:
@@ -162,7 +162,7 @@ class Snapshot:
             self._pending.append((kind, kind.__name__))
 
     def _hold(
-        self, thing: Any, where: str, aspect: str, state: Any, write: Callable[[Any], None] | None
+        self, thing: Any, where: str, aspect: str, state: Any, write: Callable[[Any], Any] | None
     ) -> None:
         self._held[id(thing), aspect] = _Held(thing, where, state, write)
         self._seen.setdefault(id(thing), thing)  # alive as long as its identity is used
@@ -416,7 +416,7 @@ class RandomStates:
         self._cpu = torch.get_rng_state()
         self._devices = (
             {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-            if torch.cuda.is_initialized()
+            if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             else {}
         )
         numpy = sys.modules.get("numpy")

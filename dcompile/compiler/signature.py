@@ -39,6 +39,22 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
     return tuple(parts), conditioning
 
 
+def what_differs(one: Signature, other: Signature) -> str:
+    """The first difference of two signatures, for a person."""
+    if one[0] is not other[0]:
+        return "its arguments are given in another way"
+    for before, after in zip(one[1:], other[1:], strict=False):
+        if before != after:
+            if isinstance(before, torch.Size):
+                return f"a tensor of shape {tuple(after)} instead of {tuple(before)}"
+            if isinstance(before, type):
+                return f"a {after.__name__} instead of a {before.__name__}"
+            if isinstance(before, (bool, tuple)):
+                return "a tensor with other strides" if isinstance(after, tuple) else f"{after!r}"
+            return f"{after!r} instead of {before!r}"
+    return "autocast"
+
+
 def portable_signature(signature: Signature) -> str | None:
     """A call signature as JSON, equal in every process; None if it cannot be written as JSON."""
     form, *parts = signature

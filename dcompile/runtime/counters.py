@@ -20,11 +20,13 @@ class Stats:
         partial_steps: calls that ran a graph in between, of several cuts.
         reuse_steps: calls that ran the shallow graph.
         forced_steps: calls that refreshed more than the schedule wanted, because a cache was
-            missing or stale.
+            missing or stale, or it was not certain whose it is.
+        forced_reasons: how many of them for which reason.
         uncached_calls: calls that went to the module itself (training, gradients).
         uncached_reasons: how many of them for which reason.
         runs: sampling runs seen.
         captures: networks captured.
+        last_capture: why the latest one was needed.
         compile_seconds: spent capturing and compiling.
         cache_bytes: bytes of cached tensors held now.
         flops_speedup: FLOPs of refreshing at each of these calls, over the FLOPs that they took.
@@ -41,6 +43,8 @@ class Stats:
     flops_speedup: float
     forced_steps: int = 0
     uncached_reasons: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    forced_reasons: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    last_capture: str = ""
 
 
 class Counters:
@@ -48,7 +52,8 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._refresh = self._partial = self._reuse = self._forced = 0
+        self._refresh = self._partial = self._reuse = 0
+        self._forced: Counter[str] = Counter()
         self._uncached: Counter[str] = Counter()
         self._cost = 0.0  # of all calls counted, in refresh steps
         self._captures = 0
@@ -60,12 +65,13 @@ class Counters:
             self._reuse += 1
             self._cost += cost
 
-    def refresh(self, cost: float, *, full: bool, forced: bool) -> None:
-        """A call refreshed all cuts (``full``) or some of them, perhaps unplanned."""
+    def refresh(self, cost: float, *, full: bool, forced: str | None) -> None:
+        """A call refreshed all cuts (``full``) or some of them; why, if that was not planned."""
         with self._lock:
             self._refresh += full
             self._partial += not full
-            self._forced += forced
+            if forced is not None:
+                self._forced[forced] += 1
             self._cost += cost
 
     def uncached(self, reason: str) -> None:
@@ -80,7 +86,7 @@ class Counters:
             self._captures += display.completed["capturing"]
             self._seconds += sum(display.seconds.values())
 
-    def stats(self, runs: int, cache_bytes: int) -> Stats:
+    def stats(self, runs: int, cache_bytes: int, last_capture: str = "") -> Stats:
         """All counts, with those that others keep."""
         with self._lock:
             uncached = self._uncached.total()
@@ -95,6 +101,8 @@ class Counters:
                 compile_seconds=self._seconds,
                 cache_bytes=cache_bytes,
                 flops_speedup=calls / self._cost if self._cost else 1.0,
-                forced_steps=self._forced,
+                forced_steps=self._forced.total(),
                 uncached_reasons=MappingProxyType(dict(self._uncached)),
+                forced_reasons=MappingProxyType(dict(self._forced)),
+                last_capture=last_capture,
             )

@@ -11,21 +11,17 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves
 
-from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture import capturing_in_this_thread
-from dcompile.compiler.capture_cache import IN_TRAINING_MODE, TrainingModeError
-from dcompile.compiler.fingerprint import ToggleSnapshot
-from dcompile.compiler.lazy import materialize
+from dcompile.compiler.capture_cache import IN_TRAINING_MODE
 from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
-from dcompile.errors import BackendError, CaptureError, DcompileError
 from dcompile.policy.schedule import Plan
-from dcompile.progress import Display
 from dcompile.runtime.binder import Refusal, Runner
 from dcompile.runtime.counters import Stats
 from dcompile.runtime.lanes import Lane
 from dcompile.runtime.lazy_network import LazyNetwork
 from dcompile.runtime.readback import Readback
+from dcompile.runtime.runners import Runners
 from dcompile.runtime.settings import Settings
 from dcompile.runtime.state import RefreshRecord, State
 from dcompile.runtime.tracking import Run
@@ -45,29 +41,22 @@ class Dispatcher(ForwardWrapper):
 
     Attributes:
         state: what calls need; replaced as a whole, never changed in place.
-        forms: the forms of the network's calls.
-        programs: everything captured and compiled so far; survives ``configure``.
+        runners: what has been captured and compiled; survives ``configure``.
         companions: the pipeline's networks whose results this one reads, such as ControlNets.
     """
 
-    __slots__ = ("_raised", "_training_matters", "companions", "forms", "programs", "state")
+    __slots__ = ("companions", "runners", "state")
 
     def __init__(self, module: nn.Module, original: Callable[..., Any], settings: Settings) -> None:
         super().__init__(module, original)
-        self.forms = CallForms(original, settings.roles)
-        self.programs = ProgramCache(module, lambda: self.original, self.forms)
+        self.runners = Runners(module, lambda: self.original, settings.roles)
         self.companions: list[LazyNetwork] = []
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
         """Use other settings from the next call on; keeps compiled programs that still fit."""
-        if settings.roles != self.forms.asked:
-            self.forms = CallForms(self.original, settings.roles)
-            self.programs = ProgramCache(self.module, lambda: self.original, self.forms)
-        self.programs.forget_failures()
-        self._raised: set[str] = set()
-        self._training_matters = False  # known to draw random numbers or to learn as it runs
-        self.state = State.of(self.module, self.forms, settings)
+        self.runners.configure(settings)
+        self.state = State.of(self.module, self.runners.forms, settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
@@ -84,7 +73,7 @@ class Dispatcher(ForwardWrapper):
         try:
             bound = lane.bound if call.signature is lane.signature else None
             if bound is None:
-                bound = run.programs.get(call.signature) or self._bind(state, run, call)
+                bound = run.programs.get(call.signature) or self.runners.bind(state, run, call)
                 if isinstance(bound, Refusal):
                     return self._run_uncached(state, bound.reason, args, kwargs, bound.result)
             plan = run.plan or self._plan(state, run, bound, call)
@@ -96,7 +85,7 @@ class Dispatcher(ForwardWrapper):
             # A refresh step has the time to see whether a switch was flipped meanwhile.
             if level == len(run.due) and step and run.toggled():
                 run.invalidate_programs()
-                bound = self._bind(state, run, call)
+                bound = self.runners.bind(state, run, call)
                 if isinstance(bound, Refusal):
                     return self._run_uncached(state, bound.reason, args, kwargs, bound.result)
                 if lane.program is not bound.program:
@@ -110,13 +99,16 @@ class Dispatcher(ForwardWrapper):
         except BaseException:  # an interrupt too: nothing of this run may be used again
             state.tracker.forget(run)
             raise
-        if step == run.last_step:  # what follows, such as decoding, may need the memory
-            lane.release()
         if level:
-            full, forced = level == len(run.due), level > wanted
+            forced = run.why_forced(lane) if level > wanted else None
+            full = level == len(run.due)
             state.counters.refresh(bound.program.cost(level), full=full, forced=forced)
         else:
+            run.reused = True
             state.counters.reuse(bound.program.ratio)
+        if step == run.last_step:  # what follows, such as decoding, may need the memory
+            lane.release()
+            note_if_nothing_was_reused(state, run)
         return result
 
     def _execute(
@@ -153,7 +145,7 @@ class Dispatcher(ForwardWrapper):
     def reason_not_to_cache(self, call: Call) -> str | None:
         """Why this call runs uncached, as far as it is not its arguments'; None if it does not."""
         grad = torch.is_grad_enabled()
-        if (grad or self._training_matters) and self.module.training:
+        if (grad or self.runners.training_matters) and self.module.training:
             return IN_TRAINING_MODE
         if grad and any(isinstance(x, torch.Tensor) and x.requires_grad for x in call.leaves):
             return "an input requires grad"
@@ -188,59 +180,19 @@ class Dispatcher(ForwardWrapper):
     # Cold: once for each run and kind of call
 
     def _plan(self, state: State, run: Run, bound: Runner, call: Call) -> Plan:
+        earlier = state.tracker.latest_planned(run)
+        if earlier is not None:
+            note_if_nothing_was_reused(state, earlier)
         plan, forecasts = state.planner.plan(run.steps, bound.program.ratio, call.timestep)
         run.begin(plan, forecasts)
         return plan
 
-    def _bind(self, state: State, run: Run, call: Call) -> Runner | Refusal:
-        """A program for this call with the module's weights, for the lanes of this run.
-
-        Raises:
-            DcompileError: there is none, and that is to be raised.
-        """
-        run.toggles = ToggleSnapshot(self.module)
-        try:
-            runner: Runner | Refusal = self.runner_for(state, call)
-        except TrainingModeError as error:
-            self._training_matters = True
-            return Refusal(str(error), error.uncached_result)
-        except DcompileError as error:
-            if self._is_raised(state, error):
-                raise
-            run.programs[call.signature] = Refusal(str(error))
-            return Refusal(str(error), getattr(error, "uncached_result", ()))
-        run.programs[call.signature] = runner
-        return runner
-
-    def _is_raised(self, state: State, error: DcompileError) -> bool:
-        """Whether to raise it: a wrong setting is raised once, then the network runs uncached."""
-        if state.settings.on_error == "raise":
-            return True
-        if isinstance(error, (CaptureError, BackendError)) or str(error) in self._raised:
-            return False
-        self._raised.add(str(error))
-        return True
-
-    def runner_for(self, state: State, call: Call) -> Runner:
-        """A program for this call with the module's weights: found, or captured and compiled.
-
-        Raises:
-            DcompileError: there is none.
-        """
-        form = call.form
-        assert form is not None
-        with self.programs.lock:
-            display = Display(type(self.module).__name__, state.settings.verbose)
-            try:
-                standard = self.forms.standard(form, materialize(call.leaves))
-                program = self.programs.program_for(
-                    standard, state.settings.target, display, state.notices
-                )
-            finally:
-                state.counters.built(display)
-            return state.binder.bind(program, standard)
-
     # Steering; see ``handles.Handle``
+
+    @property
+    def programs(self) -> ProgramCache:
+        """Everything captured and compiled so far."""
+        return self.runners.programs
 
     @property
     def settings(self) -> Settings:
@@ -269,9 +221,20 @@ class Dispatcher(ForwardWrapper):
         tracker = self.state.tracker
         cached = tree_leaves([getattr(held, "tensors", held) for held in tracker.cached()])
         held = {id(t): t.nbytes for t in cached if isinstance(t, torch.Tensor)}
-        return self.state.counters.stats(tracker.runs, sum(held.values()))
+        reason = self.programs.captures.last_reason
+        return self.state.counters.stats(tracker.runs, sum(held.values()), reason)
 
     def release(self) -> None:
         """Drop all that is cached, and the buffers of CUDA graphs."""
         self.state.tracker.reset()
         self.state.binder.release()
+
+
+def note_if_nothing_was_reused(state: State, run: Run) -> None:
+    """Say so, once for each run, where the plan had wanted reuse."""
+    if run.forced and not run.reused:
+        state.notices.warn(
+            f"a run of {run.step + 1} steps reused nothing, though its schedule wanted it at "
+            f"{run.forced} calls: {run.latest_reason}"
+        )
+        run.forced = 0

@@ -33,6 +33,10 @@ MAX_VALUE_TRACKS = 8
 MAX_LANES = 1024
 # Storages that died after one call, one after another, before values are looked at.
 MAX_ORPHANS = 2
+BY_VALUE = (
+    "its timestep is a number or a tensor of its own, no view of the sampler's timesteps, and the "
+    "values so far do not tell whose step it is"
+)
 # Of the first value of a run identified by value: a second one further away begins another run.
 FIRST_GAP = 0.3
 
@@ -51,11 +55,17 @@ class Run:
         toggles: the module's switches as they were when its programs were bound.
         lanes: the calls of a step, each with what it cached.
         ended: known to be at its last step although ``steps`` is not known.
+        reused: whether any step reused features.
+        forced: how many calls refreshed though the plan did not want it.
+        latest_reason: why the latest of them did.
     """
 
     steps: int | None
     step: int = -1
     ended: bool = False
+    reused: bool = False
+    forced: int = 0
+    latest_reason: str = ""
     due: list[int] = field(default_factory=lambda: [0])
     programs: dict[Any, Any] = field(default_factory=dict)
     plan: Plan | None = None
@@ -67,6 +77,7 @@ class Run:
     # interleaves requests). Then the next call may belong to either, and until it is clear, nothing
     # is reused. _open_ends are the steps at which an abandoned pass might go on.
     _doubtful: bool = False
+    _reason: str = ""  # for the latest doubt
     _open_ends: set[int] = field(default_factory=set)
 
     @property
@@ -142,9 +153,20 @@ class Run:
         for lane in self.lanes:
             lane.bound = None
 
-    def doubt(self) -> None:
+    def doubt(self, reason: str) -> None:
         """Reuse nothing at the next step."""
         self._doubtful = True
+        self._reason = reason
+
+    def why_forced(self, lane: Lane) -> str:
+        """Why a call of this lane has to refresh though the plan does not want it."""
+        self.forced += 1
+        self.latest_reason = self._reason or (
+            "what is cached missed a refresh"
+            if lane.cached
+            else "its conditioning is no tensor that a call of the step before had"
+        )
+        return self.latest_reason
 
     def drop(self) -> None:
         """Free all that is cached; the run itself goes on."""
@@ -165,7 +187,7 @@ class Run:
         """It has another number of steps than was thought: it is planned again, after a refresh."""
         self.steps = steps
         self.plan = None
-        self.doubt()
+        self.doubt("its timesteps go in another stride than those of the run before")
 
     def _make_room(self) -> None:
         """Drop the oldest lanes, where there are too many, or too little memory for one more."""
@@ -177,9 +199,11 @@ class Run:
 
     def _advance(self) -> None:
         """Keep the lanes that were called at the step before, unless it is doubtful whose."""
-        if len(self._served) == len(self.lanes) and not self._doubtful:
-            self._served.clear()
-            return
+        if not self._doubtful:
+            self._reason = ""
+            if len(self._served) == len(self.lanes):
+                self._served.clear()
+                return
         self.lanes = [
             lane for lane in self.lanes if id(lane) in self._served and not self._doubtful
         ]
@@ -191,7 +215,7 @@ class Run:
         self.lanes = []
         self.invalidate_programs()
         self._served = set()
-        self._doubtful = True
+        self.doubt("another pass over the same timesteps may be under way")
         self.due = [min(due, step) for due in self.due]
 
 
@@ -290,6 +314,7 @@ class StepTracker:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held for bookkeeping only, never while anything computes
         self._by_storage: dict[int, _StorageTrack] = {}
+        self._latest: weakref.ref[Run] | None = None
         self._stride = 1  # of the latest run that has shown one
         # How many timesteps in a row were views of storages that nobody went on with, such as
         # ``timesteps.flip(0)[i]``: after some of them, values identify the step.
@@ -327,6 +352,12 @@ class StepTracker:
                 if step == 0 < run.step:  # another run over the same timesteps
                     self.runs += 1
             return run, run.enter(step, conditioning, signature), step
+
+    def latest_planned(self, run: Run) -> Run | None:
+        """The run that was planned before this one, which is now the latest."""
+        with self._lock:
+            earlier, self._latest = self._latest, weakref.ref(run)
+        return earlier() if earlier is not None else None
 
     def forget(self, run: Run) -> None:
         """Drop a run: something went wrong in the middle of it."""
@@ -412,7 +443,7 @@ class StepTracker:
             # A first gap proves little, and so does a track that others were called in between, or
             # one of several that the call fits equally well.
             if track.gap is None or track is not self._by_value[-1] or others:
-                track.run.doubt()
+                track.run.doubt(BY_VALUE)
             track.move_to(value)
             self._by_value.remove(track)
             self._by_value.append(track)

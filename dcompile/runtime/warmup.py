@@ -29,7 +29,7 @@ def captured_network(
         raise CaptureError(f"a call like this is never cached: {call.refusal}")
     with programs.lock:
         display = Display(type(dispatcher.module).__name__, state.settings.verbose)
-        standard = dispatcher.forms.standard(call.form, call.leaves)
+        standard = dispatcher.runners.forms.standard(call.form, call.leaves)
         try:
             return programs.captures.captured(standard, state.settings.dynamic, display)
         finally:
@@ -52,7 +52,7 @@ def warm_up(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any
     reason = call.refusal or dispatcher.reason_not_to_cache(call)
     if reason is not None:
         raise CaptureError(f"warmup: {reason}, so such a call runs uncached")
-    runner = dispatcher.runner_for(state, call)
+    runner = dispatcher.runners.runner_for(state, call)
     with torch.no_grad():
         _, cached = runner.refresh(call.leaves)
         for level, layout in enumerate(runner.program.cached):

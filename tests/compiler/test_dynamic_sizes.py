@@ -313,7 +313,7 @@ def test_warmup_in_the_middle_of_a_run_changes_nothing() -> None:
         ("[1, 2]", "not a call signature"),
         ("unet", "not a call signature"),
         ((), "a call with a sample and a timestep"),
-        (("noise", 3), "the sample is no tensor"),
+        (("noise", 3), "a call with a sample and a timestep"),
         ((picture(),), "a call with a sample and a timestep"),
     ],
 )

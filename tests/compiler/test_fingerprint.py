@@ -120,7 +120,7 @@ class Processor:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        self.seen.append(x.shape[0])
+        self.seen = [*self.seen, x.shape[0]]
         return x * self.scale
 
 
@@ -232,10 +232,7 @@ def test_a_tensor_left_for_others_is_refused_and_nothing_of_the_capture_stays() 
     network = Leaving().eval()
     before = network.kept.before
     dcompile.cache_compile(network, backend="eager", verbose=False)
-    with (
-        torch.no_grad(),
-        pytest.raises(dcompile.CaptureError, match=r"SimpleNamespace\.(map|before), for others"),
-    ):
+    with torch.no_grad(), noticed(r"every call changes Leaving\.kept\.(map|before)"):
         network(picture(), timesteps()[0])
     assert torch.equal(network.kept.before, network.kept.map * 1.5)  # its own forward has run
     assert type(network.kept.before) is type(before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,11 +25,11 @@ LATEST: Any = None
 
 
 @pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
+def clean() -> None:
     global LATEST
     BANK.clear()
     LATEST = None
-    yield
+    return
 
 
 def compiled_like(network: Plain, **settings: Any) -> Plain:
