@@ -5,12 +5,19 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    TreeSpec,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_map_only,
+    tree_unflatten,
+)
 
 from dcompile.compiler.lazy import LazyTensor, materialize
 from dcompile.compiler.roles import UNKNOWN, Roles, roles_of
@@ -26,12 +33,19 @@ class CallForm:
         sample: position of the noisy sample among the leaves.
         timestep: position of the timestep.
         roles: names of the arguments that they are.
+        names: what each leaf is called, for messages.
+        variable: leaves that are numbers and differ from call to call: the graph takes them as
+            tensors. Positions are added as calls come.
+        constant: leaves that are numbers, and which the network cannot take as tensors.
     """
 
     spec: TreeSpec
     sample: int
     timestep: int
     roles: Roles = UNKNOWN
+    names: tuple[str, ...] = ()
+    variable: set[int] = field(default_factory=set)
+    constant: set[int] = field(default_factory=set)
 
 
 class StandardCall(NamedTuple):
@@ -174,7 +188,16 @@ class CallForms:
         leaves, _ = tree_flatten((marked_args, marked_kwargs))
         where = {id(leaf): place for place, leaf in enumerate(leaves)}
         sample, timestep = where[id(marks[roles.sample])], where[id(marks[roles.timestep])]
-        return CallForm(spec, sample, timestep, roles)
+        return CallForm(spec, sample, timestep, roles, self._leaf_names(args, kwargs))
+
+    def _leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+        paths, _ = tree_flatten_with_path(
+            (
+                dict(zip(self._positional(len(args)), args, strict=True)),
+                kwargs,
+            )
+        )
+        return tuple(keystr(path[1:]).strip("[]'\"") for path, _ in paths)
 
     def _positional(self, count: int) -> list[str]:
         """Names for positional arguments, made up for those that ``*args`` takes."""

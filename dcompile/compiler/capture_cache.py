@@ -5,6 +5,7 @@ Used for a denoiser (``ProgramCache``) and for its companions (``runtime.lazy_ne
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,12 +21,19 @@ from dcompile.compiler.fingerprint import (
     structure_of,
 )
 from dcompile.compiler.side_effects import Change, FunctionCaches, Key, RandomStates, Snapshot
-from dcompile.compiler.signature import Signature, signature_of, what_differs
+from dcompile.compiler.signature import (
+    Signature,
+    constants_that_differ,
+    signature_of,
+    what_differs,
+)
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import CaptureError
 from dcompile.passes.base import is_random
 from dcompile.progress import Display
 
+# Captures for different values of one argument, as many as Dynamo's recompile limit.
+MAX_VALUES = 8
 IN_TRAINING_MODE = "the network is in training mode (call .eval())"
 
 
@@ -114,6 +122,7 @@ class CaptureCache:
             known = self._refused.get(number) or self._failed.get(key)
             if known is not None:
                 raise type(known)(str(known)) from known
+            self._require_few_values(key)
             self._note_reason(key)
             try:
                 network = self._capture(number, call, dynamic, display)
@@ -128,6 +137,29 @@ class CaptureCache:
         self._networks.pop(key, None)
         self._networks[key] = network  # the latest last
         return network
+
+    def _require_few_values(self, key: tuple[int, Signature, DynamicSizes | None]) -> None:
+        """Refuse to capture for one value of a constant after another.
+
+        Raises:
+            CaptureError: there are ``MAX_VALUES`` captures for other values of an argument.
+        """
+        number, signature, dynamic = key
+        places = [
+            places
+            for known, other, sizes in self._networks
+            if (known, sizes) == (number, dynamic)
+            and (places := constants_that_differ(other, signature))
+        ]
+        if len(places) >= MAX_VALUES:
+            (place, _), *_ = Counter(place for found in places for place in found).most_common(1)
+            names = signature[0].names
+            name = names[place] if place < len(names) else f"argument {place}"
+            raise CaptureError(
+                f"{type(self.module).__name__} was captured for {len(places)} values of {name}, "
+                "and each value is a graph of its own: with further ones it runs uncached. Pass it "
+                "as a tensor, if the network can take one"
+            )
 
     def _note_reason(self, key: tuple[int, Signature, DynamicSizes | None]) -> None:
         number, signature, _ = key

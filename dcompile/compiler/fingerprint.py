@@ -14,6 +14,7 @@ import json
 import re
 import threading
 import types
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
@@ -328,6 +329,27 @@ def _are_numbers(value: Any) -> bool:
         and bool(value)
         and all(type(item) in (int, float) for item in value.values())
     )
+
+
+class WeightSample:
+    """Some of a module's parameters, to notice that others were put in their places.
+
+    ``torch.func.functional_call`` does so for the time of one call. Held weakly.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        held = [
+            (submodule._parameters, name, parameter)
+            for submodule in module.modules()
+            for name, parameter in submodule._parameters.items()
+            if parameter is not None
+        ]
+        some = held[:1] + held[len(held) // 2 : len(held) // 2 + 1] + held[-1:]
+        self._some = [(table, name, weakref.ref(parameter)) for table, name, parameter in some]
+
+    def changed(self) -> bool:
+        """Whether any is another object now."""
+        return any(table.get(name) is not reference() for table, name, reference in self._some)
 
 
 def tensors_in_containers(module: nn.Module) -> dict[int, str]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ MAX_MATCHERS = 8
 Matcher = Callable[[tuple[Any, ...], dict[str, Any]], tuple[list[Any], list[torch.Tensor]] | None]
 
 
+_NONE: Mapping[int, Any] = MappingProxyType({})
+
+
 class Call:
     """One call of the network.
 
@@ -35,10 +39,11 @@ class Call:
         signature: the same object for all calls with an equal one; None if ``refusal`` is set.
         conditioning: the tensors except sample and timestep.
         timestep: as the caller gave it: a tensor or a number.
+        numbers: leaves that were given as numbers, and are tensors among ``leaves``.
         refusal: why a call like this one cannot be cached; None if it can.
     """
 
-    __slots__ = ("conditioning", "form", "leaves", "refusal", "signature", "timestep")
+    __slots__ = ("conditioning", "form", "leaves", "numbers", "refusal", "signature", "timestep")
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class Call:
         conditioning: list[torch.Tensor],
         timestep: Any,
         refusal: str | None = None,
+        numbers: Mapping[int, Any] = _NONE,
     ) -> None:
         self.leaves = leaves
         self.form = form
@@ -55,6 +61,7 @@ class Call:
         self.conditioning = conditioning
         self.timestep = timestep
         self.refusal = refusal
+        self.numbers = numbers
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +84,7 @@ class CallReader:
         self._forms = forms
         self._timestep_to_device = timestep_to_device
         self._interned: dict[Signature, Signature] = {}
+        self._latest: dict[CallForm, list[Any]] = {}  # the numbers of the latest new call
         self._matchers: tuple[tuple[Matcher, CallForm, Signature], ...] = ()
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -86,10 +94,17 @@ class CallReader:
             if found is not None:
                 leaves, conditioning = found
                 timestep = leaves[form.timestep]
-                if self._timestep_to_device or type(timestep) is not torch.Tensor:
-                    self._convert_timestep(leaves, form)
-                return Call(leaves, form, signature, conditioning, timestep)
+                numbers = _NONE
+                if form.variable or type(timestep) is not torch.Tensor or self._timestep_to_device:
+                    numbers = self._convert_numbers(leaves, form)
+                return Call(leaves, form, signature, conditioning, timestep, None, numbers)
         return self._read_new(args, kwargs)
+
+    def keep_constant(self, form: CallForm) -> None:
+        """The network cannot take numbers of such calls as tensors: each value is a constant."""
+        form.constant.update(form.variable)
+        form.variable.clear()
+        self._matchers = tuple(known for known in self._matchers if known[1] is not form)
 
     def _read_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         leaves, form = self._forms.flatten(args, kwargs)
@@ -97,7 +112,8 @@ class CallReader:
         if refusal is not None or form is None:
             return Call(leaves, form, None, [], None, refusal)
         timestep = leaves[form.timestep]
-        self._convert_timestep(leaves, form)
+        self._find_variable(leaves, form)
+        numbers = self._convert_numbers(leaves, form)
         signature, conditioning = signature_of(form, leaves)
         try:
             signature = self._interned.setdefault(signature, signature)
@@ -108,16 +124,41 @@ class CallReader:
             matcher = make_matcher(args, kwargs, form)
             if matcher is not None:
                 self._matchers = (*self._matchers, (matcher, form, signature))
-        return Call(leaves, form, signature, conditioning, timestep)
+        return Call(leaves, form, signature, conditioning, timestep, None, numbers)
 
-    def _convert_timestep(self, leaves: list[Any], form: CallForm) -> None:
-        timestep = leaves[form.timestep]
-        if not isinstance(timestep, torch.Tensor):
-            timestep = torch.tensor(timestep)  # an input of the graph, not a constant
+    def _find_variable(self, leaves: list[Any], form: CallForm) -> None:
+        """Numbers that differ from those of the latest new call become inputs of the graph."""
+        latest = self._latest.get(form)
+        self._latest[form] = [leaf if type(leaf) in (int, float) else None for leaf in leaves]
+        if latest is None:
+            return
+        found = {
+            place
+            for place, (before, now) in enumerate(zip(latest, leaves, strict=True))
+            if type(now) in (int, float)
+            and type(before) is type(now)
+            and before != now
+            and place not in form.constant
+            and place != form.timestep
+        }
+        if found - form.variable:
+            form.variable.update(found)
+            self._matchers = tuple(known for known in self._matchers if known[1] is not form)
+
+    def _convert_numbers(self, leaves: list[Any], form: CallForm) -> dict[int, Any]:
+        """Make tensors of the timestep and of variable numbers, on the sample's CUDA device."""
+        numbers = {}
         sample = leaves[form.sample]
-        if self._timestep_to_device and sample.device.type == "cuda":
-            timestep = timestep.to(sample.device, non_blocking=True)
-        leaves[form.timestep] = timestep
+        for place in (form.timestep, *form.variable):
+            value = leaves[place]
+            if not isinstance(value, torch.Tensor):
+                numbers[place] = value
+                kind = torch.float64 if place != form.timestep and type(value) is float else None
+                value = torch.tensor(value, dtype=kind)  # an input of the graph, not a constant
+            if self._timestep_to_device and sample.device.type == "cuda":
+                value = value.to(sample.device, non_blocking=True)
+            leaves[place] = value
+        return numbers
 
 
 def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
@@ -227,7 +268,8 @@ class _MatcherWriter:
             self._tensor(name, value)
             if number == self._form.sample:
                 self._autocast(value)
-        elif number == self._form.timestep:  # a number; its value does not matter
+        elif number == self._form.timestep or number in self._form.variable:
+            # A number whose value does not matter.
             self._check(f"type({name}) is not {self._constant(type(value))}")
         elif value is None or isinstance(value, bool):
             self._check(f"{name} is not {value}")

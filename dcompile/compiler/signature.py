@@ -21,15 +21,16 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
     """The signature of a call, and its conditioning.
 
     Calls of equal signatures can run the same program. The conditioning is all tensors except
-    sample and timestep, and except lazy ones, which belong to one call only.
+    sample and timestep, and except those made of numbers and lazy ones, which belong to one call.
     """
     parts: list[Any] = [form]
     conditioning: list[torch.Tensor] = []
     sample, timestep = leaves[form.sample], leaves[form.timestep]
-    for leaf in leaves:
+    for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             parts += (leaf.shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride())
-            if leaf is not sample and leaf is not timestep and type(leaf) is not LazyTensor:
+            own = leaf is sample or leaf is timestep or place in form.variable
+            if not own and type(leaf) is not LazyTensor:
                 conditioning.append(leaf)
         else:
             parts += (type(leaf), leaf)
@@ -37,6 +38,23 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
     if device != "meta" and torch.is_autocast_enabled(device):
         parts += (device, torch.get_autocast_dtype(device))
     return tuple(parts), conditioning
+
+
+def constants_that_differ(one: Signature, other: Signature) -> list[int] | None:
+    """Leaves that are another constant of the same type; None if anything else differs."""
+    if one[0] is not other[0] or len(one) != len(other):
+        return None
+    found: list[int] = []
+    place, leaf = 1, 0
+    while leaf < one[0].spec.num_leaves:
+        width = 4 if isinstance(one[place], torch.Size) else 2
+        before, after = one[place : place + width], other[place : place + width]
+        if before != after:
+            if width == 4 or before[0] is not after[0]:
+                return None
+            found.append(leaf)
+        place, leaf = place + width, leaf + 1
+    return found if one[place:] == other[place:] else None
 
 
 def what_differs(one: Signature, other: Signature) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves
 
+from dcompile.compat.functorch import is_transforming
 from dcompile.compiler.capture import capturing_in_this_thread
 from dcompile.compiler.capture_cache import IN_TRAINING_MODE
 from dcompile.compiler.program_cache import ProgramCache
@@ -65,12 +66,16 @@ class Dispatcher(ForwardWrapper):
             return self._run_copy(state, copy, args, kwargs)
         if not state.enabled or (is_compiling() and capturing_in_this_thread()):
             return self.original(*args, **kwargs)
+        if is_transforming():
+            reason = "it is called under torch.func (vmap, grad, jvp or the like)"
+            return self._run_uncached(state, reason, args, kwargs)
         call = state.reader.read(args, kwargs)
         reason = call.refusal or self.reason_not_to_cache(call)
         if reason is not None:
             return self._run_uncached(state, reason, args, kwargs)
         run, lane, step = state.tracker.enter(call.timestep, call.conditioning, call.signature)
         try:
+            run.follow_weights()
             bound = lane.bound if call.signature is lane.signature else None
             if bound is None:
                 bound = run.programs.get(call.signature) or self.runners.bind(state, run, call)

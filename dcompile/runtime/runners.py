@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture_cache import TrainingModeError
-from dcompile.compiler.fingerprint import ToggleSnapshot
+from dcompile.compiler.fingerprint import ToggleSnapshot, WeightSample
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
 from dcompile.compiler.roles import Roles
+from dcompile.compiler.side_effects import RandomStates
 from dcompile.errors import BackendError, CaptureError, DcompileError
 from dcompile.progress import Display
 from dcompile.runtime.binder import Refusal, Runner
 from dcompile.runtime.settings import Settings
 from dcompile.runtime.state import State
 from dcompile.runtime.tracking import Run
+
+# Of a result, between a number and a tensor of the same value, in units of the last place of its
+# dtype: a tensor has fewer digits.
+NUMBER_TOLERANCE = 64
 
 
 class Runners:
@@ -42,6 +49,7 @@ class Runners:
         self._module = module
         self._forward = forward
         self._raised: set[str] = set()
+        self._compared: set[Any] = set()  # signatures with numbers that may as well be tensors
         self.training_matters = False
         self._begin(roles)
 
@@ -64,12 +72,17 @@ class Runners:
             DcompileError: there is none, and that is to be raised.
         """
         run.toggles = ToggleSnapshot(self._module)
+        run.weights = WeightSample(self._module)
         try:
             runner: Runner | Refusal = self.runner_for(state, call)
         except TrainingModeError as error:
             self.training_matters = True
             return Refusal(str(error), error.uncached_result)
         except DcompileError as error:
+            if call.form is not None and call.form.variable and isinstance(error, CaptureError):
+                # Perhaps only because numbers were made tensors: from now on they are constants.
+                state.reader.keep_constant(call.form)
+                return Refusal(str(error), error.uncached_result)
             if self._is_raised(state.settings, error):
                 raise
             run.programs[call.signature] = Refusal(str(error))
@@ -92,9 +105,44 @@ class Runners:
                 program = self.programs.program_for(
                     standard, state.settings.target, display, state.notices
                 )
+                if call.numbers and call.signature not in self._compared:
+                    self._require_tensors_alike(call)
+                    self._compared.add(call.signature)
             finally:
                 state.counters.built(display)
             return state.binder.bind(program, standard)
+
+    def _require_tensors_alike(self, call: Call) -> None:
+        """Refuse a network that computes something else from a number than from a tensor.
+
+        Some make tensors of their own of a number, such as integers of a float.
+
+        Raises:
+            CaptureError: it does so, at this value or at one beside it.
+        """
+        assert call.form is not None
+        forward, states = self._forward(), RandomStates()
+        leaves = materialize(call.leaves)
+        for offset in (0.0, 0.37):  # beside it, for what an integer hides
+            given, converted = list(leaves), list(leaves)
+            for place, number in call.numbers.items():
+                if offset and not isinstance(number, float):
+                    continue
+                given[place] = number + offset if offset else number
+                converted[place] = leaves[place] + offset
+            results = []
+            for variant in (given, converted):
+                args, kwargs = tree_unflatten(variant, call.form.spec)
+                states.restore()
+                with torch.no_grad():
+                    results.append(tree_leaves(forward(*args, **kwargs)))
+            states.restore()
+            if not all(map(_alike, *results)):
+                names = ", ".join(call.form.names[place] for place in call.numbers)
+                raise CaptureError(
+                    f"{type(self._module).__name__} computes something else from a number as "
+                    f"{names} than from a tensor of the same value: pass a tensor. It runs uncached"
+                )
 
     def _is_raised(self, settings: Settings, error: DcompileError) -> bool:
         """Whether to raise it: a wrong setting is raised once, then the network runs uncached."""
@@ -104,3 +152,18 @@ class Runners:
             return False
         self._raised.add(str(error))
         return True
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equal but for rounding."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return bool(one is other or one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    if not one.is_floating_point():
+        return False
+    difference = (one.double() - other.double()).norm()
+    allowed = NUMBER_TOLERANCE * torch.finfo(one.dtype).eps
+    return bool(difference <= allowed * other.double().norm())

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dcompile.compat.storages import storage_of, weak_storage
-from dcompile.compiler.fingerprint import ToggleSnapshot
+from dcompile.compiler.fingerprint import ToggleSnapshot, WeightSample
 from dcompile.policy.forecast import Forecast
 from dcompile.policy.schedule import Plan
 from dcompile.runtime.lanes import Anchor, Lane
@@ -53,6 +53,7 @@ class Run:
         plan: chosen when the run begins; None until then.
         forecasts: one for each cut, chosen with the plan.
         toggles: the module's switches as they were when its programs were bound.
+        weights: some of the parameters they were bound to.
         lanes: the calls of a step, each with what it cached.
         ended: known to be at its last step although ``steps`` is not known.
         reused: whether any step reused features.
@@ -71,6 +72,7 @@ class Run:
     plan: Plan | None = None
     forecasts: tuple[Forecast, ...] = ()
     toggles: ToggleSnapshot | None = None
+    weights: WeightSample | None = None
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)  # lanes called at the present step, by id
     # Two runs may go over one timesteps tensor (a loop that is begun again, or a server that
@@ -129,6 +131,16 @@ class Run:
     def toggled(self) -> bool:
         """Whether a switch of the module was flipped since its programs were bound."""
         return self.toggles is not None and self.toggles.changed()
+
+    def follow_weights(self) -> bool:
+        """Whether others were put in the parameters' places: then nothing cached is used again."""
+        if self.weights is None or not self.weights.changed():
+            return False
+        self.invalidate_programs()
+        for lane in self.lanes:
+            lane.release()
+        self.doubt("other weights were put in the place of the network's")
+        return True
 
     def note_due(self, step: int, level: int) -> None:
         """The plan wants the ``level`` outermost cuts refreshed at this step."""

@@ -154,3 +154,42 @@ def test_what_is_unchanged_is_captured_once() -> None:
         sampled(network, picture(), timesteps(STEPS))
     assert dcompile.handle(network).stats.captures == 1
     assert plain() is not network
+
+
+def test_weights_that_are_swapped_for_a_call() -> None:
+    network = dcompile.cache_compile(plain(), interval=3, backend="eager", verbose=False)
+    other = {name: value * 1.1 for name, value in network.named_parameters()}
+    ts = timesteps(STEPS)
+
+    def run(module: Any, swapped: set[int]) -> list[torch.Tensor]:
+        x, results = picture(), []
+        with torch.no_grad():
+            for step, t in enumerate(ts.clone()):
+                given = other if step in swapped else {}
+                results.append(torch.func.functional_call(module, given, (x, t))[0])
+                x = x - 0.1
+        return results
+
+    everywhere = set(range(STEPS))
+    assert torch.equal(run(network, everywhere)[0], run(plain(), everywhere)[0])
+    found, expected = run(network, {2}), run(plain(), {2})
+    assert torch.equal(found[2], expected[2])
+    assert torch.equal(found[3], expected[3])
+    with torch.no_grad():
+        x, t = picture(), ts[0]
+        assert torch.equal(network(x, t)[0], plain()(x, t)[0])
+
+
+def test_transformed_calls_run_uncached() -> None:
+    network, reference, t = compiled(), plain(), timesteps()[0]
+
+    def call(module: Any) -> Any:
+        return lambda x: module(x[None], t)[0]
+
+    x = picture()
+    assert torch.equal(torch.func.vmap(call(network))(x), torch.func.vmap(call(reference))(x))
+    found = torch.func.jvp(call(network), (x[0],), (x[1],))
+    assert all(map(torch.equal, found, torch.func.jvp(call(reference), (x[0],), (x[1],))))
+    sampled(network, picture(), timesteps(STEPS))
+    stats = dcompile.handle(network).stats
+    assert (stats.uncached_calls, stats.reuse_steps) == (2, 4)
