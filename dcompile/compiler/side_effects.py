@@ -357,11 +357,13 @@ def _names_in(code: types.CodeType) -> tuple[str, ...]:
     return tuple(names)
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_opaque(module: str | None) -> bool:
     package = (module or "").partition(".")[0]
     return package in _OPAQUE or (package in sys.stdlib_module_names and package != "__main__")
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_looked_into(kind: type) -> bool:
     if issubclass(kind, _STDLIB_CONTAINERS):
         return True

@@ -61,10 +61,12 @@ class Dispatcher(ForwardWrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
+        if is_compiling() and capturing_in_this_thread():
+            return self.original(*args, **kwargs)
         copy = self.copy_that_is_called()
         if copy is not None:
             return self._run_copy(state, copy, args, kwargs)
-        if not state.enabled or (is_compiling() and capturing_in_this_thread()):
+        if not state.enabled:
             return self.original(*args, **kwargs)
         if is_transforming():
             reason = "it is called under torch.func (vmap, grad, jvp or the like)"

@@ -27,6 +27,7 @@ from dcompile.compiler.lazy import LazyTensor, PendingCall, materialize
 from dcompile.compiler.signature import signature_of
 from dcompile.errors import CaptureError, DcompileError
 from dcompile.notices import warn
+from dcompile.runtime.binder import Refusal
 from dcompile.runtime.partial_programs import BoundPartialProgram, PartialPrograms
 from dcompile.runtime.tracking import StepTracker
 from dcompile.runtime.wrapper import ForwardWrapper
@@ -120,8 +121,8 @@ class LazyNetwork(ForwardWrapper):
         bound = run.programs.get(signature)
         if bound is None:
             bound = self._bind(leaves, form)
-            if bound is None:
-                return self(*args, **kwargs)  # in another way, or by its own forward
+            if isinstance(bound, Refusal):  # in another way, or by its own forward
+                return bound.result[0] if bound.result else self(*args, **kwargs)
             run.programs[signature] = bound
         pending = self._pending_call(bound, given, leaves, form)
         results = bound.program.results
@@ -187,22 +188,20 @@ class LazyNetwork(ForwardWrapper):
 
         return PendingCall(compute, len(program.results))
 
-    def _bind(self, leaves: list[Any], form: CallForm) -> BoundPartialProgram | None:
-        """The program for such calls; None if they are to be served in another way."""
+    def _bind(self, leaves: list[Any], form: CallForm) -> BoundPartialProgram | Refusal:
+        """The program for such calls, or why they are to be served in another way."""
         try:
             bound = self.programs.bind(leaves, form)
         except DcompileError as error:
-            args, kwargs = tree_unflatten(leaves, form.spec)
-            with torch.no_grad():  # what the network itself refuses raises its own error
-                self.original(*args, **kwargs)
+            reason = str(error).splitlines()[0]
             if not self._constant_numbers and any(_is_number(leaf) for leaf in leaves):
                 self._constant_numbers = True
-            else:
-                self._give_up(str(error).splitlines()[0])
-            return None
+                return Refusal(reason)
+            self._give_up(reason)
+            return Refusal(reason, getattr(error, "uncached_result", ()))
         if len(bound.program.results) < 2:
             self._unsuited = True
-            return None
+            return Refusal("it returns a single tensor")
         return bound
 
     def _call_directly(
