@@ -383,12 +383,15 @@ class TestRefusals:
                     return super().forward(sample, timestep)
                 return super().forward(-sample, timestep)
 
+        message = r"(?s)test_api.py:\d+, in forward: if sample.sum\(\) > 0"
         network = dcompile.cache_compile(Undecided().eval(), backend="eager", verbose=False)
-        with pytest.raises(
-            dcompile.CaptureError, match=r"(?s)test_api.py:\d+, in forward: if sample.sum\(\) > 0"
-        ):
-            network(picture(), timesteps()[0])
-        assert network(picture(), timesteps()[0])[0].shape == picture().shape
+        with noticed(message):
+            assert network(picture(), timesteps()[0])[0].shape == picture().shape
+        assert handle(network).stats.uncached_calls == 1
+        dcompile.cache_compile(network, backend="eager", on_error="raise", verbose=False)
+        for _ in range(2):
+            with pytest.raises(dcompile.CaptureError, match=message):
+                network(picture(), timesteps()[0])
 
     def test_a_network_that_writes_to_itself(self) -> None:
         class Counting(Plain):
@@ -401,8 +404,9 @@ class TestRefusals:
                 return super().forward(sample, timestep)
 
         network = dcompile.cache_compile(Counting().eval(), backend="eager", verbose=False)
-        with torch.no_grad(), pytest.raises(dcompile.CaptureError, match="writes to calls"):
+        with torch.no_grad(), noticed("writes to calls"):
             network(picture(), timesteps()[0])
+        assert network.calls == 1
 
     def test_no_timestep(self) -> None:
         with pytest.raises(dcompile.TimestepError, match="takes no timestep"):
@@ -422,13 +426,19 @@ class TestRefusals:
         def fails(graph_module: nn.Module, inputs: list[object]) -> object:
             raise ZeroDivisionError("compiler bug")
 
-        network = compiled(backend=fails)
+        network = compiled(backend=fails, on_error="raise")
         with pytest.raises(dcompile.BackendError, match="ZeroDivisionError: compiler bug") as error:
             network(picture(), timesteps()[0])
         assert isinstance(error.value.__cause__, ZeroDivisionError)
-        assert torch.equal(sampled(network, picture(), timesteps()), uncached())
-        with pytest.raises(dcompile.BackendError, match="expected a callable"):
+        network = compiled(backend=fails)
+        with noticed("ZeroDivisionError: compiler bug"):
+            assert torch.equal(sampled(network, picture(), timesteps()), uncached())
+        with noticed("expected a callable"):
             compiled(backend=lambda graph_module, inputs: None)(picture(), timesteps()[0])
+
+    def test_what_to_do_on_an_error(self) -> None:
+        with pytest.raises(dcompile.DcompileError, match='"uncached" or "raise", got \'stop\''):
+            compiled(on_error="stop")
 
     def test_plain_module_and_other_objects(self) -> None:
         with pytest.raises(dcompile.NotCompiledError):

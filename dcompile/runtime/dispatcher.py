@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,9 @@ from dcompile.runtime.settings import Settings
 from dcompile.runtime.state import RefreshRecord, State
 from dcompile.runtime.tracking import Run
 from dcompile.runtime.wrapper import ForwardWrapper, wrapper_of
+
+_NOTHING = nullcontext()
+UNDER_TORCH_FUNC = "it is called under torch.func (vmap, grad, jvp or the like)"
 
 
 def dispatcher_of(module: Any) -> Dispatcher | None:
@@ -63,17 +67,14 @@ class Dispatcher(ForwardWrapper):
         state = self.state
         if is_compiling() and capturing_in_this_thread():
             return self.original(*args, **kwargs)
-        copy = self.copy_that_is_called()
-        if copy is not None:
+        if (copy := self.copy_that_is_called()) is not None:
             return self._run_copy(state, copy, args, kwargs)
         if not state.enabled:
             return self.original(*args, **kwargs)
         if is_transforming():
-            reason = "it is called under torch.func (vmap, grad, jvp or the like)"
-            return self._run_uncached(state, reason, args, kwargs)
+            return self._run_uncached(state, UNDER_TORCH_FUNC, args, kwargs)
         call = state.reader.read(args, kwargs)
-        reason = call.refusal or self.reason_not_to_cache(call)
-        if reason is not None:
+        if (reason := call.refusal or self.reason_not_to_cache(call)) is not None:
             return self._run_uncached(state, reason, args, kwargs)
         run, lane, step = state.tracker.enter(call.timestep, call.conditioning, call.signature)
         try:
@@ -98,24 +99,18 @@ class Dispatcher(ForwardWrapper):
                 if lane.program is not bound.program:
                     lane.release()
             # Autocast, if on, stays on: the graph was captured without its conversions.
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    result = self._execute(state, bound, run, lane, step, level, call)
-            else:
+            with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
                 result = self._execute(state, bound, run, lane, step, level, call)
         except BaseException:  # an interrupt too: nothing of this run may be used again
             state.tracker.forget(run)
             raise
         if level:
-            forced = run.why_forced(lane) if level > wanted else None
-            full = level == len(run.due)
-            state.counters.refresh(bound.program.cost(level), full=full, forced=forced)
+            self._count_refresh(state, run, lane, bound, level, wanted)
         else:
             run.reused = True
             state.counters.reuse(bound.program.ratio)
-        if step == run.last_step:  # what follows, such as decoding, may need the memory
-            lane.release()
-            note_if_nothing_was_reused(state, run)
+        if step == run.last_step:
+            self._finish(state, run, lane)
         return result
 
     def _execute(
@@ -173,6 +168,18 @@ class Dispatcher(ForwardWrapper):
             reason if said else f"{reason}; {type(self.module).__name__} runs uncached"
         )
         return result[0] if result else self.original(*args, **kwargs)
+
+    def _count_refresh(
+        self, state: State, run: Run, lane: Lane, bound: Runner, level: int, wanted: int
+    ) -> None:
+        forced = run.why_forced(lane) if level > wanted else None
+        full = level == len(run.due)
+        state.counters.refresh(bound.program.cost(level), full=full, forced=forced)
+
+    def _finish(self, state: State, run: Run, lane: Lane) -> None:
+        """Free what is cached at the last step: what follows, such as decoding, needs memory."""
+        lane.release()
+        note_if_nothing_was_reused(state, run)
 
     def _run_copy(
         self, state: State, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

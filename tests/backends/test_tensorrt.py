@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
+from heard import noticed
 from plain import picture, plain, sampled, timesteps
 from tensorrt_source import NotAvailableError, Source
 from torch import nn
@@ -314,7 +315,7 @@ def test_errors_say_what_to_do(trt: Recorded, monkeypatch: pytest.MonkeyPatch) -
         resolve("tensorrt", {"arg_inputs": ()})
     monkeypatch.setattr(tensorrt, "DEVICE_TYPE", "cuda")
     network = compiled()
-    with pytest.raises(BackendError, match=r"TensorRT runs on cuda, and the network is on cpu"):
+    with noticed("TensorRT runs on cuda, and the network is on cpu"):
         sampled(network, picture(), timesteps())
 
 
@@ -331,7 +332,7 @@ def test_an_operator_without_converter(trt: Recorded, monkeypatch: pytest.Monkey
         return Compiled(program)
 
     monkeypatch.setattr(trt.dynamo, "compile", refuse)
-    with pytest.raises(BackendError, match=r'options=\{"require_full_compilation": False\}'):
+    with noticed(r'options=\{"require_full_compilation": False\}'):
         sampled(compiled(), picture(), timesteps())
     check_like_eager(compiled(require_full_compilation=False), eager())
 

@@ -23,6 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from heard import noticed
 from peft import LoraConfig, get_peft_model_state_dict
 from small_pipelines import DDIM, emoji_sd, run, stable_diffusion
 
@@ -395,26 +396,25 @@ OFFLOADS: dict[str, Change] = {
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", OFFLOADS)
 def test_offload_by_layer(name: str, order: str, compatible: Compatible) -> None:
-    """Hooks in the network move its weights as it runs, which no graph can: one clear error."""
-    compatible("add-on", name, note="a clear error, and runs uncached")
+    """Hooks in the network move its weights as it runs, which no graph can: one clear warning."""
+    compatible("add-on", name, note="a clear warning, and runs uncached")
     pipe, plain = small(), small()
     if order == "after":
         run(cached(pipe))
     OFFLOADS[name](pipe)
     if order == "before":
         cached(pipe)
-    with pytest.raises(dcompile.CaptureError, match=r"(hooks that move|moves the) weights"):
-        run(pipe)
-    assert torch.equal(run(pipe), run(plain))
+    with noticed(r"(hooks that move|moves the) weights"):
+        assert torch.equal(run(pipe), run(plain))
 
 
 def test_after_cpu_offload_is_taken_off() -> None:
     pipe, plain = cached(small()), small()
     cpu_offload(pipe.unet, torch.device("cpu"))
-    with pytest.raises(dcompile.CaptureError):
+    with noticed("cannot be captured"):
         run(pipe)
     remove_hook_from_submodules(pipe.unet)
-    dcompile.handle(pipe).enable()
+    cached(pipe, interval=3)
     require_same_pictures(pipe, plain)
 
 
