@@ -157,7 +157,7 @@ class Snapshot:
             self._pending += [(part, where) for part in (thing.fget, thing.fset) if part]
         elif isinstance(thing, type):
             self._class(thing)
-        elif isinstance(thing, nn.Module) or _is_looked_into(kind):
+        elif isinstance(thing, nn.Module) or _is_looked_into(kind):  # type: ignore[arg-type]
             self._attributes(thing, where)
             self._pending.append((kind, kind.__name__))
 

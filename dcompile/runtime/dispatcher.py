@@ -110,7 +110,7 @@ class Dispatcher(ForwardWrapper):
             run.reused = True
             state.counters.reuse(bound.program.ratio)
         if step == run.last_step:
-            self._finish(state, run, lane)
+            finish(state, run, lane)
         return result
 
     def _execute(
@@ -176,11 +176,6 @@ class Dispatcher(ForwardWrapper):
         full = level == len(run.due)
         state.counters.refresh(bound.program.cost(level), full=full, forced=forced)
 
-    def _finish(self, state: State, run: Run, lane: Lane) -> None:
-        """Free what is cached at the last step: what follows, such as decoding, needs memory."""
-        lane.release()
-        note_if_nothing_was_reused(state, run)
-
     def _run_copy(
         self, state: State, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -242,6 +237,12 @@ class Dispatcher(ForwardWrapper):
         """Drop all that is cached, and the buffers of CUDA graphs."""
         self.state.tracker.reset()
         self.state.binder.release()
+
+
+def finish(state: State, run: Run, lane: Lane) -> None:
+    """Free what is cached at the last step: what follows, such as decoding, needs memory."""
+    lane.release()
+    note_if_nothing_was_reused(state, run)
 
 
 def note_if_nothing_was_reused(state: State, run: Run) -> None:
