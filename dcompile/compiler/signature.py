@@ -63,10 +63,10 @@ def what_differs(one: Signature, other: Signature) -> str:
         return "its arguments are given in another way"
     for before, after in zip(one[1:], other[1:], strict=False):
         if before != after:
-            if isinstance(before, torch.Size):
+            if isinstance(before, torch.Size) and isinstance(after, torch.Size):
                 return f"a tensor of shape {tuple(after)} instead of {tuple(before)}"
-            if isinstance(before, type):
-                return f"a {after.__name__} instead of a {before.__name__}"
+            if isinstance(before, type) or isinstance(after, type):
+                return "an argument of another type"
             if isinstance(before, (bool, tuple)):
                 return "a tensor with other strides" if isinstance(after, tuple) else f"{after!r}"
             return f"{after!r} instead of {before!r}"

@@ -71,8 +71,6 @@ class Runners:
         Raises:
             DcompileError: there is none, and that is to be raised.
         """
-        run.toggles = ToggleSnapshot(self._module)
-        run.weights = WeightSample(self._module)
         try:
             runner: Runner | Refusal = self.runner_for(state, call)
         except TrainingModeError as error:
@@ -88,6 +86,9 @@ class Runners:
             run.programs[call.signature] = Refusal(str(error))
             return Refusal(str(error), getattr(error, "uncached_result", ()))
         run.programs[call.signature] = runner
+        run.toggles = ToggleSnapshot(self._module)
+        with self.programs.lock:  # a capture puts others in the parameters' places meanwhile
+            run.weights = WeightSample(self._module)
         return runner
 
     def runner_for(self, state: State, call: Call) -> Runner:

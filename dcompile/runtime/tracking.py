@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dcompile.compat.storages import storage_of, weak_storage
+from dcompile.compiler.capture import capturing_threads
 from dcompile.compiler.fingerprint import ToggleSnapshot, WeightSample
 from dcompile.policy.forecast import Forecast
 from dcompile.policy.schedule import Plan
@@ -134,7 +135,10 @@ class Run:
 
     def follow_weights(self) -> bool:
         """Whether others were put in the parameters' places: then nothing cached is used again."""
-        if self.weights is None or not self.weights.changed():
+        sample = self.weights
+        if sample is None or not sample.changed():
+            return False
+        if capturing_threads or not sample.changed():  # a capture in another thread did that
             return False
         self.invalidate_programs()
         for lane in self.lanes:
