@@ -23,6 +23,8 @@ from dcompile.compiler.signature import Signature, signature_of
 
 # Generated functions that are tried one after the other; further kinds of call go without.
 MAX_MATCHERS = 8
+# Values that a number may take and still be a constant of the graph.
+FEW_VALUES = 2
 
 Matcher = Callable[[tuple[Any, ...], dict[str, Any]], tuple[list[Any], list[torch.Tensor]] | None]
 
@@ -84,7 +86,7 @@ class CallReader:
         self._forms = forms
         self._timestep_to_device = timestep_to_device
         self._interned: dict[Signature, Signature] = {}
-        self._latest: dict[CallForm, list[Any]] = {}  # the numbers of the latest new call
+        self._seen: dict[CallForm, dict[int, set[Any]]] = {}  # values of numbers in new calls
         self._matchers: tuple[tuple[Matcher, CallForm, Signature], ...] = ()
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -127,20 +129,20 @@ class CallReader:
         return Call(leaves, form, signature, conditioning, timestep, None, numbers)
 
     def _find_variable(self, leaves: list[Any], form: CallForm) -> None:
-        """Numbers that differ from those of the latest new call become inputs of the graph."""
-        latest = self._latest.get(form)
-        self._latest[form] = [leaf if type(leaf) in (int, float) else None for leaf in leaves]
-        if latest is None:
-            return
-        found = {
-            place
-            for place, (before, now) in enumerate(zip(latest, leaves, strict=True))
-            if type(now) in (int, float)
-            and type(before) is type(now)
-            and before != now
-            and place not in form.constant
-            and place != form.timestep
-        }
+        """Numbers that take many values become inputs of the graph.
+
+        Few values may tell calls of one step apart, such as those of guidance.
+        """
+        seen = self._seen.setdefault(form, {})
+        found = set()
+        for place, leaf in enumerate(leaves):
+            if type(leaf) not in (int, float) or place == form.timestep or place in form.constant:
+                continue
+            values = seen.setdefault(place, set())
+            values.add(leaf)
+            if len(values) > FEW_VALUES:
+                found.add(place)
+                values.clear()
         if found - form.variable:
             form.variable.update(found)
             self._matchers = tuple(known for known in self._matchers if known[1] is not form)
