@@ -13,11 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
 
-def is_fake(value: Any) -> bool:
-    """Whether this is a tensor of a trace, which has no values."""
-    return isinstance(value, FakeTensor)
-
-
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """The fake mode that the symbolic sizes among these tensors belong to; None if none has any."""
     for value in values:

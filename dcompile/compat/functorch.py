@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
-_peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+from torch._C._functorch import peek_interpreter_stack
 
 
 def is_transforming() -> bool:
     """Whether ``vmap``, ``grad``, ``jvp`` and the like are around this code."""
-    return _peek() is not None
+    return peek_interpreter_stack() is not None

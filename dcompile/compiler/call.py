@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._pytree import (
 
 from dcompile.compiler.lazy import LazyTensor, materialize
 from dcompile.compiler.roles import UNKNOWN, Roles, roles_of
+from dcompile.compiler.side_effects import undone
 from dcompile.errors import TimestepError
 
 
@@ -34,9 +35,6 @@ class CallForm:
         timestep: position of the timestep.
         roles: names of the arguments that they are.
         names: what each leaf is called, for messages.
-        variable: leaves that are numbers and differ from call to call: the graph takes them as
-            tensors. Positions are added as calls come.
-        constant: leaves that are numbers, and which the network cannot take as tensors.
     """
 
     spec: TreeSpec
@@ -44,8 +42,6 @@ class CallForm:
     timestep: int
     roles: Roles = UNKNOWN
     names: tuple[str, ...] = ()
-    variable: set[int] = field(default_factory=set)
-    constant: set[int] = field(default_factory=set)
 
 
 class StandardCall(NamedTuple):
@@ -211,7 +207,7 @@ class CallForms:
         args, kwargs = tree_map_only(
             LazyTensor, lambda lazy: materialize([lazy])[0], (args, kwargs)
         )
-        with torch.no_grad():
+        with torch.no_grad(), undone(args, kwargs, self._forward):
             return self._forward(*args, **kwargs)
 
 

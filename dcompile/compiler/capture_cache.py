@@ -20,7 +20,14 @@ from dcompile.compiler.fingerprint import (
     difference,
     structure_of,
 )
-from dcompile.compiler.side_effects import Change, FunctionCaches, Key, RandomStates, Snapshot
+from dcompile.compiler.side_effects import (
+    Change,
+    FunctionCaches,
+    Key,
+    RandomStates,
+    Snapshot,
+    undone,
+)
 from dcompile.compiler.signature import (
     Signature,
     constants_that_differ,
@@ -256,13 +263,25 @@ class CaptureCache:
         numbers = RandomStates()
         before = Snapshot(roots)
         result = forward(*args, **kwargs)
-        after = Snapshot(roots)
+        after = before.again()
         effects = before.changes(after)
         # Of weights and arguments torch.export says so; other tensors it would write to itself.
         own = {id(x) for x in (*self.module.parameters(), *self.module.buffers(), *leaves)}
         for (identity, _), change in effects.items():
             if change.in_place and identity not in own:
                 raise self._side_effect(change.where, result)
+        drawn = numbers.drawn_outside_of_torch()
+        if drawn is not None:  # here, or in another thread?
+            with undone(leaves, forward, self.module):
+                again = RandomStates()
+                forward(*args, **kwargs)
+                drawn = again.drawn_outside_of_torch()
+        if drawn is not None:
+            refusal = SideEffectError(
+                f"{name} draws {drawn}, which would be constants of a graph. It runs uncached"
+            )
+            refusal.uncached_result = (result,)
+            raise refusal
         caches = FunctionCaches()
         try:
             network = capture(self.module, forward, leaves, form.spec, form.sample, dynamic)
@@ -270,15 +289,15 @@ class CaptureCache:
             error.uncached_result = (result,)
             raise
         finally:
-            traced = after.changes(Snapshot(roots))
+            traced = after.changes(after.again())
             after.restore(traced)
             caches.forget_new()
         repeated = _repeated(effects, traced)
         if repeated is None and not all(change.harmless for change in effects.values()):
-            # Made once and kept, or made anew at every call, but not while tracing?
-            forward(*args, **kwargs)
-            repeats = after.changes(Snapshot(roots))
-            after.restore(repeats)
+            # Made once and kept, or made at every call, but not while tracing?
+            with undone(leaves, forward, self.module):
+                forward(*args, **kwargs)
+                repeats = after.changes(after.again())
             repeated = _repeated(effects, repeats)
         if repeated is not None:
             raise self._side_effect(repeated, result)

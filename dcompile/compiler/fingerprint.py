@@ -24,12 +24,20 @@ from torch import nn
 
 from dcompile.compat.hooks import forward_slots, root_attributes
 from dcompile.compat.tensors import version_of
+from dcompile.compiler.introspection import (
+    EMPTY,
+    PLAIN,
+    contents_of,
+    function_behind,
+    is_library,
+    names_in,
+    slots_of,
+)
 
 # nn.Module's own bookkeeping is compared through what it holds, not as attributes.
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 # Around the whole network, where dcompile and accelerate's hooks take turns; capture goes beneath.
 _ROOT_WRAPPERS = frozenset({*forward_slots, *root_attributes})
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _MAX_DEPTH = 8  # levels of containers and objects within an attribute
 
 Structure = dict[str, Any]
@@ -138,7 +146,7 @@ def _kind_of(kind: type) -> Any:
         code = tuple(
             function
             for base in kind.__mro__
-            if base.__module__.partition(".")[0] not in _FIXED_CODE
+            if not is_library(base.__module__)
             for member in vars(base).values()
             for function in _functions_of(member)
         )
@@ -146,19 +154,17 @@ def _kind_of(kind: type) -> Any:
     return known[kind]
 
 
-# Classes of these are taken for unchangeable: torch, Python, and this package.
-_FIXED_CODE = frozenset({"torch", "builtins", "collections", "functools", "typing", "dcompile"})
 _CALLED = frozenset({"forward", "__call__"})
 
 
 def _functions_of(member: Any) -> Iterator[Any]:
     """The function behind a member of a class; of what is called, the functions it names, too."""
-    member = getattr(member, "__func__", getattr(member, "fget", member))
+    member = function_behind(member)
     if not isinstance(member, types.FunctionType):
         return
     yield member
     if member.__name__ in _CALLED:
-        for name in member.__code__.co_names:
+        for name in names_in(member.__code__):
             named = member.__globals__.get(name)
             if isinstance(named, types.FunctionType):
                 yield named
@@ -174,10 +180,10 @@ def _class_digest(kind: type, code: Any) -> str:
     """Name and code: a class of the same name may do something else elsewhere."""
     digest = hashlib.sha256()
     for base in kind.__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+        if is_library(base.__module__):
             continue
         for name, member in sorted(vars(base).items()):
-            member = getattr(member, "__func__", getattr(member, "fget", member))
+            member = function_behind(member)
             while isinstance(member, types.FunctionType):  # and what a decorator has wrapped
                 digest.update(f"{name} {_code_of(member.__code__)}".encode())
                 member = getattr(member, "__wrapped__", None)
@@ -270,7 +276,7 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
                 entry[name] = (shape, tensor.dtype, tensor.device, tied_to, layout)
     for name, value in module.__dict__.items():
         if name not in _BOOKKEEPING and (path or name not in _ROOT_WRAPPERS):
-            entry[name] = value if type(value) in _PLAIN else _describe(value, _MAX_DEPTH)
+            entry[name] = value if type(value) in PLAIN else _describe(value, _MAX_DEPTH)
     # The whole network's own hooks are around what is captured.
     for table_name in ("_forward_hooks", "_forward_pre_hooks") if path else ():
         hooks = module.__dict__[table_name]
@@ -368,7 +374,7 @@ def tensors_in_containers(module: nn.Module) -> dict[int, str]:
         elif isinstance(value, nn.Module):
             for name, tensor in value.state_dict(keep_vars=True).items():
                 found.setdefault(tensor.data_ptr(), f"{where}.{name}")
-        elif depth == 0 or type(value) in _PLAIN:
+        elif depth == 0 or type(value) in PLAIN:
             return
         elif isinstance(value, Mapping):
             for key, item in value.items():
@@ -390,7 +396,7 @@ def tensors_in_containers(module: nn.Module) -> dict[int, str]:
 
 def _describe(value: Any, depth: int) -> Any:
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return value
     if isinstance(value, torch.Tensor):  # a constant of the graph: its values matter
         version = version_of(value) or 0
@@ -410,7 +416,9 @@ def _describe(value: Any, depth: int) -> Any:
     if isinstance(value, (set, frozenset)):
         return kind, frozenset(Counter(_describe(item, depth - 1) for item in value).items())
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        cells = [
+            held for cell in value.__closure__ or () if (held := contents_of(cell)) is not EMPTY
+        ]
         inside = _describe([cells, value.__defaults__, value.__kwdefaults__], depth - 1)
         return value.__module__, value.__qualname__, _code_of(value.__code__), inside
     if isinstance(value, functools.partial):
@@ -430,7 +438,7 @@ def _describe(value: Any, depth: int) -> Any:
         )
     state = dict(getattr(value, "__dict__", {}))
     for base in kind.__mro__:
-        for name in _names(getattr(base, "__slots__", ())):
+        for name in slots_of(base):
             if hasattr(value, name):
                 state[name] = getattr(value, name)
     if state:
@@ -442,22 +450,9 @@ def _describe(value: Any, depth: int) -> Any:
     return _kind_of(kind)
 
 
-def _names(slots: Any) -> tuple[str, ...]:
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
-
-
 @functools.lru_cache(maxsize=4096)
 def _code_of(code: types.CodeType) -> str:
     """Differs when the code does; the same in every process."""
     constants = [_code_of(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
     content = repr((code.co_code, constants, code.co_names))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True

@@ -10,16 +10,22 @@ interned: calls of equal signature have the very same one, so the rest compares 
 from __future__ import annotations
 
 import itertools
-import numbers
-from collections.abc import Callable, Mapping
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dcompile.compiler.call import LEAF_TYPES, CallForm, CallForms
 from dcompile.compiler.lazy import LazyTensor
-from dcompile.compiler.signature import Signature, signature_of
+from dcompile.compiler.signature import (
+    Signature,
+    is_number,
+    numbers_to_tensors,
+    signature_of,
+)
 
 # Generated functions that are tried one after the other; further kinds of call go without.
 MAX_MATCHERS = 8
@@ -27,9 +33,8 @@ MAX_MATCHERS = 8
 FEW_VALUES = 2
 
 Matcher = Callable[[tuple[Any, ...], dict[str, Any]], tuple[list[Any], list[torch.Tensor]] | None]
-
-
-_NONE: Mapping[int, Any] = MappingProxyType({})
+_NO_NUMBERS: Mapping[int, Any] = MappingProxyType({})
+_NO_PLACES: frozenset[int] = frozenset()
 
 
 class Call:
@@ -55,7 +60,7 @@ class Call:
         conditioning: list[torch.Tensor],
         timestep: Any,
         refusal: str | None = None,
-        numbers: Mapping[int, Any] = _NONE,
+        numbers: Mapping[int, Any] = _NO_NUMBERS,
     ) -> None:
         self.leaves = leaves
         self.form = form
@@ -73,6 +78,22 @@ class Call:
         return device
 
 
+class _Known(NamedTuple):
+    """A kind of call that was seen, and how it is recognised.
+
+    Attributes:
+        matches: the generated function.
+        form: the form of such calls.
+        signature: their signature.
+        variable: places of numbers that are inputs of the graph. They belong to the signature.
+    """
+
+    matches: Matcher
+    form: CallForm
+    signature: Signature
+    variable: frozenset[int]
+
+
 class CallReader:
     """Reads the calls of one network. Safe to use from several threads.
 
@@ -86,27 +107,32 @@ class CallReader:
         self._forms = forms
         self._timestep_to_device = timestep_to_device
         self._interned: dict[Signature, Signature] = {}
-        self._seen: dict[CallForm, dict[int, set[Any]]] = {}  # values of numbers in new calls
-        self._matchers: tuple[tuple[Matcher, CallForm, Signature], ...] = ()
+        self._lock = threading.Lock()  # held while what follows is changed
+        self._known: tuple[_Known, ...] = ()
+        # Of numbers in new calls: values seen; which are inputs, and which stay constants.
+        self._values: dict[tuple[CallForm, int], set[Any]] = defaultdict(set)
+        self._variable: dict[CallForm, frozenset[int]] = {}
+        self._constant: dict[CallForm, frozenset[int]] = {}
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The call's leaves, signature and conditioning; or why it has none."""
-        for matches, form, signature in self._matchers:
+        for matches, form, signature, variable in self._known:
             found = matches(args, kwargs)
             if found is not None:
                 leaves, conditioning = found
                 timestep = leaves[form.timestep]
-                numbers = _NONE
-                if form.variable or type(timestep) is not torch.Tensor or self._timestep_to_device:
-                    numbers = self._convert_numbers(leaves, form)
+                numbers = _NO_NUMBERS
+                if variable or type(timestep) is not torch.Tensor or self._timestep_to_device:
+                    numbers = self._convert_numbers(leaves, form, variable)
                 return Call(leaves, form, signature, conditioning, timestep, None, numbers)
         return self._read_new(args, kwargs)
 
     def keep_constant(self, form: CallForm) -> None:
         """The network cannot take numbers of such calls as tensors: each value is a constant."""
-        form.constant.update(form.variable)
-        form.variable.clear()
-        self._matchers = tuple(known for known in self._matchers if known[1] is not form)
+        with self._lock:
+            variable = self._variable.pop(form, _NO_PLACES)
+            self._constant[form] = self._constant.get(form, _NO_PLACES) | variable
+            self._forget(form)
 
     def _read_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         leaves, form = self._forms.flatten(args, kwargs)
@@ -114,52 +140,55 @@ class CallReader:
         if refusal is not None or form is None:
             return Call(leaves, form, None, [], None, refusal)
         timestep = leaves[form.timestep]
-        self._find_variable(leaves, form)
-        numbers = self._convert_numbers(leaves, form)
-        signature, conditioning = signature_of(form, leaves)
-        try:
-            signature = self._interned.setdefault(signature, signature)
-        except TypeError:
-            refusal = "an argument cannot be hashed"
-            return Call(leaves, form, None, conditioning, timestep, refusal)
-        if len(self._matchers) < MAX_MATCHERS:
-            matcher = make_matcher(args, kwargs, form)
-            if matcher is not None:
-                self._matchers = (*self._matchers, (matcher, form, signature))
+        with self._lock:
+            variable = self._variable_numbers(leaves, form)
+            numbers = self._convert_numbers(leaves, form, variable)
+            signature, conditioning = signature_of(form, leaves, variable)
+            try:
+                signature = self._interned.setdefault(signature, signature)
+            except TypeError:
+                refusal = "an argument cannot be hashed"
+                return Call(leaves, form, None, conditioning, timestep, refusal)
+            if len(self._known) < MAX_MATCHERS:
+                matcher = make_matcher(args, kwargs, form, variable)
+                if matcher is not None:
+                    self._known = (*self._known, _Known(matcher, form, signature, variable))
         return Call(leaves, form, signature, conditioning, timestep, None, numbers)
 
-    def _find_variable(self, leaves: list[Any], form: CallForm) -> None:
-        """Numbers that take many values become inputs of the graph.
+    def _variable_numbers(self, leaves: list[Any], form: CallForm) -> frozenset[int]:
+        """Places of numbers that have taken many values: they become inputs of the graph.
 
         Few values may tell calls of one step apart, such as those of guidance.
         """
-        seen = self._seen.setdefault(form, {})
+        variable = self._variable.get(form, _NO_PLACES)
+        fixed = {form.timestep, *variable, *self._constant.get(form, _NO_PLACES)}
         found = set()
         for place, leaf in enumerate(leaves):
-            if type(leaf) not in (int, float) or place == form.timestep or place in form.constant:
-                continue
-            values = seen.setdefault(place, set())
-            values.add(leaf)
-            if len(values) > FEW_VALUES:
-                found.add(place)
-                values.clear()
-        if found - form.variable:
-            form.variable.update(found)
-            self._matchers = tuple(known for known in self._matchers if known[1] is not form)
+            if place not in fixed and is_number(leaf):
+                values = self._values[form, place]
+                values.add(leaf)
+                if len(values) > FEW_VALUES:
+                    found.add(place)
+                    del self._values[form, place]
+        if found:
+            variable |= found
+            self._variable[form] = variable
+            self._forget(form)
+        return frozenset(place for place in variable if is_number(leaves[place]))
 
-    def _convert_numbers(self, leaves: list[Any], form: CallForm) -> dict[int, Any]:
+    def _forget(self, form: CallForm) -> None:
+        """Read the next calls of this form as new ones."""
+        self._known = tuple(known for known in self._known if known.form is not form)
+
+    def _convert_numbers(
+        self, leaves: list[Any], form: CallForm, variable: Collection[int]
+    ) -> Mapping[int, Any]:
         """Make tensors of the timestep and of variable numbers, on the sample's CUDA device."""
-        numbers = {}
-        sample = leaves[form.sample]
-        for place in (form.timestep, *form.variable):
-            value = leaves[place]
-            if not isinstance(value, torch.Tensor):
-                numbers[place] = value
-                kind = torch.float64 if place != form.timestep and type(value) is float else None
-                value = torch.tensor(value, dtype=kind)  # an input of the graph, not a constant
-            if self._timestep_to_device and sample.device.type == "cuda":
-                value = value.to(sample.device, non_blocking=True)
-            leaves[place] = value
+        numbers = numbers_to_tensors(leaves, form.timestep, variable)
+        device = leaves[form.sample].device
+        if self._timestep_to_device and device.type == "cuda":
+            for place in (form.timestep, *variable):
+                leaves[place] = leaves[place].to(device, non_blocking=True)
         return numbers
 
 
@@ -170,25 +199,28 @@ def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
     sample, timestep = leaves[form.sample], leaves[form.timestep]
     if not isinstance(sample, torch.Tensor):
         return "the sample is no tensor"
-    if not isinstance(timestep, (torch.Tensor, numbers.Real)):  # NumPy's numbers are Real, too
+    if not isinstance(timestep, (torch.Tensor, bool)) and not is_number(timestep):
         return "the timestep is neither a tensor nor a number"
     if sample.numel() == 0:
         return "the sample is empty"
     return None
 
 
-def make_matcher(args: tuple[Any, ...], kwargs: dict[str, Any], form: CallForm) -> Matcher | None:
+def make_matcher(
+    args: tuple[Any, ...], kwargs: dict[str, Any], form: CallForm, variable: Collection[int] = ()
+) -> Matcher | None:
     """Generate a function that recognises calls with the form and signature of this one.
 
     Args:
         args, kwargs: the example call.
         form: its form.
+        variable: places of numbers whose values do not matter.
 
     Returns:
         ``(args, kwargs) -> (leaves, conditioning)``, or None for other calls. No function if an
         argument is a container that only pytree knows how to take apart.
     """
-    writer = _MatcherWriter(form)
+    writer = _MatcherWriter(form, variable)
     try:
         writer.write(args, kwargs)
     except _NoMatcherError:
@@ -203,8 +235,9 @@ class _NoMatcherError(Exception):
 class _MatcherWriter:
     """Writes the source of one matcher, one check a line; constants are bound by name."""
 
-    def __init__(self, form: CallForm) -> None:
+    def __init__(self, form: CallForm, variable: Collection[int]) -> None:
         self._form = form
+        self._open = {form.timestep, *variable}  # numbers of any value
         self._checks: list[str] = []  # conditions under which the call is another one
         self._loads: list[str] = []
         self._names: dict[str, Any] = {"Tensor": torch.Tensor}
@@ -270,8 +303,7 @@ class _MatcherWriter:
             self._tensor(name, value)
             if number == self._form.sample:
                 self._autocast(value)
-        elif number == self._form.timestep or number in self._form.variable:
-            # A number whose value does not matter.
+        elif number in self._open:
             self._check(f"type({name}) is not {self._constant(type(value))}")
         elif value is None or isinstance(value, bool):
             self._check(f"{name} is not {value}")

@@ -13,6 +13,7 @@ Numbers, strings and the like that a call assigns are taken for counters and lef
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import gc
 import random
@@ -25,25 +26,16 @@ import torch
 from torch import nn
 
 from dcompile.compat.tensors import version_of
-
-# Packages whose functions and objects are not looked into: they keep nothing for their callers.
-_OPAQUE = frozenset({"torch", "torchvision", "numpy", "sympy", "dcompile", "functorch", "triton"})
-_STDLIB_CONTAINERS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
-_PLAIN = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    torch.layout,
-    torch.memory_format,
+from dcompile.compiler.introspection import (
+    EMPTY,
+    PLAIN,
+    contents_of,
+    is_library,
+    names_in,
+    slots_of,
 )
-_MISSING = object()
+
+_STDLIB_CONTAINERS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
 # How what is in a module's own tables is called.
 _MODULE_TABLES = {
     "_modules": "{where}.{name}",
@@ -97,15 +89,21 @@ class Snapshot:
     def __init__(self, roots: Iterable[tuple[Any, str]]) -> None:
         self._held: dict[tuple[int, str], _Held] = {}
         self._seen: dict[int, Any] = {}
+        self._visited: list[tuple[Any, str]] = []
         self._pending: list[tuple[Any, str]] = list(roots)
         while self._pending:
             thing, where = self._pending.pop()
-            if id(thing) not in self._seen and type(thing) not in _PLAIN:
+            if id(thing) not in self._seen and type(thing) not in PLAIN:
                 self._seen[id(thing)] = thing
+                self._visited.append((thing, where))
                 self._visit(thing, where)
 
+    def again(self) -> Snapshot:
+        """All of it as it is now, and what can be reached from it now."""
+        return Snapshot(reversed(self._visited))
+
     def changes(self, later: Snapshot) -> dict[Key, Change]:
-        """What differs in another snapshot of the same roots. New objects are not compared."""
+        """What differs in a snapshot taken later by ``again``. New objects are not compared."""
         found: dict[Key, Change] = {}
         for key, held in self._held.items():
             now = later._held.get(key)
@@ -182,7 +180,7 @@ class Snapshot:
         state = dict(dict.items(thing))
         self._hold(thing, where, "mapping", state, functools.partial(_refill_dict, thing))
         self._pending += [(value, f"{where}[{key!r}]") for key, value in state.items()]
-        self._pending += [(key, where) for key in state if type(key) not in _PLAIN]
+        self._pending += [(key, where) for key in state if type(key) not in PLAIN]
 
     def _attributes(self, thing: Any, where: str) -> None:
         attributes = getattr(thing, "__dict__", None)
@@ -199,7 +197,8 @@ class Snapshot:
         slots = {
             name: getattr(thing, name)
             for base in type(thing).__mro__
-            for name in _slots(base)
+            if not is_library(base.__module__)
+            for name in slots_of(base)
             if hasattr(thing, name)
         }
         if slots and not isinstance(thing, torch.Tensor):
@@ -207,7 +206,7 @@ class Snapshot:
             self._pending += [(value, f"{where}.{name}") for name, value in slots.items()]
 
     def _function(self, function: types.FunctionType, where: str) -> None:
-        if _is_opaque(function.__module__):
+        if is_library(function.__module__):
             return
         name = function.__qualname__
         for variable, cell in zip(
@@ -226,19 +225,19 @@ class Snapshot:
         if id(cell) in self._seen:
             return
         self._seen[id(cell)] = cell
-        content = _content(cell)
+        content = contents_of(cell)
         self._hold(cell, where, "cell", {"": content}, functools.partial(_fill_cell, cell))
-        if content is not _MISSING:
+        if content is not EMPTY:
             self._pending.append((content, where))
 
     def _globals(self, function: types.FunctionType) -> None:
         """The globals that its code names; of modules, what it may take from them."""
-        names = _names_in(function.__code__)
+        names = names_in(function.__code__)
         scope = function.__globals__
         state = {name: scope[name] for name in names if name in scope}
         for name, value in state.items():
             if isinstance(value, types.ModuleType):
-                if not _is_opaque(value.__name__):
+                if not is_library(value.__name__):
                     inside = vars(value)
                     self._pending += [
                         (inside[other], f"{name}.{other}") for other in names if other in inside
@@ -276,7 +275,7 @@ def _differences(held: _Held, now: Any) -> Iterator[tuple[Key, Change]]:
     before, where = held.state, held.where
     if isinstance(before, Mapping):
         for key in before.keys() | now.keys():
-            one, other = before.get(key, _MISSING), now.get(key, _MISSING)
+            one, other = before.get(key, EMPTY), now.get(key, EMPTY)
             if not _same(one, other):
                 place = where if key == "" else _place(held, key)
                 harmless = (_is_plain(one) and _is_plain(other)) or _is_copy(one, other)
@@ -329,45 +328,14 @@ def _is_copy(one: Any, other: Any, depth: int = 4) -> bool:
 def _is_plain(value: Any) -> bool:
     if type(value) in (tuple, list):
         return all(map(_is_plain, value))
-    return value is _MISSING or type(value) in _PLAIN
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _MISSING
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    if _is_opaque(kind.__module__):
-        return ()
-    slots = vars(kind).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
-
-
-@functools.lru_cache(maxsize=4096)
-def _names_in(code: types.CodeType) -> tuple[str, ...]:
-    """All global names and attributes that code mentions, in functions within it, too."""
-    names = dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names.update(dict.fromkeys(_names_in(constant)))
-    return tuple(names)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_opaque(module: str | None) -> bool:
-    package = (module or "").partition(".")[0]
-    return package in _OPAQUE or (package in sys.stdlib_module_names and package != "__main__")
+    return value is EMPTY or type(value) in PLAIN
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_looked_into(kind: type) -> bool:
     if issubclass(kind, _STDLIB_CONTAINERS):
         return True
-    return not _is_opaque(kind.__module__)
+    return not is_library(kind.__module__)
 
 
 # Putting states back
@@ -395,7 +363,7 @@ def _refill_dict(items: dict[Any, Any], state: dict[Any, Any]) -> None:
 
 def _set_all(thing: Any, state: dict[str, Any]) -> None:
     for name, value in state.items():
-        if getattr(thing, name, _MISSING) is not value:
+        if getattr(thing, name, EMPTY) is not value:
             setattr(thing, name, value)
 
 
@@ -404,7 +372,7 @@ def _set_globals(scope: dict[str, Any], state: dict[str, Any]) -> None:
 
 
 def _fill_cell(cell: types.CellType, state: dict[str, Any]) -> None:
-    if state[""] is _MISSING:
+    if state[""] is EMPTY:
         del cell.cell_contents
     else:
         cell.cell_contents = state[""]
@@ -421,17 +389,46 @@ class RandomStates:
             if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             else {}
         )
-        numpy = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy is not None else None
+        self._numpy = _numpy_state()
+
+    def drawn_outside_of_torch(self) -> str | None:
+        """Which random numbers have been drawn since that a graph cannot draw."""
+        if random.getstate() != self._python:
+            return "Python's random numbers"
+        if self._numpy is not None and str(_numpy_state()) != str(self._numpy):
+            return "NumPy's random numbers"
+        return None
 
     def restore(self) -> None:
         """Draw the same numbers again."""
-        random.setstate(self._python)
+        drawn = self.drawn_outside_of_torch()  # other threads draw from them, too
+        if drawn is not None:
+            random.setstate(self._python)
+            if self._numpy is not None:
+                sys.modules["numpy"].random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
         for device, state in self._devices.items():
             torch.cuda.set_rng_state(state, device)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+def _numpy_state() -> Any:
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else numpy.random.get_state()
+
+
+@contextlib.contextmanager
+def undone(*roots: Any) -> Iterator[None]:
+    """At the end put back what was changed inside: what these can reach, and random numbers.
+
+    For calls of a network that nobody asked for. Tensors that are written to in place stay so.
+    """
+    before, numbers = Snapshot((root, "") for root in roots), RandomStates()
+    try:
+        yield
+    finally:
+        before.restore(before.changes(before.again()))
+        before.restore_generators()
+        numbers.restore()
 
 
 class FunctionCaches:
@@ -446,7 +443,7 @@ class FunctionCaches:
             (cached, cached.cache_info().misses)
             for cached in gc.get_objects()
             if type(cached) is functools._lru_cache_wrapper
-            and not _is_opaque(getattr(cached, "__module__", None))
+            and not is_library(getattr(cached, "__module__", None))
         ]
 
     def forget_new(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,11 +18,48 @@ Signature = tuple[Any, ...]
 and autocast's state."""
 
 
-def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list[torch.Tensor]]:
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a number, of Python or NumPy."""
+    return isinstance(leaf, Real) and not isinstance(leaf, bool)
+
+
+def numbers_to_tensors(
+    leaves: list[Any], timestep: int, others: Iterable[int] = ()
+) -> dict[int, Any]:
+    """Make inputs of the graph of numbers that would be constants of it.
+
+    Args:
+        leaves: of a call; changed in place, to tensors without dimensions.
+        timestep: place of the timestep, which may be a tensor already.
+        others: places of further numbers; of floats float64 tensors are made, as exact as they.
+
+    Returns:
+        The numbers, by place.
+    """
+    numbers: dict[int, Any] = {}
+    if not isinstance(leaves[timestep], torch.Tensor):
+        numbers[timestep] = leaves[timestep]
+        leaves[timestep] = torch.tensor(leaves[timestep])
+    for place in others:
+        numbers[place] = value = leaves[place]
+        leaves[place] = torch.tensor(
+            value, dtype=torch.float64 if isinstance(value, float) else None
+        )
+    return numbers
+
+
+def signature_of(
+    form: CallForm, leaves: Sequence[Any], numbers: Container[int] = ()
+) -> tuple[Signature, list[torch.Tensor]]:
     """The signature of a call, and its conditioning.
 
     Calls of equal signatures can run the same program. The conditioning is all tensors except
     sample and timestep, and except those made of numbers and lazy ones, which belong to one call.
+
+    Args:
+        form: the call's form.
+        leaves: its leaves.
+        numbers: places of tensors that were made of numbers.
     """
     parts: list[Any] = [form]
     conditioning: list[torch.Tensor] = []
@@ -29,7 +67,7 @@ def signature_of(form: CallForm, leaves: Sequence[Any]) -> tuple[Signature, list
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             parts += (leaf.shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride())
-            own = leaf is sample or leaf is timestep or place in form.variable
+            own = leaf is sample or leaf is timestep or place in numbers
             if not own and type(leaf) is not LazyTensor:
                 conditioning.append(leaf)
         else:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from dcompile.compat.memory import available_bytes
 from dcompile.compat.storages import storage_of, weak_storage
 from dcompile.compiler.program import CacheLayout, Program
 from dcompile.policy.forecast import Damped, Forecast, coefficients_of
 from dcompile.runtime.cuda_graphs import HeldBoundary
 from dcompile.runtime.damping import Damping
+from dcompile.runtime.memory import available_bytes
 from dcompile.runtime.readback import Readback
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from dcompile.backends import Backend
 from dcompile.compat.tensors import version_of
 from dcompile.compiler.call import CallForm, CallForms
 from dcompile.compiler.lazy import LazyTensor, PendingCall, materialize
-from dcompile.compiler.signature import signature_of
+from dcompile.compiler.signature import numbers_to_tensors, signature_of
 from dcompile.errors import CaptureError, DcompileError
 from dcompile.notices import warn
 from dcompile.runtime.binder import Refusal
@@ -115,12 +115,16 @@ class LazyNetwork(ForwardWrapper):
         # A sampling loop may change its sample in place before the results are read.
         leaves[form.sample] = leaves[form.sample].clone(memory_format=torch.preserve_format)
         given = list(leaves)
-        self._convert_numbers(leaves, form)
-        signature, conditioning = signature_of(form, leaves)
+        # Numbers may differ from step to step, such as an adapter's weight.
+        others = [n for n, leaf in enumerate(leaves) if n != form.timestep and type(leaf) is float]
+        numbers = numbers_to_tensors(
+            leaves, form.timestep, () if self._constant_numbers else others
+        )
+        signature, conditioning = signature_of(form, leaves, numbers)
         run, _, _ = self._tracker.enter(leaves[form.timestep], conditioning)
         bound = run.programs.get(signature)
         if bound is None:
-            bound = self._bind(leaves, form)
+            bound = self._bind(leaves, form, numbers.keys() - {form.timestep})
             if isinstance(bound, Refusal):  # in another way, or by its own forward
                 return bound.result[0] if bound.result else self(*args, **kwargs)
             run.programs[signature] = bound
@@ -138,16 +142,6 @@ class LazyNetwork(ForwardWrapper):
             or torch.compiler.is_compiling()
             or getattr(self._direct, "on", False)
         )
-
-    def _convert_numbers(self, leaves: list[Any], form: CallForm) -> None:
-        """Make tensors of a timestep, and of numbers that may differ from step to step."""
-        if not self._constant_numbers:
-            leaves[:] = [
-                torch.tensor(leaf, dtype=torch.float64) if type(leaf) is float else leaf
-                for leaf in leaves
-            ]
-        if not isinstance(leaves[form.timestep], torch.Tensor):
-            leaves[form.timestep] = torch.tensor(leaves[form.timestep])
 
     def _pending_call(
         self, bound: BoundPartialProgram, given: list[Any], leaves: list[Any], form: CallForm
@@ -188,13 +182,21 @@ class LazyNetwork(ForwardWrapper):
 
         return PendingCall(compute, len(program.results))
 
-    def _bind(self, leaves: list[Any], form: CallForm) -> BoundPartialProgram | Refusal:
-        """The program for such calls, or why they are to be served in another way."""
+    def _bind(
+        self, leaves: list[Any], form: CallForm, numbers: Collection[int]
+    ) -> BoundPartialProgram | Refusal:
+        """The program for such calls, or why they are to be served in another way.
+
+        Args:
+            leaves: of the call.
+            form: which of them are what.
+            numbers: places of numbers that were made tensors.
+        """
         try:
             bound = self.programs.bind(leaves, form)
         except DcompileError as error:
             reason = str(error).splitlines()[0]
-            if not self._constant_numbers and any(_is_number(leaf) for leaf in leaves):
+            if numbers:
                 self._constant_numbers = True
                 return Refusal(reason)
             self._give_up(reason)
@@ -224,10 +226,6 @@ class LazyNetwork(ForwardWrapper):
 def _versions(leaves: Sequence[Any]) -> list[int | None]:
     """What changes when a tensor among them is written to in place."""
     return [version_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float64 and leaf.dim() == 0
 
 
 def _autocast_of(kind: str) -> Callable[[], Any]:

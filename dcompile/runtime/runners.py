@@ -16,7 +16,7 @@ from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
 from dcompile.compiler.roles import Roles
-from dcompile.compiler.side_effects import RandomStates
+from dcompile.compiler.side_effects import undone
 from dcompile.errors import BackendError, CaptureError, DcompileError
 from dcompile.progress import Display
 from dcompile.runtime.binder import Refusal, Runner
@@ -77,9 +77,11 @@ class Runners:
             self.training_matters = True
             return Refusal(str(error), error.uncached_result)
         except DcompileError as error:
-            if call.form is not None and call.form.variable and isinstance(error, CaptureError):
+            form = call.form
+            assert form is not None
+            if call.numbers.keys() - {form.timestep} and isinstance(error, CaptureError):
                 # Perhaps only because numbers were made tensors: from now on they are constants.
-                state.reader.keep_constant(call.form)
+                state.reader.keep_constant(form)
                 return Refusal(str(error), error.uncached_result)
             if self._is_raised(state.settings, error):
                 raise
@@ -119,12 +121,11 @@ class Runners:
         Some make tensors of their own of a number, such as integers of a float.
 
         Raises:
-            CaptureError: it does so, at this value or at one beside it.
+            CaptureError: it does so, at this value or at a slightly larger one.
         """
         assert call.form is not None
-        forward, states = self._forward(), RandomStates()
-        leaves = materialize(call.leaves)
-        for offset in (0.0, 0.37):  # beside it, for what an integer hides
+        forward, leaves = self._forward(), materialize(call.leaves)
+        for offset in (0.0, 0.37):  # a whole number hides that integers are made of it
             given, converted = list(leaves), list(leaves)
             for place, number in call.numbers.items():
                 if offset and not isinstance(number, float):
@@ -134,10 +135,8 @@ class Runners:
             results = []
             for variant in (given, converted):
                 args, kwargs = tree_unflatten(variant, call.form.spec)
-                states.restore()
-                with torch.no_grad():
+                with torch.no_grad(), undone(args, kwargs, forward):
                     results.append(tree_leaves(forward(*args, **kwargs)))
-            states.restore()
             if not all(map(_alike, *results)):
                 names = ", ".join(call.form.names[place] for place in call.numbers)
                 raise CaptureError(

@@ -17,7 +17,7 @@ import torch
 from plain import plain
 from torch import nn
 
-from dcompile.compat import cuda, dynamo, export, hooks, inductor, storages, tensors
+from dcompile.compat import cuda, dynamo, export, functorch, hooks, inductor, storages, tensors
 
 
 def test_storage_identity() -> None:
@@ -90,6 +90,24 @@ def test_kernels_are_kept_while_exporting() -> None:
     assert getattr(trace, export.kept_kernels.NAME) is own
 
 
+def test_transformations_of_torch_func() -> None:
+    seen = []
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        seen.append(functorch.is_transforming())
+        return (x * x).sum()
+
+    x = torch.ones(2, 3)
+    square(x)
+    torch.func.vmap(square)(x)
+    torch.func.grad(square)(x)
+    torch.func.jvp(square, (x,), (x,))
+    assert seen == [False, True, True, True], (
+        "torch.func's transformations are not noticed any more: a network called under one would "
+        "be taken for one of its ordinary calls"
+    )
+
+
 def test_symbolic_sizes() -> None:
     class Halves(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +118,7 @@ def test_symbolic_sizes() -> None:
     )
     (node,) = exported.graph.find_nodes(op="placeholder")
     value = node.meta["val"]
-    assert export.is_fake(value), "metadata of an exported graph is no FakeTensor any more"
+    assert export.fake_mode_of([value]), "metadata of an exported graph is no FakeTensor any more"
     size = value.shape[0]
     assert isinstance(size, torch.SymInt), "Dim.AUTO does not leave a size open any more"
     symbol, shape_env = export.expression_of(size), export.shape_env_of(size)

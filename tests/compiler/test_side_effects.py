@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import functools
 import gc
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from heard import noticed
+from heard import noticed, silent
 from plain import Plain, compiled, picture, plain, sampled, timesteps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -400,23 +402,76 @@ def test_nothing_is_left_when_a_capture_fails() -> None:
     assert dcompile.handle(network).stats.uncached_calls == STEPS
 
 
-def test_random_numbers_are_drawn_as_if_it_had_been_called_once() -> None:
-    torch.manual_seed(5)
-    network = compiled()
-    sampled(network, picture(), timesteps(STEPS))
-    after = torch.rand(3)
-    torch.manual_seed(5)
-    plain()
-    again = torch.rand(3)
-    assert torch.equal(after, again)
+def noise_of_torch(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn_like(like)
 
 
-def test_no_fake_tensor_is_reachable_afterwards() -> None:
-    network = compiled()
+def noise_of_python(like: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(like, random.random())
+
+
+def noise_of_numpy(like: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(like, float(np.random.random()))
+
+
+class Noisy(Plain):
+    def __init__(self, noise: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        return super().forward(sample + 0.1 * self.noise(sample), timestep, condition)
+
+
+@pytest.mark.parametrize(
+    ("noise", "reason"),
+    [
+        (noise_of_torch, None),
+        (noise_of_python, "Noisy draws Python's random numbers, which would be constants"),
+        (noise_of_numpy, "Noisy draws NumPy's random numbers, which would be constants"),
+    ],
+)
+def test_random_numbers_are_drawn_as_ever(noise: Any, reason: str | None) -> None:
+    def drawn(network: Any) -> tuple[Any, ...]:
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(5)
+        result = sampled(network, picture(), timesteps(STEPS))
+        return result, torch.rand(3), random.random(), np.random.random()
+
+    network = compiled_like(Noisy(noise).eval(), interval=1)
+    with noticed(reason) if reason else silent():
+        found, *following = drawn(network)
+    expected, *then_following = drawn(Noisy(noise).eval())
+    assert torch.equal(found, expected)
+    assert all(np.array_equal(*pair) for pair in zip(following, then_following, strict=True))
+    assert dcompile.handle(network).stats.uncached_calls == (STEPS if reason else 0)
+
+
+@pytest.mark.parametrize("make", [table, bounded_table, Tables()], ids=["cache", "lru", "object"])
+def test_no_fake_tensor_is_reachable_afterwards(make: Any) -> None:
+    network = compiled_like(WithTable(make).eval())
     sampled(network, picture(), timesteps(STEPS))
-    held = Snapshot([(network, "Plain")])
-    assert not [x for x in held._seen.values() if isinstance(x, FakeTensor)]
     gc.collect()
+    mine = [x for x in gc.get_objects() if isinstance(x, FakeTensor)]
+    graphs = Snapshot([(network, "network"), (WithTable, "its class")])
+    reachable = {id(x) for x in graphs._seen.values()}
+    assert len(reachable) > 100
+    assert not [x for x in mine if id(x) in reachable]
+
+
+def test_a_list_that_was_put_out_of_sight_is_restored() -> None:
+    class Holder:
+        items: Any = None
+
+    holder, items = Holder(), [1]
+    holder.items = items
+    before = Snapshot([(holder, "holder")])
+    holder.items = [1]  # an equal copy, as torch.export leaves it
+    items.append(2)
+    before.restore(before.changes(before.again()))
+    assert holder.items is items
+    assert items == [1]
 
 
 # --- failures belong to their signature ---------------------------------------------------------

@@ -1,0 +1,71 @@
+"""What Python objects are made of: slots, closures, the names that code mentions."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from typing import Any
+
+import torch
+
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.layout,
+    torch.memory_format,
+)
+"""Types of values that cannot change and refer to nothing."""
+
+EMPTY = object()
+"""What a cell without contents has."""
+
+# Libraries whose code does not change and keeps nothing for its callers, apart from Python's own.
+_LIBRARIES = frozenset(
+    {"torch", "torchvision", "numpy", "sympy", "dcompile", "functorch", "triton"}
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library(module: str | None) -> bool:
+    """Whether a module belongs to torch, Python or the like, and is not looked into."""
+    package = (module or "").partition(".")[0]
+    return package in _LIBRARIES or (package in sys.stdlib_module_names and package != "__main__")
+
+
+def slots_of(kind: type) -> tuple[str, ...]:
+    """Names of the slots that a class itself adds."""
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def contents_of(cell: types.CellType) -> Any:
+    """What a closure's cell holds; ``EMPTY`` if nothing was assigned."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return EMPTY
+
+
+@functools.lru_cache(maxsize=4096)
+def names_in(code: types.CodeType) -> tuple[str, ...]:
+    """All global names and attributes that code mentions, in functions within it, too."""
+    names = dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(names_in(constant)))
+    return tuple(names)
+
+
+def function_behind(member: Any) -> Any:
+    """The function of a class, static or property member; the member itself if it is neither."""
+    return getattr(member, "__func__", getattr(member, "fget", member))
