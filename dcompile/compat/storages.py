@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-
-def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """The storage object: the very same one for all views of it, as long as any of them lives."""
-    return tensor.untyped_storage()
+# (tensor) -> the storage object: the very same one for all views of it, as long as any of them
+# lives. Not wrapped in a function: every call of a network asks for several.
+storage_of: Callable[[torch.Tensor], torch.UntypedStorage] = torch.Tensor.untyped_storage
 
 
 def weak_storage(

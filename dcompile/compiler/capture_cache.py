@@ -6,28 +6,20 @@ Used for a denoiser (``ProgramCache``) and for its companions (``runtime.lazy_ne
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_unflatten
 
 from dcompile.compiler.call import StandardCall
-from dcompile.compiler.capture import CapturedNetwork, capture, require_all_weights
+from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.fingerprint import (
     Structure,
     changed_by_running,
     difference,
     structure_of,
 )
-from dcompile.compiler.side_effects import (
-    Change,
-    FunctionCaches,
-    Key,
-    RandomStates,
-    Snapshot,
-    undone,
-)
+from dcompile.compiler.observed_capture import ObservedCapture, SideEffectError
 from dcompile.compiler.signature import (
     Signature,
     constants_that_differ,
@@ -46,10 +38,6 @@ IN_TRAINING_MODE = "the network is in training mode (call .eval())"
 
 class TrainingModeError(CaptureError):
     """The network is in training mode, and what it computes depends on that."""
-
-
-class SideEffectError(CaptureError):
-    """The network does more than compute, so none of its calls can be cached."""
 
 
 class CaptureCache:
@@ -229,7 +217,7 @@ class CaptureCache:
     ) -> CapturedNetwork:
         with display.stage("capturing"):
             try:
-                network = self._captured_without_a_trace(call, dynamic)
+                network = ObservedCapture(self.module, self._forward(), call, dynamic).captured()
                 # Pipelines that build a network out of another's parts leave it in training mode.
                 if self.module.training and any(map(is_random, network.graph_module.graph.nodes)):
                     raise TrainingModeError(IN_TRAINING_MODE)
@@ -246,82 +234,7 @@ class CaptureCache:
                     self._structures[number] = self.structure()
         return network
 
-    def _captured_without_a_trace(
-        self, call: StandardCall, dynamic: DynamicSizes | None
-    ) -> CapturedNetwork:
-        """Call the network once for real, and capture it; see ``side_effects``.
-
-        Raises:
-            CaptureError: it cannot be captured, or has side effects. The error has the result of
-                the real call, so that nobody has to call it again.
-        """
-        form, leaves = call.form, call.leaves
-        require_all_weights(self.module)
-        args, kwargs = tree_unflatten(list(leaves), form.spec)
-        name, forward = type(self.module).__name__, self._forward()
-        roots = [(leaves, "the arguments"), (forward, name), (self.module, name)]
-        numbers = RandomStates()
-        before = Snapshot(roots)
-        result = forward(*args, **kwargs)
-        after = before.again()
-        effects = before.changes(after)
-        # Of weights and arguments torch.export says so; other tensors it would write to itself.
-        own = {id(x) for x in (*self.module.parameters(), *self.module.buffers(), *leaves)}
-        for (identity, _), change in effects.items():
-            if change.in_place and identity not in own:
-                raise self._side_effect(change.where, result)
-        drawn = numbers.drawn_outside_of_torch()
-        if drawn is not None:  # here, or in another thread?
-            with undone(leaves, forward, self.module):
-                again = RandomStates()
-                forward(*args, **kwargs)
-                drawn = again.drawn_outside_of_torch()
-        if drawn is not None:
-            refusal = SideEffectError(
-                f"{name} draws {drawn}, which would be constants of a graph. It runs uncached"
-            )
-            refusal.uncached_result = (result,)
-            raise refusal
-        caches = FunctionCaches()
-        try:
-            network = capture(self.module, forward, leaves, form.spec, form.sample, dynamic)
-        except CaptureError as error:
-            error.uncached_result = (result,)
-            raise
-        finally:
-            traced = after.changes(after.again())
-            after.restore(traced)
-            caches.forget_new()
-        repeated = _repeated(effects, traced)
-        if repeated is None and not all(change.harmless for change in effects.values()):
-            # Made once and kept, or made at every call, but not while tracing?
-            with undone(leaves, forward, self.module):
-                forward(*args, **kwargs)
-                repeats = after.changes(after.again())
-            repeated = _repeated(effects, repeats)
-        if repeated is not None:
-            raise self._side_effect(repeated, result)
-        before.restore_generators()  # the graph will draw the same numbers
-        numbers.restore()
-        return network
-
-    def _side_effect(self, where: str, result: Any) -> SideEffectError:
-        error = SideEffectError(
-            f"{type(self.module).__name__} does more than compute: every call changes {where}, "
-            "and a reuse step would leave that out. It runs uncached"
-        )
-        error.uncached_result = (result,)
-        return error
-
 
 def _without_result(error: CaptureError) -> CaptureError:
     """The same refusal, to be kept: without tensors, and without the frames that hold some."""
     return type(error)(str(error))
-
-
-def _repeated(first: Mapping[Key, Change], second: Mapping[Key, Change]) -> str | None:
-    """What both calls changed, other than counters; written tensors without a second look."""
-    for key, change in first.items():
-        if change.in_place or (key in second and not (change.harmless or second[key].harmless)):
-            return change.where
-    return None

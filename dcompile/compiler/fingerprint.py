@@ -337,25 +337,29 @@ def _are_numbers(value: Any) -> bool:
     )
 
 
-class WeightSample:
-    """Some of a module's parameters, to notice that others were put in their places.
+class WeightIdentities:
+    """A module's parameters, to notice that others were put in their places.
 
     ``torch.func.functional_call`` does so for the time of one call. Held weakly.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        held = [
-            (submodule._parameters, name, parameter)
+        self._all = [
+            (submodule._parameters, name, weakref.ref(parameter))
             for submodule in module.modules()
             for name, parameter in submodule._parameters.items()
             if parameter is not None
         ]
-        some = held[:1] + held[len(held) // 2 : len(held) // 2 + 1] + held[-1:]
-        self._some = [(table, name, weakref.ref(parameter)) for table, name, parameter in some]
+        self._some = self._all[
+            -1:
+        ]  # which a reuse step uses, too: at hand in the processor's cache
 
-    def changed(self) -> bool:
-        """Whether any is another object now."""
-        return any(table.get(name) is not reference() for table, name, reference in self._some)
+    def changed(self, thoroughly: bool) -> bool:
+        """Whether any is another object now; of the last one only, unless ``thoroughly``."""
+        for table, name, reference in self._all if thoroughly else self._some:
+            if table.get(name) is not reference():
+                return True
+        return False
 
 
 def tensors_in_containers(module: nn.Module) -> dict[int, str]:

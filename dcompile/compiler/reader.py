@@ -326,10 +326,11 @@ class _MatcherWriter:
     def _tensor(self, name: str, value: torch.Tensor) -> None:
         kind = "Tensor" if type(value) is torch.Tensor else self._constant(type(value))
         shape, dtype = self._constant(value.shape), self._constant(value.dtype)
-        device = self._constant(value.device)
+        cpu = value.device.type == "cpu"
+        device = f"not {name}.is_cpu" if cpu else f"{name}.device != {self._constant(value.device)}"
         self._check(
             f"type({name}) is not {kind} or {name}.shape != {shape} or {name}.dtype is not {dtype} "
-            f"or {name}.device != {device}"
+            f"or {device}"
         )
         if value.is_contiguous():
             self._check(f"not {name}.is_contiguous()")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves
 
-from dcompile.compat.functorch import is_transforming
+from dcompile.compat.functorch import innermost_transformation
 from dcompile.compiler.capture import capturing_in_this_thread
 from dcompile.compiler.capture_cache import IN_TRAINING_MODE
 from dcompile.compiler.program_cache import ProgramCache
@@ -71,7 +71,7 @@ class Dispatcher(ForwardWrapper):
             return self._run_copy(state, copy, args, kwargs)
         if not state.enabled:
             return self.original(*args, **kwargs)
-        if is_transforming():
+        if innermost_transformation() is not None:
             return self._run_uncached(state, UNDER_TORCH_FUNC, args, kwargs)
         call = state.reader.read(args, kwargs)
         if (reason := call.refusal or self.reason_not_to_cache(call)) is not None:
@@ -91,8 +91,7 @@ class Dispatcher(ForwardWrapper):
             run.note_due(step, wanted)
             level = lane.required_level(wanted, run.due)
             # A refresh step has the time to see whether a switch was flipped meanwhile.
-            if level == len(run.due) and step and run.toggled():
-                run.invalidate_programs()
+            if level == len(run.due) and step and run.has_changed():
                 bound = self.runners.bind(state, run, call)
                 if isinstance(bound, Refusal):
                     return self._run_uncached(state, bound.reason, args, kwargs, bound.result)
@@ -109,7 +108,7 @@ class Dispatcher(ForwardWrapper):
         else:
             run.reused = True
             state.counters.reuse(bound.program.ratio)
-        if step == run.last_step:
+        if step + 1 == run.steps or run.ended:
             finish(state, run, lane)
         return result
 

@@ -49,18 +49,6 @@ class Anchor:
         """Whether the storage still exists."""
         return self.storage() is not None
 
-    def contradicts(self, tensor: torch.Tensor, steady: bool) -> bool:
-        """Whether this is certainly another tensor.
-
-        Args:
-            tensor: in the same place of another call.
-            steady: whether the anchor was seen at two steps.
-        """
-        storage = self.storage()
-        if storage is None:
-            return steady
-        return storage is not storage_of(tensor) or self.offset != tensor.storage_offset()
-
 
 @dataclass(eq=False)
 class Lane:
@@ -103,7 +91,11 @@ class Lane:
         if len(conditioning) != len(self.anchors):
             return True
         for anchor, tensor in zip(self.anchors, conditioning, strict=True):
-            if anchor.contradicts(tensor, self.steady):
+            storage = anchor.storage()
+            if storage is None:
+                if self.steady:
+                    return True
+            elif storage is not storage_of(tensor) or anchor.offset != tensor.storage_offset():
                 return True
         return False
 

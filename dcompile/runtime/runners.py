@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture_cache import TrainingModeError
-from dcompile.compiler.fingerprint import ToggleSnapshot, WeightSample
+from dcompile.compiler.fingerprint import ToggleSnapshot, WeightIdentities
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
@@ -90,7 +90,7 @@ class Runners:
         run.programs[call.signature] = runner
         run.toggles = ToggleSnapshot(self._module)
         with self.programs.lock:  # a capture puts others in the parameters' places meanwhile
-            run.weights = WeightSample(self._module)
+            run.weights = WeightIdentities(self._module)
         return runner
 
     def runner_for(self, state: State, call: Call) -> Runner:

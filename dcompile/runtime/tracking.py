@@ -23,7 +23,7 @@ import torch
 
 from dcompile.compat.storages import storage_of, weak_storage
 from dcompile.compiler.capture import capturing_threads
-from dcompile.compiler.fingerprint import ToggleSnapshot, WeightSample
+from dcompile.compiler.fingerprint import ToggleSnapshot, WeightIdentities
 from dcompile.policy.forecast import Forecast
 from dcompile.policy.schedule import Plan
 from dcompile.runtime.lanes import Anchor, Lane
@@ -54,7 +54,8 @@ class Run:
         plan: chosen when the run begins; None until then.
         forecasts: one for each cut, chosen with the plan.
         toggles: the module's switches as they were when its programs were bound.
-        weights: some of the parameters they were bound to.
+        weights: the parameters they were bound to.
+        swaps_weights: others were put in their places in this run.
         lanes: the calls of a step, each with what it cached.
         ended: known to be at its last step although ``steps`` is not known.
         reused: whether any step reused features.
@@ -73,7 +74,8 @@ class Run:
     plan: Plan | None = None
     forecasts: tuple[Forecast, ...] = ()
     toggles: ToggleSnapshot | None = None
-    weights: WeightSample | None = None
+    weights: WeightIdentities | None = None
+    swaps_weights: bool = False
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)  # lanes called at the present step, by id
     # Two runs may go over one timesteps tensor (a loop that is begun again, or a server that
@@ -83,15 +85,19 @@ class Run:
     _reason: str = ""  # for the latest doubt
     _open_ends: set[int] = field(default_factory=set)
 
-    @property
-    def last_step(self) -> int | None:
-        """The number of the last step, if known."""
-        if self.ended:
-            return self.step
-        return None if self.steps is None else self.steps - 1
-
     def enter(self, step: int, conditioning: Sequence[torch.Tensor], signature: Any = None) -> Lane:
         """Register a call and return its lane; a lane without a program has to be refreshed."""
+        if (
+            len(self.lanes) == len(self._served) == 1  # the common case, in short
+            and step == self.step + 1
+            and not self._doubtful
+            and step not in self._open_ends
+            and not self.lanes[0].contradicts(conditioning, signature)
+        ):
+            self.step = step
+            self._reason = ""
+            self.lanes[0].note_steady()
+            return self.lanes[0]
         if step == self.step:
             # Another lane, if its conditioning says so; else it may as well be another run.
             if any(
@@ -129,17 +135,26 @@ class Run:
         self.forecasts = forecasts
         self.plan = plan
 
-    def toggled(self) -> bool:
-        """Whether a switch of the module was flipped since its programs were bound."""
-        return self.toggles is not None and self.toggles.changed()
+    def has_changed(self) -> bool:
+        """Whether the module was changed since its programs were bound: then none is left."""
+        if self.toggles is not None and self.toggles.changed():
+            self.invalidate_programs()
+            return True
+        return self.follow_weights(thoroughly=True)
 
-    def follow_weights(self) -> bool:
-        """Whether others were put in the parameters' places: then nothing cached is used again."""
-        sample = self.weights
-        if sample is None or not sample.changed():
+    def follow_weights(self, thoroughly: bool = False) -> bool:
+        """Whether others were put in the parameters' places: then nothing cached is used again.
+
+        Args:
+            thoroughly: look at all of them, not only at some. Once any were replaced, always.
+        """
+        thoroughly = thoroughly or self.swaps_weights
+        if self.weights is None or not self.weights.changed(thoroughly):
             return False
-        if capturing_threads or not sample.changed():  # a capture in another thread did that
+        # Or has a capture in another thread done that?
+        if capturing_threads or not self.weights.changed(thoroughly):
             return False
+        self.swaps_weights = True
         self.invalidate_programs()
         for lane in self.lanes:
             lane.release()
@@ -351,7 +366,8 @@ class StepTracker:
         storage, value = None, 0.0
         if isinstance(timestep, torch.Tensor):
             found = storage_of(timestep)
-            if found.nbytes() > timestep.element_size() * _own_elements(timestep):
+            is_known = timestep.dim() == 0 and id(found) in self._by_storage
+            if is_known or _is_part(timestep, found):
                 storage = found
         by_value = storage is None or (
             self._orphans >= MAX_ORPHANS and id(storage) not in self._by_storage
@@ -470,9 +486,10 @@ class StepTracker:
         return track.run, 0
 
 
-def _own_elements(timestep: torch.Tensor) -> int:
-    """How many different elements a timestep addresses: 1 for ``t`` and ``t.expand(batch)``."""
-    return 1 if not any(timestep.stride()) else timestep.numel()
+def _is_part(timestep: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+    """Whether the storage has more elements than ``t``, ``t.expand(batch)`` or so addresses."""
+    own = timestep.numel() if any(timestep.stride()) else 1
+    return storage.nbytes() > own * timestep.element_size()
 
 
 def _value(timestep: Any) -> float:

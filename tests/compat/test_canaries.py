@@ -94,7 +94,7 @@ def test_transformations_of_torch_func() -> None:
     seen = []
 
     def square(x: torch.Tensor) -> torch.Tensor:
-        seen.append(functorch.is_transforming())
+        seen.append(functorch.innermost_transformation() is not None)
         return (x * x).sum()
 
     x = torch.ones(2, 3)

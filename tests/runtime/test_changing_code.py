@@ -178,6 +178,21 @@ def test_weights_that_are_swapped_for_a_call() -> None:
         assert torch.equal(network(x, t)[0], plain()(x, t)[0])
 
 
+@pytest.mark.parametrize("name", ["enter.weight", "deep.0.bias", "leave.bias"])
+def test_a_single_weight_that_is_swapped_for_some_calls(name: str) -> None:
+    network, reference, ts = compiled(interval=1), plain(), timesteps(STEPS)
+    for step, t in enumerate(ts):
+        given = {}
+        if step in (2, 3, 5):
+            given[name] = dict(reference.named_parameters())[name] + 0.1
+        with torch.no_grad():
+            found, expected = (
+                torch.func.functional_call(module, given, (picture(), t))[0]
+                for module in (network, reference)
+            )
+        assert torch.equal(found, expected), step
+
+
 def test_transformed_calls_run_uncached() -> None:
     network, reference, t = compiled(), plain(), timesteps()[0]
 

@@ -54,7 +54,7 @@ def recorded_of(module: Any) -> list[RecordedProgram]:
 def runs_of(module: Any) -> list[Run]:
     """The runs that are tracked now."""
     tracker = dispatcher_of(module).state.tracker
-    runs = [run for _, run, _ in tracker._by_storage.values()]
+    runs = [track.run for track in tracker._by_storage.values()]
     return runs + [track.run for track in tracker._by_value]
 
 
