@@ -254,7 +254,7 @@ def test_a_warm_network_neither_captures_nor_compiles(
     assert (stats.captures, stats.runs, stats.refresh_steps) == (1, 0, 0)
     assert stats.cache_bytes == 0
     if isinstance(call, tuple) and len(call) == 3:
-        monkeypatch.setattr(dcompile.compiler.capture_cache, "capture", None)
+        monkeypatch.setattr(dcompile.compiler.observed_capture, "capture", None)
         monkeypatch.setattr(dcompile.compiler.program_cache, "build", None)
         x = picture()
         assert sampled(network, x, timesteps()).isfinite().all()
@@ -289,7 +289,7 @@ def test_signatures_warm_up_another_process(monkeypatch: pytest.MonkeyPatch) -> 
     other = compiled()
     dcompile.handle(other).warmup(*signatures)
     assert dcompile.handle(other).signatures == signatures
-    monkeypatch.setattr(dcompile.compiler.capture_cache, "capture", None)
+    monkeypatch.setattr(dcompile.compiler.observed_capture, "capture", None)
     monkeypatch.setattr(dcompile.compiler.program_cache, "build", None)
     for condition in conditions:
         sampled(other, picture(), timesteps(), condition)

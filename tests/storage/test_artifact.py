@@ -57,7 +57,7 @@ def test_nothing_is_captured_or_compiled_after_loading(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("captured")
 
-    monkeypatch.setattr(dcompile.compiler.capture_cache, "capture", never)
+    monkeypatch.setattr(dcompile.compiler.observed_capture, "capture", never)
     monkeypatch.setattr(dcompile.compiler.program_cache, "build", never)
     network = loaded(saved)
     expected = dcompile.handle(network)
