@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import builders
 import networks
 import pytest
 import seam
@@ -152,7 +153,7 @@ def test_a_backend_that_needs_fixed_sizes_gets_them() -> None:
 def test_a_diffusers_network_stays_exact_at_other_sizes() -> None:
     ranges = {"batch": (2, 4), "height": (8, 32), "width": (8, 32)}
     network = dcompile.cache_compile(
-        networks.stable_diffusion().eval(), backend="eager", dynamic=ranges, verbose=False
+        builders.stable_diffusion().eval(), backend="eager", dynamic=ranges, verbose=False
     )
     handle, ts = dcompile.handle(network), timesteps()
     with torch.no_grad():

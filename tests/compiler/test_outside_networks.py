@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import BATCH, TEXT, Network, check_every_depth
+from builders import BATCH, TEXT
+from networks import Network, check_every_depth
 from outside_networks import (
     DENOISING_DIFFUSION,
     MONAI,

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import seam
 import torch
+from builders import stable_diffusion as build_stable_diffusion
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from networks import stable_diffusion as build_stable_diffusion
 from networks import text
 from plain import Plain, compiled, picture, plain, timesteps
 from torch import nn

@@ -6,22 +6,43 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import networks
+import builders
 import numpy as np
 import seam
 import torch
+from builders import (
+    DDIM,
+    SHALLOW,
+    TEXT,
+    adapter,
+    bert,
+    cascade_decoder,
+    cascade_prior,
+    controlnet,
+    deepfloyd_upscaler,
+    image,
+    mel_vae,
+    motion_adapter,
+    picture_encoder,
+    picture_extractor,
+    pipeline,
+    text_encoder,
+    unconditional,
+    unet,
+    unet_xl,
+    vae,
+    vocoder,
+    vq,
+)
 from diffusers import (
     AnimateDiffPipeline,
     AudioLDM2Pipeline,
     AudioLDMPipeline,
-    AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
-    ControlNetModel,
     ControlNetXSAdapter,
     DDIMPipeline,
-    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DDPMWuerstchenScheduler,
@@ -39,13 +60,11 @@ from diffusers import (
     LDMTextToImagePipeline,
     MarigoldDepthPipeline,
     MarigoldNormalsPipeline,
-    MotionAdapter,
     MusicLDMPipeline,
     PriorTransformer,
     SemanticStableDiffusionPipeline,
     StableCascadeDecoderPipeline,
     StableCascadePriorPipeline,
-    StableCascadeUNet,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionControlNetXSPipeline,
@@ -68,32 +87,19 @@ from diffusers import (
     StableDiffusionXLPAGPipeline,
     StableDiffusionXLPipeline,
     StableVideoDiffusionPipeline,
-    T2IAdapter,
     TextToVideoSDPipeline,
     UnCLIPPipeline,
     UnCLIPScheduler,
     UNet2DConditionModel,
-    UNet2DModel,
-    VQModel,
 )
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
-    LDMBertConfig,
-    LDMBertModel,
-)
 from PIL import Image
-from small_pipelines import DDIM, image, text_encoder, tokenizer, vae
 from torch import Tensor, nn
 from transformers import (
     ClapTextConfig,
     ClapTextModelWithProjection,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
     GPT2Config,
     GPT2LMHeadModel,
-    SpeechT5HifiGan,
-    SpeechT5HifiGanConfig,
     T5Config,
     T5EncoderModel,
 )
@@ -163,7 +169,6 @@ def stale_features(
 
 
 STEPS = 5
-TEXT = 16
 
 
 @dataclass(frozen=True)
@@ -221,75 +226,10 @@ def as_tensor(result: Any) -> Tensor:
     return torch.as_tensor(np.asarray(result)) if not isinstance(result, Tensor) else result
 
 
-def ddim() -> DDIMScheduler:
-    return DDIMScheduler.from_config(DDIM.config)
-
-
-def unet(**config: Any) -> UNet2DConditionModel:
-    return networks.stable_diffusion(
-        **{
-            "block_out_channels": (16, 32),
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            **config,
-        }
-    )
-
-
-def unet_xl(**config: Any) -> UNet2DConditionModel:
-    return unet(
-        **{
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": TEXT + 6 * 8,
-            "cross_attention_dim": 2 * TEXT,
-            **config,
-        }
-    )
-
-
-def pipeline(kind: Any, **parts: Any) -> Any:
-    """A pipeline with the usual components, unless others are given; None where it has no use."""
-    usual = {
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "text_encoder_2": lambda: text_encoder(projected=True),
-        "tokenizer": tokenizer,
-        "tokenizer_2": tokenizer,
-        "scheduler": ddim,
-        "unet": unet,
-        "requires_safety_checker": lambda: False,
-    }
-    made = {}
-    for name, parameter in inspect.signature(kind.__init__).parameters.items():
-        if name in parts:
-            made[name] = parts[name]
-        elif name in usual:
-            made[name] = usual[name]()
-        elif parameter.default is parameter.empty and name != "self":
-            made[name] = None
-    for part in made.values():
-        if isinstance(part, nn.Module):
-            part.eval()
-    return kind(**made)
-
-
-def controlnet(network: UNet2DConditionModel) -> ControlNetModel:
-    """With something to add, which a new one has not."""
-    control = ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(4, 8))
-    for part in (*control.controlnet_down_blocks, control.controlnet_mid_block):
-        nn.init.normal_(part.weight, std=0.1)
-    return control.eval()
-
-
 def controlled(kind: Any, make: Callable[..., Any] = unet, count: int = 1) -> Any:
     network = make()
     controls = [controlnet(network) for _ in range(count)]
     return pipeline(kind, unet=network, controlnet=controls if count > 1 else controls[0])
-
-
-def adapter() -> T2IAdapter:
-    return T2IAdapter(channels=[16, 32], num_res_blocks=1, downscale_factor=2)
 
 
 def with_image_prompt(pipe: Any) -> Any:
@@ -315,23 +255,6 @@ def image_prompt() -> dict[str, Any]:
     return {"ip_adapter_image_embeds": [torch.randn(2, 1, 8)]}
 
 
-def picture_encoder(size: int) -> Any:
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=size,
-        patch_size=size // 2,
-        projection_dim=TEXT,
-    )
-    return CLIPVisionModelWithProjection(config).eval()
-
-
-def picture_extractor(size: int) -> Any:
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=size)
-
-
 def stable_video() -> Any:
     return pipeline(
         StableVideoDiffusionPipeline,
@@ -340,17 +263,8 @@ def stable_video() -> Any:
         ),
         image_encoder=picture_encoder(224),
         feature_extractor=picture_extractor(224),
-        unet=networks.stable_video(),
+        unet=builders.stable_video(),
         scheduler=EulerDiscreteScheduler(),
-    )
-
-
-def motion_adapter() -> MotionAdapter:
-    return MotionAdapter(
-        block_out_channels=(16, 32),
-        motion_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=4,
     )
 
 
@@ -367,31 +281,6 @@ def picture_and_mask() -> dict[str, Any]:
     return {"image": image(), "mask_image": mask, "strength": 1.0, "height": 16, "width": 16}
 
 
-def vq(latent_channels: int = 4) -> VQModel:
-    return VQModel(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=latent_channels,
-        num_vq_embeddings=8,
-        norm_num_groups=4,
-    )
-
-
-def bert() -> LDMBertModel:
-    return LDMBertModel(
-        LDMBertConfig(
-            vocab_size=64,
-            max_position_embeddings=77,
-            encoder_layers=1,
-            encoder_ffn_dim=16,
-            encoder_attention_heads=2,
-            head_dim=8,
-            d_model=TEXT,
-        )
-    )
-
-
 def depth_arguments() -> dict[str, Any]:
     return {"image": image(), "processing_resolution": 0, "output_type": "np"}
 
@@ -404,23 +293,6 @@ def embeddings(width: int = TEXT, tokens: int = 5) -> dict[str, Tensor]:
     }
 
 
-def vocoder() -> Any:
-    config = SpeechT5HifiGanConfig(
-        model_in_dim=16,
-        upsample_initial_channel=8,
-        upsample_rates=[2, 2],
-        upsample_kernel_sizes=[4, 4],
-        resblock_kernel_sizes=[3],
-        resblock_dilation_sizes=[[1]],
-        sampling_rate=16,
-    )
-    return SpeechT5HifiGan(config).eval()
-
-
-def mel_vae() -> AutoencoderKL:
-    return AutoencoderKL.from_config(vae().config, in_channels=1, out_channels=1)
-
-
 def audioldm2() -> Any:
     t5 = T5Config(vocab_size=8, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
     gpt2 = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2)
@@ -428,7 +300,7 @@ def audioldm2() -> Any:
         AudioLDM2Pipeline,
         text_encoder_2=T5EncoderModel(t5),
         language_model=GPT2LMHeadModel(gpt2),
-        unet=networks.audioldm2(),
+        unet=builders.audioldm2(),
         vocoder=vocoder(),
     )
 
@@ -446,7 +318,7 @@ def with_sound(kind: Any) -> Any:
         kind,
         vae=mel_vae(),
         text_encoder=ClapTextModelWithProjection(clap),
-        unet=networks.audioldm(),
+        unet=builders.audioldm(),
         vocoder=vocoder(),
     )
 
@@ -487,24 +359,6 @@ def hunyuan_prompt() -> dict[str, Any]:
     }
 
 
-def cascade_prior() -> StableCascadeUNet:
-    return StableCascadeUNet(
-        in_channels=4,
-        out_channels=4,
-        timestep_ratio_embedding_dim=8,
-        conditioning_dim=16,
-        block_out_channels=(16, 32),
-        num_attention_heads=(2, 2),
-        down_num_layers_per_block=(1, 2),
-        up_num_layers_per_block=(2, 1),
-        clip_text_in_channels=TEXT,
-        clip_text_pooled_in_channels=TEXT,
-        clip_image_in_channels=TEXT,
-        clip_seq=2,
-        switch_level=(False,),
-    )
-
-
 def cascade_prompt() -> dict[str, Any]:
     return {
         **embeddings(),
@@ -513,57 +367,15 @@ def cascade_prompt() -> dict[str, Any]:
     }
 
 
-def cascade_decoder() -> StableCascadeUNet:
-    return StableCascadeUNet(
-        in_channels=4,
-        out_channels=4,
-        timestep_ratio_embedding_dim=8,
-        conditioning_dim=16,
-        block_out_channels=(16, 32),
-        num_attention_heads=(2, 2),
-        down_num_layers_per_block=(1, 2),
-        up_num_layers_per_block=(2, 1),
-        clip_text_pooled_in_channels=TEXT,
-        effnet_in_channels=4,
-        clip_seq=2,
-    )
-
-
-def deepfloyd_upscaler() -> UNet2DConditionModel:
-    config = networks.deepfloyd_if().config
-    return UNet2DConditionModel.from_config(config, in_channels=6, class_embed_type="timestep")
-
-
-def unconditional(**config: Any) -> UNet2DModel:
-    return networks.ddpm(
-        **{
-            "sample_size": 8,
-            "block_out_channels": (16, 32),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            **config,
-        }
-    )
-
-
 def latent_upscaler() -> Any:
-    network = unet(
-        in_channels=8,
+    network = builders.latent_upscaler(
         out_channels=5,
         time_cond_proj_dim=128 + TEXT,
         down_block_types=("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 2),
         up_block_types=(*["KCrossAttnUpBlock2D"] * 2, "KUpBlock2D"),
-        mid_block_type=None,
         block_out_channels=(32, 64, 64),
         layers_per_block=2,
         attention_head_dim=8,
-        norm_num_groups=None,
-        time_embedding_type="fourier",
-        resnet_time_scale_shift="scale_shift",
-        act_fn="gelu",
-        conv_in_kernel=1,
-        conv_out_kernel=1,
-        timestep_post_act="gelu",
         upcast_attention=False,
     )
     return pipeline(
@@ -581,7 +393,7 @@ def unclip() -> Any:
         num_embeddings=16,
     )
     decoder = UNet2DConditionModel.from_config(
-        networks.kandinsky22().config,
+        builders.kandinsky22().config,
         in_channels=3,
         out_channels=6,
         encoder_hid_dim=None,
@@ -608,12 +420,7 @@ def unclip() -> Any:
 
 
 def grounded() -> Any:
-    """A GLIGEN whose boxes matter; in a new one the gates are shut."""
-    network = unet(attention_type="gated")
-    for name, weight in network.named_parameters():
-        if name.endswith(("alpha_attn", "alpha_dense")):
-            nn.init.ones_(weight)
-    return pipeline(StableDiffusionGLIGENPipeline, unet=network)
+    return pipeline(StableDiffusionGLIGENPipeline, unet=builders.gligen(**SHALLOW))
 
 
 def controlnet_xs() -> Any:
@@ -689,12 +496,12 @@ CASES = {
         lambda: {"num_frames": 2},
     ),
     "TextToVideoSDPipeline": Case(
-        lambda: pipeline(TextToVideoSDPipeline, unet=networks.unet_3d()), lambda: {"num_frames": 2}
+        lambda: pipeline(TextToVideoSDPipeline, unet=builders.unet_3d()), lambda: {"num_frames": 2}
     ),
     "I2VGenXLPipeline": Case(
         lambda: pipeline(
             I2VGenXLPipeline,
-            unet=networks.i2vgen_xl(),
+            unet=builders.i2vgen_xl(),
             image_encoder=picture_encoder(8),
             feature_extractor=picture_extractor(8),
         ),
@@ -710,7 +517,7 @@ CASES = {
     "AudioLDMPipeline": Case(lambda: with_sound(AudioLDMPipeline), audio_prompt),
     "MusicLDMPipeline": Case(lambda: with_sound(MusicLDMPipeline), audio_prompt),
     "KandinskyV22Pipeline": Case(
-        lambda: pipeline(KandinskyV22Pipeline, unet=networks.kandinsky22(), movq=vq()),
+        lambda: pipeline(KandinskyV22Pipeline, unet=builders.kandinsky22(), movq=vq()),
         lambda: {
             "image_embeds": torch.randn(1, 24),
             "negative_image_embeds": torch.randn(1, 24),
@@ -719,7 +526,7 @@ CASES = {
         },
     ),
     "Kandinsky3Pipeline": Case(
-        lambda: pipeline(Kandinsky3Pipeline, unet=networks.kandinsky3(), movq=vq()),
+        lambda: pipeline(Kandinsky3Pipeline, unet=builders.kandinsky3(), movq=vq()),
         lambda: {
             **embeddings(24),
             "attention_mask": torch.ones(1, 5),
@@ -729,7 +536,7 @@ CASES = {
         },
     ),
     "IFPipeline": Case(
-        lambda: pipeline(IFPipeline, unet=networks.deepfloyd_if(), scheduler=DDPMScheduler()),
+        lambda: pipeline(IFPipeline, unet=builders.deepfloyd_if(), scheduler=DDPMScheduler()),
         lambda: {**embeddings(24), "height": 8, "width": 8, "output_type": "pt"},
     ),
     "IFSuperResolutionPipeline": Case(
@@ -867,7 +674,7 @@ CASES = {
     ),
     "HunyuanDiTPipeline": Case(
         lambda: pipeline(
-            HunyuanDiTPipeline, transformer=networks.hunyuan_dit(), scheduler=DDPMScheduler()
+            HunyuanDiTPipeline, transformer=builders.hunyuan_dit(), scheduler=DDPMScheduler()
         ),
         hunyuan_prompt,
         refreshed=BY_VALUE,
@@ -904,7 +711,7 @@ CASES = {
         lambda: pipeline(
             KandinskyV22ControlnetPipeline,
             unet=UNet2DConditionModel.from_config(
-                networks.kandinsky22().config, in_channels=8, addition_embed_type="image_hint"
+                builders.kandinsky22().config, in_channels=8, addition_embed_type="image_hint"
             ),
             movq=vq(),
         ),

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import BATCH, TEXT, TOKENS, Kwargs, Network, as_float, noise, per_sample
+from builders import BATCH, TEXT, TOKENS, Kwargs
+from networks import Network, as_float, noise, per_sample
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
