@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputSpec
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
@@ -79,32 +81,34 @@ def is_higher_order(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
-class _KeptKernels:
-    """Keeps torch.export from turning oneDNN, NNPACK and cuDNN off while it traces.
+_ABSENT = object()
 
-    It does so for the whole process, and other threads would compute with other kernels meanwhile:
-    slower, and not the same to the last bit. The operators of a graph are ATen's either way.
-    Replaces ``torch.export._trace._ignore_backend_decomps``; where that no longer exists, nothing
-    happens.
+
+class _ConsiderateTrace:
+    """Keeps torch.export from disturbing others while it traces.
+
+    It turns oneDNN, NNPACK and cuDNN off for the whole process, and other threads would compute
+    with other kernels meanwhile: slower, and not the same to the last bit. The operators of a graph
+    are ATen's either way. And it prints the graph so far when it fails. Both are replaced in
+    ``torch.export._trace``; where it has no such names, nothing happens.
     """
 
-    NAME = "_ignore_backend_decomps"
+    KERNELS = "_ignore_backend_decomps"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._captures = 0
-        self._own: Any = None
+        self._own: dict[str, Any] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        trace: Any = sys.modules.get("torch.export._trace")
-        if not hasattr(trace, self.NAME):
-            yield
-            return
+        trace = getattr(sys.modules.get("torch.export._trace"), "__dict__", {})
         with self._lock:
             if not self._captures:
-                self._own = getattr(trace, self.NAME)
-                setattr(trace, self.NAME, nullcontext)
+                self._own = {name: trace.get(name, _ABSENT) for name in (self.KERNELS, "print")}
+                trace["print"] = _print_nothing
+                if self.KERNELS in trace:
+                    trace[self.KERNELS] = nullcontext
             self._captures += 1
         try:
             yield
@@ -112,8 +116,27 @@ class _KeptKernels:
             with self._lock:
                 self._captures -= 1
                 if not self._captures:
-                    setattr(trace, self.NAME, self._own)
+                    for name, own in self._own.items():
+                        if own is _ABSENT:
+                            trace.pop(name, None)
+                        else:
+                            trace[name] = own
 
 
-kept_kernels = _KeptKernels()
-"""A context manager: other threads' kernels stay as they are while this one traces."""
+def _print_nothing(*values: Any, **settings: Any) -> None:
+    pass
+
+
+considerate_trace = _ConsiderateTrace()
+"""A context manager: other threads' kernels stay as they are while this one traces, silently."""
+
+
+def depends_on_values(value: Any) -> bool:
+    """Whether the size of a traced tensor depends on the values of others, as after ``nonzero``."""
+    return isinstance(value, torch.Tensor) and bool(free_unbacked_symbols(value))
+
+
+def class_of_input(spec: InputSpec) -> str:
+    """What an input is that is no tensor, such as ``torch.Generator``."""
+    name: str = getattr(spec.arg, "class_fqn", str(spec.kind))
+    return name.replace("torch._C.", "torch.")

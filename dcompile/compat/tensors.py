@@ -1,10 +1,12 @@
-"""Tensor internals: write counts, and subclasses without storage. Seen in torch 2.11 to 2.15."""
+"""Tensor internals: write counts, and subclasses. Seen in torch 2.11 to 2.15."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 T = TypeVar("T", bound=torch.Tensor)
 
@@ -26,3 +28,23 @@ def wrapper_subclass(kind: type[T], like: torch.Tensor) -> T:
         kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
     )
     return made
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is made of others, as torchao's quantized weights are."""
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def parts_of(tensor: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors that a tensor is made of, in the order of torch.export's inputs."""
+    if not is_wrapper(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from parts_of(getattr(tensor, name))
+
+
+def parts_by_name(path: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts, by the names that torch.export gives to inputs for them."""
+    start = f"{path}parametrizations.{name}.original"
+    return {f"{start}{number}": part for number, part in enumerate(parts_of(tensor))}

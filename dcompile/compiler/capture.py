@@ -18,10 +18,12 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.compat.export import (
+    class_of_input,
     conditions_of,
+    considerate_trace,
+    depends_on_values,
     functionalized,
     is_higher_order,
-    kept_kernels,
     shape_env_of,
 )
 from dcompile.compat.hooks import casts_in_graph, offload_hooks
@@ -166,7 +168,12 @@ def capture(
     )
     capturing_threads.add(threading.get_ident())
     try:
-        with torch.inference_mode(False), torch.no_grad(), casts_in_graph(module), kept_kernels():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            casts_in_graph(module),
+            considerate_trace(),
+        ):
             exported = _exported(network, (args, kwargs), hints)
             if not _is_functional(exported.graph_module):
                 exported = functionalized(exported)
@@ -262,8 +269,11 @@ def _from_exported(
             inputs[name] = len(inputs)
         else:
             raise CaptureError(
-                f"the network takes {spec.arg} as {spec.kind}, which has no graph form"
+                f"the network computes with an object ({class_of_input(spec)}), which cannot be "
+                "part of a graph: compute with it outside, and pass the network tensors. It runs "
+                "uncached"
             )
+    _require_known_sizes(exported)
     sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
     _strip_prefix(exported.graph_module)
     guard = _size_guard(exported, inputs, ranges) if ranges is not None else None
@@ -280,6 +290,17 @@ def _from_exported(
         guard=guard() if guard is not None else None,
         current_guard=guard,
     )
+
+
+def _require_known_sizes(exported: ExportedProgram) -> None:
+    for node in exported.graph.nodes:
+        if depends_on_values(node.meta.get("val")):
+            lines = (node.stack_trace or "").strip().splitlines()
+            where = f" ({lines[-1].strip()})" if lines else ""
+            raise CaptureError(
+                f"the size of what {node.target} returns{where} depends on the values of tensors, "
+                "and in a graph it may depend on sizes only. The network runs uncached"
+            )
 
 
 def _strip_prefix(graph_module: GraphModule) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from dcompile.compat.hooks import forward_slots, root_attributes
-from dcompile.compat.tensors import version_of
+from dcompile.compat.tensors import is_wrapper, parts_of, version_of
 from dcompile.compiler.introspection import (
     EMPTY,
     PLAIN,
@@ -274,6 +274,8 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
                 tied_to = first_names.setdefault(id(tensor), f"{path}.{name}")
                 shape, layout = tuple(tensor.shape), tensor.stride()
                 entry[name] = (shape, tensor.dtype, tensor.device, tied_to, layout)
+                if type(tensor) is not nn.Parameter and is_wrapper(tensor):  # quantized
+                    entry[name] += (_describe_wrapper(tensor),)
     for name, value in module.__dict__.items():
         if name not in _BOOKKEEPING and (path or name not in _ROOT_WRAPPERS):
             entry[name] = value if type(value) in PLAIN else _describe(value, _MAX_DEPTH)
@@ -288,6 +290,12 @@ def _describe_module(module: nn.Module, path: str, first_names: dict[int, str]) 
                 _describe(hook, _MAX_DEPTH) for hook in hooks.values()
             )
     return entry
+
+
+def _describe_wrapper(tensor: Any) -> Any:
+    names, metadata = tensor.__tensor_flatten__()
+    parts = [(part.shape, part.dtype, part.stride()) for part in parts_of(tensor)]
+    return type(tensor), tuple(names), tuple(parts), _describe(metadata, _MAX_DEPTH)
 
 
 class ToggleSnapshot:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.compat.storages import storage_of
-from dcompile.compat.tensors import version_of
+from dcompile.compat.tensors import is_wrapper, parts_by_name, version_of
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.lazy import LazyTensor, materialize
 
@@ -332,7 +332,7 @@ def _own(value: Any) -> Any:
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by every name they go by."""
+    """Parameters and buffers by every name they go by; of quantized ones the parts, too."""
     found: dict[str, torch.Tensor] = {}
     for path, submodule in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -340,4 +340,9 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
             for name, tensor in table.items():
                 if tensor is not None:
                     found[prefix + name] = tensor
+                    if type(tensor) not in _PLAIN_TENSORS and is_wrapper(tensor):
+                        found.update(parts_by_name(prefix, name, tensor))
     return found
+
+
+_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)

@@ -77,17 +77,28 @@ def test_wrapper_subclass() -> None:
     )
 
 
-def test_kernels_are_kept_while_exporting() -> None:
+def test_nobody_is_disturbed_while_exporting(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.mean() > 0 else -x
+
     torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     trace: Any = sys.modules.get("torch.export._trace")
-    assert hasattr(trace, export.kept_kernels.NAME), (
+    name = export.considerate_trace.KERNELS
+    assert hasattr(trace, name), (
         "torch.export._trace has no _ignore_backend_decomps any more: if export still turns oneDNN "
         "off, other threads compute by other kernels while one captures"
     )
-    own = getattr(trace, export.kept_kernels.NAME)
-    with export.kept_kernels():
-        assert getattr(trace, export.kept_kernels.NAME) is not own
-    assert getattr(trace, export.kept_kernels.NAME) is own
+    before = dict(vars(trace))
+    with export.considerate_trace():
+        assert getattr(trace, name) is not before[name]
+        with export.considerate_trace(), pytest.raises(RuntimeError):
+            torch.export.export(Branching(), (torch.zeros(2),), strict=False)
+        assert getattr(trace, name) is not before[name]
+    assert vars(trace) == before
+    assert "def forward" not in "".join(capfd.readouterr()), (
+        "torch.export prints a graph that it could not finish, in another way than before"
+    )
 
 
 def test_transformations_of_torch_func() -> None:

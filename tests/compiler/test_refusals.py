@@ -1,0 +1,70 @@
+"""What cannot be a graph runs uncached, and one sentence says why."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from heard import heard
+from plain import Plain, compiled, picture, sampled, timesteps
+
+import dcompile
+
+STEPS = 7
+
+
+class OwnGenerator(Plain):
+    """As token merging does in its random mode."""
+
+    generator: Any = None
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(0)
+        noise = torch.rand(sample.shape[-2:], generator=self.generator)
+        return super().forward(sample + noise, timestep, condition)
+
+
+class Branching(Plain):
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        return super().forward(sample if sample.mean() > 0 else sample * 2, timestep, condition)
+
+
+class Selecting(Plain):
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        kept = torch.nonzero(sample[0, 0, :, 0] > -99)[:, 0]
+        return super().forward(sample[:, :, kept], timestep, condition)
+
+
+class Leaving(Plain):
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        return super().forward(torch.from_numpy(sample.numpy() * 2), timestep, condition)
+
+
+REASONS = {
+    OwnGenerator: r"the network computes with an object \(torch.Generator\)",
+    Branching: r"Branching cannot be captured as a graph: .*if sample.mean\(\) > 0",
+    Selecting: r"the size of what aten.nonzero.default returns .* depends on the values of tensors",
+    Leaving: r"Leaving cannot be captured as a graph: .*sample.numpy\(\)",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_refused_in_a_sentence(kind: type[Plain], capfd: pytest.CaptureFixture[str]) -> None:
+    def made() -> Plain:
+        torch.manual_seed(0)
+        return kind().eval()
+
+    network = compiled(made())
+    with heard() as messages:
+        for seed in (0, 1):
+            found = sampled(network, picture(seed), timesteps(STEPS))
+            if seed == 0:
+                assert torch.equal(found, sampled(made(), picture(), timesteps(STEPS)))
+    (reason,) = dcompile.handle(network).stats.uncached_reasons
+    assert dcompile.handle(network).stats.uncached_calls == 2 * STEPS
+    assert re.search(REASONS[kind], reason)
+    assert len(messages) == 1
+    assert "def forward" not in "".join(capfd.readouterr())
