@@ -13,6 +13,7 @@ from dcompile.backends import GraphCompiler, resolve
 from dcompile.compat.hooks import without_torch_compile
 from dcompile.compiler.fingerprint import identity_of, portable, structure_of
 from dcompile.compiler.program import ProgramSpec
+from dcompile.compiler.program_memory import DEFAULT_BUDGET
 from dcompile.compiler.roles import Roles
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import (
@@ -61,6 +62,7 @@ def cache_compile(
     cuda_graphs: bool | Literal["auto"] = "auto",
     options: Mapping[str, Any] | None = None,
     on_error: Literal["uncached", "raise"] = "uncached",
+    program_memory: int = DEFAULT_BUDGET,
     verbose: bool = True,
 ) -> M:
     """Make a skip-connection diffusion network reuse its deep features across sampling steps.
@@ -116,6 +118,10 @@ def cache_compile(
         on_error: what happens to calls that cannot be captured or compiled: "uncached" runs them as
             if ``cache_compile`` had not been called, with one warning, and counted in
             ``handle(module).stats.uncached_reasons``; "raise" raises at each.
+        program_memory: bytes, estimated, that captured and compiled code may take, 2 GiB by
+            default. An SDXL-sized network takes some 80 MB for each call signature, and a copy of
+            its weights with Inductor's ``freezing``. Beyond that the least recently used programs
+            are dropped, with one warning, and compiled again when they are needed.
         verbose: show on standard error what is captured and compiled.
 
     Returns:
@@ -127,8 +133,9 @@ def cache_compile(
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
-        DcompileError: ``on_error`` is neither; a pipeline without a recognisable denoiser; a
-            parallel wrapper (DDP, FSDP, DeepSpeed) or weights spread over processes.
+        DcompileError: ``on_error`` is neither; ``program_memory`` is no positive int; a pipeline
+            without a recognisable denoiser; a parallel wrapper (DDP, FSDP, DeepSpeed) or weights
+            spread over processes.
         TimestepError: the network's forward takes no timestep, or has no parameter of the name
             given for it or for the sample.
     """
@@ -147,6 +154,7 @@ def cache_compile(
         sampler=sampler_of(module, sampler),
         roles=Roles(sample, timestep),
         on_error=_checked_on_error(on_error),
+        program_memory=_checked_memory(program_memory),
     )
     _require_sampler(settings)
     plan.require_fit(identity_of(network_of(module)))
@@ -166,6 +174,7 @@ def load(
     sample: str | None = None,
     timestep: str | None = None,
     on_error: Literal["uncached", "raise"] = "uncached",
+    program_memory: int = DEFAULT_BUDGET,
     verbose: bool = True,
 ) -> M:
     """``cache_compile`` with programs that ``Handle.save`` wrote: nothing is captured or compiled.
@@ -181,7 +190,7 @@ def load(
         folder: what ``Handle.save`` wrote.
         interval, speedup, schedule: see ``cache_compile``; as it was saved if none is given.
         forecast: as it was saved if not given; programs are made for one length of history.
-        sampler, sample, timestep, on_error: see ``cache_compile``.
+        sampler, sample, timestep, on_error, program_memory: see ``cache_compile``.
         verbose: show on standard error what is done.
 
     Returns:
@@ -222,6 +231,7 @@ def load(
         sampler=sampler_of(module, sampler),
         roles=Roles(sample, timestep),
         on_error=_checked_on_error(on_error),
+        program_memory=_checked_memory(program_memory),
     )
     _require_sampler(settings)
     _require_spec(source, artifact.cuts, settings.target.spec)
@@ -321,6 +331,12 @@ def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto
             'cuda_graphs=True, and there is no CUDA device here; "auto" uses CUDA graphs where '
             "there is one"
         )
+    return wanted
+
+
+def _checked_memory(wanted: int) -> int:
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise DcompileError(f"program_memory: expected a positive number of bytes, got {wanted!r}")
     return wanted
 
 

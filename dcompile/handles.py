@@ -63,13 +63,22 @@ class Handle:
         self._switch(False)
         self._dispatcher.release()
 
-    def reset(self) -> None:
+    def reset(self, *, programs: bool = False) -> None:
         """Drop what is cached: the next step of every run refreshes.
 
         What could not be captured or compiled is tried again.
+
+        Args:
+            programs: drop everything captured, compiled and recorded as well, and free its memory.
+                Programs loaded from a file stay.
         """
         self._dispatcher.programs.forget_failures()
         self._dispatcher.state.tracker.reset()
+        if programs:
+            self._dispatcher.runners.clear()
+            self._dispatcher.state.binder.release()
+            for companion in self._dispatcher.companions:
+                companion.programs.clear()
 
     def remove(self) -> None:
         """Give the module its own forward back. Afterwards it is no longer a compiled one."""

@@ -168,7 +168,15 @@ class CaptureCache:
 
     def networks(self) -> list[CapturedNetwork]:
         """All networks captured so far, the latest last."""
-        return list(self._networks.values())
+        return list(dict.fromkeys(self._networks.values()))
+
+    def drop(self, network: CapturedNetwork) -> None:
+        """Forget a network: calls like those it is for capture another one."""
+        self._networks = {key: one for key, one in self._networks.items() if one is not network}
+
+    def clear(self) -> None:
+        """Forget all networks."""
+        self._networks.clear()
 
     def current_networks(self, dynamic: DynamicSizes | None) -> list[CapturedNetwork]:
         """Those captured with these sizes that fit the module as it is now."""

@@ -78,14 +78,16 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FoldedWeights:
-    """Which weights a backend folded into its code, and how they looked then."""
+    """Which weights a backend folded into its code, how they looked then, and their size."""
 
     seen: dict[str, tuple[object, ...]]
+    nbytes: int = 0
 
     @staticmethod
     def of(convention: Convention, weights: Mapping[str, torch.Tensor]) -> FoldedWeights:
         names = [item for item in convention.weights if isinstance(item, str)]
-        return FoldedWeights({name: _fingerprint(weights[name]) for name in names})
+        size = sum(weights[name].nbytes for name in names)
+        return FoldedWeights({name: _fingerprint(weights[name]) for name in names}, size)
 
     def match(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether the weights are still those."""

@@ -16,6 +16,7 @@ from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.capture_cache import CaptureCache
 from dcompile.compiler.fingerprint import tensors_in_containers
 from dcompile.compiler.program import CompiledGraph, Constant, Program, ProgramSpec
+from dcompile.compiler.program_memory import bytes_of_graphs, bytes_of_networks
 from dcompile.compiler.saved import SavedProgram
 from dcompile.compiler.signature import portable_signature, signature_of
 from dcompile.compiler.sizes import DynamicSizes
@@ -180,7 +181,8 @@ class ProgramCache:
                     "a reuse step takes nearly as much compute as a full one, at every depth: "
                     "caching will not make this network faster"
                 )
-        self._programs[key] = program
+        self._programs.pop(key, None)
+        self._programs[key] = program  # the latest last
         return program
 
     def _built(
@@ -212,6 +214,38 @@ class ProgramCache:
         with self.lock:
             self._failed.clear()
             self.captures.forget_failures()
+
+    def shrink(self, budget: int) -> list[Program]:
+        """Drop what was least recently used until the rest takes ``budget`` bytes or less.
+
+        The latest program stays in any case, and those loaded from a file.
+
+        Returns:
+            The programs dropped. Runs that are under way keep theirs to the end.
+        """
+        with self.lock:
+            dropped = []
+            while len(self._programs) > 1 and self._nbytes() > budget:
+                key = next(iter(self._programs))
+                dropped.append(self._programs.pop(key))
+                if key[0] not in {network for network, *_ in self._programs}:
+                    self.captures.drop(key[0])
+            known = set(self.captures.networks())
+            self._failed = {key: why for key, why in self._failed.items() if key[0] in known}
+            self._fixed_sizes = {pair for pair in self._fixed_sizes if pair[0] in known}
+            return dropped
+
+    def clear(self) -> None:
+        """Drop all programs, but for those loaded from a file."""
+        with self.lock:
+            self._programs.clear()
+            self._fixed_sizes.clear()
+            self.captures.clear()
+            self.forget_failures()
+
+    def _nbytes(self) -> int:
+        networks = bytes_of_networks(self.captures.networks())
+        return networks + sum(bytes_of_graphs(one.graphs) for one in self._programs.values())
 
     def _full_graph_of(
         self, network: CapturedNetwork, wanted: ProgramSpec, backend: Backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -69,9 +70,11 @@ class Binder:
         in_order = call.order == tuple(range(len(call.order)))
         return recorded if in_order else Reordered(recorded, call.order)
 
-    def release(self) -> None:
-        """Drop the recorded programs with their buffers."""
-        self._recorded.clear()
+    def release(self, programs: Collection[Program] | None = None) -> None:
+        """Drop recorded programs with their buffers: all, or those of these programs."""
+        for key in list(self._recorded):
+            if programs is None or key[0] in programs:
+                del self._recorded[key]
 
     def _wants_cuda_graphs(self, device: torch.device) -> bool:
         wanted = self._settings.cuda_graphs

@@ -34,10 +34,11 @@ def install_companions(networks: Iterable[nn.Module], dispatcher: Dispatcher) ->
     for network in networks:
         found = wrapper_of(network)
         if isinstance(found, LazyNetwork):
-            found.configure(settings.backend, settings.verbose)
+            found.configure(settings.backend, settings.verbose, settings.program_memory)
         elif found is None and without_torch_compile(network) is network:
             slot = forward_slot(network)
             found = LazyNetwork(network, getattr(network, slot), settings.backend, settings.verbose)
+            found.configure(settings.backend, settings.verbose, settings.program_memory)
             found.install(slot)
         if isinstance(found, LazyNetwork):
             found.users.add(dispatcher)

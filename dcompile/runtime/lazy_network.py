@@ -24,6 +24,7 @@ from dcompile.backends import Backend
 from dcompile.compat.tensors import version_of
 from dcompile.compiler.call import CallForm, CallForms
 from dcompile.compiler.lazy import LazyTensor, PendingCall, materialize
+from dcompile.compiler.program_memory import DEFAULT_BUDGET
 from dcompile.compiler.signature import numbers_to_tensors, signature_of
 from dcompile.errors import CaptureError, DcompileError
 from dcompile.notices import warn
@@ -72,9 +73,9 @@ class LazyNetwork(ForwardWrapper):
     def enabled(self) -> bool:
         return self._enabled
 
-    def configure(self, backend: Backend, verbose: bool) -> None:
-        """Use another backend from the next call on."""
-        self.programs.configure(backend, verbose)
+    def configure(self, backend: Backend, verbose: bool, memory: int = DEFAULT_BUDGET) -> None:
+        """Use another backend, and programs of ``memory`` bytes, from the next call on."""
+        self.programs.configure(backend, verbose, memory)
         self._begin()
 
     def _begin(self) -> None:

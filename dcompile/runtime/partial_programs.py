@@ -16,6 +16,7 @@ from dcompile.compiler.call import CallForm, StandardCall
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.capture_cache import CaptureCache
 from dcompile.compiler.program import Bound, CompiledGraph, weights_of
+from dcompile.compiler.program_memory import DEFAULT_BUDGET, bytes_of_graphs, bytes_of_networks
 from dcompile.errors import CaptureError
 from dcompile.passes import total_cost, with_outputs
 from dcompile.passes.base import is_random
@@ -76,13 +77,20 @@ class PartialPrograms:
         self._lock = threading.RLock()  # capture and compile; never held on a warm call
         self._backend: Backend | None = None
         self._verbose = True
+        self._memory = DEFAULT_BUDGET
         self._programs: dict[CapturedNetwork, PartialProgram] = {}
 
-    def configure(self, backend: Backend, verbose: bool) -> None:
-        """Use another backend from the next call on."""
+    def configure(self, backend: Backend, verbose: bool, memory: int = DEFAULT_BUDGET) -> None:
+        """Use another backend, and at most ``memory`` bytes, from the next call on."""
         if self._backend != backend:
             self._programs = {}
-        self._backend, self._verbose = backend, verbose
+        self._backend, self._verbose, self._memory = backend, verbose, memory
+
+    def clear(self) -> None:
+        """Drop everything captured and compiled."""
+        with self._lock:
+            self._programs = {}
+            self._captures.clear()
 
     def state(self) -> tuple[Any, ...]:
         """What ``restore`` takes."""
@@ -121,7 +129,19 @@ class PartialPrograms:
             program = PartialProgram(network, tensors)
         self._programs.pop(network, None)
         self._programs[network] = program  # the latest last
+        self._shrink()
         return program
+
+    def _shrink(self) -> None:
+        """Drop what was least recently used until the rest fits in the memory allowed."""
+        while len(self._programs) > 1 and self._nbytes() > self._memory:
+            network = next(iter(self._programs))
+            del self._programs[network]
+            self._captures.drop(network)
+
+    def _nbytes(self) -> int:
+        graphs = [graph for one in self._programs.values() for graph in one.graphs.values()]
+        return bytes_of_networks(self._programs) + bytes_of_graphs(graphs)
 
     def graph(
         self,

@@ -111,9 +111,26 @@ class Runners:
                 if call.numbers and call.signature not in self._compared:
                     self._require_tensors_alike(call)
                     self._compared.add(call.signature)
+                self._shrink(state)
             finally:
                 state.counters.built(display)
             return state.binder.bind(program, standard)
+
+    def _shrink(self, state: State) -> None:
+        budget = state.settings.program_memory
+        dropped = self.programs.shrink(budget)
+        if dropped:
+            state.binder.release(dropped)
+            state.notices.warn(
+                f"the programs of {type(self._module).__name__} take more than program_memory="
+                f"{budget}: those least recently used are dropped, and compiled again when they "
+                "are needed"
+            )
+
+    def clear(self) -> None:
+        """Drop everything captured and compiled, but for what was loaded from a file."""
+        self.programs.clear()
+        self._compared.clear()
 
     def _require_tensors_alike(self, call: Call) -> None:
         """Refuse a network that computes something else from a number than from a tensor.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from dcompile.backends import Backend
 from dcompile.compiler.program import ProgramSpec
 from dcompile.compiler.program_cache import Target
+from dcompile.compiler.program_memory import DEFAULT_BUDGET
 from dcompile.compiler.roles import UNKNOWN, Roles
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.policy.forecast import Forecast, Reuse
@@ -34,6 +35,7 @@ class Settings:
         sampler: where to find the sampler then; None without one.
         roles: names of the sample's and the timestep's parameter, where they were given.
         on_error: what a network or call that cannot be captured or compiled does.
+        program_memory: bytes that captured and compiled code may take.
     """
 
     schedule: Schedule
@@ -46,6 +48,7 @@ class Settings:
     sampler: Callable[[], Any] | None = None
     roles: Roles = UNKNOWN
     on_error: Literal["uncached", "raise"] = "uncached"
+    program_memory: int = DEFAULT_BUDGET
 
     @functools.cached_property
     def target(self) -> Target:
