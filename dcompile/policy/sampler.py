@@ -8,13 +8,13 @@ of that equation. Everything is read from the scheduler object: no list of class
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dcompile.policy.forecast import Damped, Forecast, Lagrange, Reuse
 
@@ -54,6 +54,14 @@ def error_gains(scheduler: Any) -> list[float] | None:
         if gains[step] == 0 and again:  # the second evaluation of one step (Heun, PNDM)
             gains[step - 1] = gains[step] = gains[step - 1] / 2
     return gains
+
+
+def over_timesteps(scheduler: Any, timesteps: torch.Tensor) -> Any:
+    """A copy of a scheduler that goes over other timesteps of the same noise schedule."""
+    other = copy.copy(scheduler)
+    other.timesteps = timesteps
+    other.sigmas = None  # those of its own timesteps; alphas_cumprod knows all
+    return other
 
 
 def _noise_levels(scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor | None:
@@ -144,13 +152,11 @@ def _tried(scheduler: Any, seed: int) -> torch.Tensor:
             setattr(trial, name, value.cpu())
     trial.set_timesteps(6)
     arguments: dict[str, Any] = {}
-    seeded: Any = contextlib.nullcontext()
+    generator = torch.Generator().manual_seed(seed)
     if "generator" in inspect.signature(trial.step).parameters:
-        arguments["generator"] = torch.Generator().manual_seed(seed)
-    else:  # it draws from the global generator
-        seeded = _globally_seeded(seed)
+        arguments["generator"] = generator
     sample = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
-    with seeded, torch.no_grad():
+    with _DrawsFrom(generator), torch.no_grad():
         for timestep in trial.timesteps[:3]:
             if hasattr(trial, "scale_model_input"):
                 trial.scale_model_input(sample, timestep)
@@ -159,8 +165,27 @@ def _tried(scheduler: Any, seed: int) -> torch.Tensor:
     return sample
 
 
-@contextlib.contextmanager
-def _globally_seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # leaves other devices' generators alone
-        yield
+class _DrawsFrom(TorchFunctionMode):
+    """Random numbers of this thread come from a generator, and the global one is left alone."""
+
+    _DRAWS = frozenset({"rand", "randn", "randint", "normal", "bernoulli", "multinomial"})
+    _DRAWS_LIKE: ClassVar[Mapping[str, Any]] = {"rand_like": torch.rand, "randn_like": torch.randn}
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name in self._DRAWS_LIKE:
+            like = args[0] if args else kwargs["input"]
+            func, args = self._DRAWS_LIKE[name], (like.shape,)
+            kwargs = {"dtype": kwargs.get("dtype") or like.dtype}
+        elif name.rstrip("_") not in self._DRAWS:
+            return func(*args, **kwargs)
+        if kwargs.get("generator") is None:
+            kwargs["generator"] = self._generator
+        return func(*args, **kwargs)

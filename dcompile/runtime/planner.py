@@ -10,8 +10,15 @@ import torch
 from dcompile.compat.storages import storage_of
 from dcompile.notices import Notices
 from dcompile.policy.forecast import Forecast, Reuse
-from dcompile.policy.sampler import default_forecast, default_power, error_gains, is_stochastic
+from dcompile.policy.sampler import (
+    default_forecast,
+    default_power,
+    error_gains,
+    is_stochastic,
+    over_timesteps,
+)
 from dcompile.policy.schedule import Plan, RunInfo
+from dcompile.runtime.sampler_search import sampler_of_callers
 from dcompile.runtime.settings import Settings
 
 
@@ -26,7 +33,7 @@ class Planner:
     def __init__(self, settings: Settings, notices: Notices) -> None:
         self._settings = settings
         self._notices = notices
-        self._stochastic: tuple[weakref.ref[Any], bool] | None = None  # of the latest sampler
+        self._stochastic: dict[int, tuple[weakref.ref[Any], bool]] = {}  # by a sampler's id
 
     def plan(
         self, steps: int | None, ratio: float, timestep: Any
@@ -63,11 +70,14 @@ class Planner:
             return RunInfo(steps, cuts, ratio, power=0.0, warn=warn)
         name = type(sampler).__name__
         if steps is not None and not _is_the_samplers_own(timestep, sampler):
-            warn(
-                f"a run whose timesteps are not those of the {name} given to cache_compile: its "
-                "steps count alike, and nothing is extrapolated by 'auto'"
-            )
-            return RunInfo(steps, cuts, ratio, (1.0,) * steps, power=0.0, warn=warn)
+            found = _sampler_of_run(timestep, steps, sampler)
+            if found is None:
+                warn(
+                    f"a run whose timesteps are not those of the {name} given to cache_compile: "
+                    "its steps count alike, and nothing is extrapolated by 'auto'"
+                )
+                return RunInfo(steps, cuts, ratio, (1.0,) * steps, power=0.0, warn=warn)
+            sampler, name = found, type(found).__name__
         gains = error_gains(sampler)
         if gains is None:
             warn(f"{name} has no noise levels that can be read: its steps count alike")
@@ -90,9 +100,11 @@ class Planner:
         )
 
     def _is_stochastic(self, sampler: Any) -> bool:
-        known = self._stochastic
+        known = self._stochastic.get(id(sampler))
         if known is None or known[0]() is not sampler:
-            known = self._stochastic = (weakref.ref(sampler), is_stochastic(sampler))
+            alive = {key: one for key, one in self._stochastic.items() if one[0]() is not None}
+            known = (weakref.ref(sampler), is_stochastic(sampler))
+            self._stochastic = {**alive, id(sampler): known}
         return known[1]
 
 
@@ -102,6 +114,22 @@ def _is_the_samplers_own(timestep: Any, sampler: Any) -> bool:
         return True
     own = getattr(sampler, "timesteps", None)
     return isinstance(own, torch.Tensor) and storage_of(own) is storage_of(timestep)
+
+
+def _sampler_of_run(timestep: torch.Tensor, steps: int, given: Any) -> Any | None:
+    """The sampler of a run that does not go over the given one's timesteps.
+
+    The one that the calling code has at hand; else the given one over the timesteps of this run, if
+    they are all of their storage from the first on.
+    """
+    found = sampler_of_callers(timestep)
+    if found is not None:
+        return found
+    first, elements = int(timestep.storage_offset()), storage_of(timestep).nbytes()
+    if elements // timestep.element_size() - first != steps:
+        return None
+    own = over_timesteps(given, timestep.detach().as_strided((steps,), (1,), first))
+    return own if error_gains(own) is not None else None
 
 
 def _first_step(timestep: Any, timesteps: Any) -> int:

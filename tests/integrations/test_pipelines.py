@@ -1,7 +1,9 @@
 """Whole pipeline runs: exact at interval 1, equal to DeepCache at any other, and nothing leaks."""
 
 import gc
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +19,13 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
-from heard import noticed
+from heard import noticed, silent
 from plain import plain
 from simulated_graphs import SimulatedRecorder
 from small_pipelines import DDIM, PIPELINES, run, stable_diffusion
@@ -419,15 +422,100 @@ def test_a_pipeline_can_be_tuned(pipes: tuple[Any, Any]) -> None:
     assert stats.refresh_steps == len(tuned.refresh_steps)
 
 
-def test_a_run_of_another_sampler_is_not_planned_by_this_one(pipes: tuple[Any, Any]) -> None:
+def sharing(pipe: Any, scheduler: Any) -> Any:
+    """A pipeline around the same network, with a scheduler of its own."""
+    other = stable_diffusion()
+    other.unet, other.scheduler = pipe.unet, scheduler
+    return other
+
+
+SAMPLERS = [DPMSolverMultistepScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler]
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_run_is_planned_by_its_own_sampler(pipes: tuple[Any, Any], kind: Any) -> None:
     pipe = pipes[1]
-    other = stable_diffusion(scheduler=DDIM)
-    other.unet = pipe.unet
-    cached(pipe, schedule=GainWeighted(4), forecast="auto")
-    run(pipe, num_inference_steps=20)
-    with noticed("timesteps are not those of the DDIMScheduler"):
-        run(other, num_inference_steps=12)
-    assert dcompile.handle(pipe).stats.refresh_steps == 8
+    other = sharing(pipe, kind.from_config(DDIM.config))
+    cached(other, speedup=1.5)
+    expected, wanted = run(other, num_inference_steps=30), dcompile.handle(other).stats
+    cached(pipe, speedup=1.5)
+    with silent():
+        run(pipe, num_inference_steps=12)
+        before = dcompile.handle(pipe).stats
+        assert torch.equal(run(other, num_inference_steps=30), expected)
+    after = dcompile.handle(pipe).stats
+    assert after.refresh_steps - before.refresh_steps == wanted.refresh_steps
+
+
+def test_pipelines_of_several_threads_are_planned_by_their_own_samplers(
+    pipes: tuple[Any, Any],
+) -> None:
+    pipe = pipes[1]
+    others = [sharing(pipe, kind.from_config(DDIM.config)) for kind in SAMPLERS]
+    expected = []
+    for number, other in enumerate(others):
+        cached(other, speedup=1.5)
+        expected.append(run(other, seed=number, num_inference_steps=24))
+    cached(pipe, speedup=1.5)
+    run(pipe, num_inference_steps=4)
+    with ThreadPoolExecutor(len(others)) as pool:
+        found = pool.map(
+            lambda given: run(given[1], seed=given[0], num_inference_steps=24), enumerate(others)
+        )
+        assert all(map(torch.equal, found, expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", [slice(None), slice(None, None, 2)])
+def test_copied_timesteps_are_looked_up_in_the_sampler_s_noise_schedule(part: slice) -> None:
+    scheduler = DDIM.from_config(DDIM.config)
+    scheduler.set_timesteps(24)
+    timesteps = scheduler.timesteps[part].clone()
+    scheduler.set_timesteps(5)
+    network = cached(plain(), schedule=GainWeighted(4, power=0.5), sampler=scheduler)
+    alone = DDIM.from_config(DDIM.config)
+    alone.timesteps = timesteps
+    weights = error_gains(alone)
+    assert weights is not None
+    steps = dcompile.Steps(by_load([w**0.5 for w in weights], 4))
+    expected = cached(plain(), schedule=steps)
+    x = y = torch.randn(2, 3, 8, 8)
+    with silent():
+        for timestep in timesteps:
+            x = x - 0.1 * network(x, timestep)[0]
+    for timestep in timesteps.clone():
+        y = y - 0.1 * expected(y, timestep)[0]
+    assert torch.equal(x, y)
+
+
+@torch.no_grad()
+def test_a_run_whose_sampler_cannot_be_found_is_planned_evenly() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    network = cached(plain(), schedule=GainWeighted(4), forecast="auto", sampler=scheduler)
+    x = torch.randn(2, 3, 8, 8)
+    with noticed("timesteps are not those of the FlowMatchEulerDiscreteScheduler"):
+        for timestep in torch.linspace(1000, 1, 12):
+            x = x - 0.1 * network(x, timestep)[0]
+    assert dcompile.handle(network).stats.refresh_steps == 4
+
+
+def test_looking_for_a_sampler_keeps_nothing_alive() -> None:
+    scheduler = DDIM.from_config(DDIM.config)
+    scheduler.set_timesteps(12)
+
+    def loop() -> bool:
+        large = torch.ones(1000)
+        reference = weakref.ref(large)
+        with torch.no_grad():
+            network(torch.ones(2, 3, 8, 8), other.timesteps[0])
+        del large
+        return reference() is None
+
+    network = cached(plain(), schedule=GainWeighted(4), sampler=scheduler)
+    other = DDIM.from_config(DDIM.config)
+    other.set_timesteps(12)
+    assert loop()
 
 
 @torch.no_grad()
