@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputSpec
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 
@@ -81,54 +82,80 @@ def is_higher_order(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
+capturing_threads: set[int] = set()
+"""Those that export something. ``torch.compiler.is_compiling()`` is true in all meanwhile."""
+
 _ABSENT = object()
 
 
-class _ConsiderateTrace:
-    """Keeps torch.export from disturbing others while it traces.
+class ConsiderateTrace:
+    """Keeps torch.export from disturbing other threads while it traces; one trace at a time.
 
-    It turns oneDNN, NNPACK and cuDNN off for the whole process, and other threads would compute
-    with other kernels meanwhile: slower, and not the same to the last bit. The operators of a graph
-    are ATen's either way. And it prints the graph so far when it fails. Both are replaced in
-    ``torch.export._trace``; where it has no such names, nothing happens.
+    It turns oneDNN, NNPACK and cuDNN off for the whole process, and others would compute with other
+    kernels meanwhile: slower, and not the same to the last bit. The operators of a graph are ATen's
+    either way. It follows calls and attributes of modules in all threads, and both sides lose their
+    way. It prints the graph so far when it fails. All that is replaced for the time of a trace, in
+    ``torch.export._trace`` and in the tracer's class; what is not there is left alone.
     """
 
     KERNELS = "_ignore_backend_decomps"
+    FOLLOWS = ("call_module", "getattr")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._captures = 0
-        self._own: dict[str, Any] = {}
+        self._lock = threading.RLock()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        trace = getattr(sys.modules.get("torch.export._trace"), "__dict__", {})
+        trace: Any = importlib.import_module("torch.export._trace")
+        tracer: Any = getattr(proxy_tensor, "_ModuleStackTracer", None)
+        replacements: list[tuple[Any, str, Any]] = [(trace, "print", _print_nothing)]
+        if hasattr(trace, self.KERNELS):
+            replacements.append((trace, self.KERNELS, nullcontext))
+        for name, otherwise in zip(self.FOLLOWS, (_call, _value), strict=True):
+            if hasattr(tracer, name):
+                mine = _only_in(threading.get_ident(), getattr(tracer, name), otherwise)
+                replacements.append((tracer, name, mine))
         with self._lock:
-            if not self._captures:
-                self._own = {name: trace.get(name, _ABSENT) for name in (self.KERNELS, "print")}
-                trace["print"] = _print_nothing
-                if self.KERNELS in trace:
-                    trace[self.KERNELS] = nullcontext
-            self._captures += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._captures -= 1
-                if not self._captures:
-                    for name, own in self._own.items():
-                        if own is _ABSENT:
-                            trace.pop(name, None)
-                        else:
-                            trace[name] = own
+            before = [
+                (owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in replacements
+            ]
+            for owner, name, replacement in replacements:
+                setattr(owner, name, replacement)
+            try:
+                yield
+            finally:
+                for owner, name, own in before:
+                    if own is _ABSENT:
+                        delattr(owner, name)
+                    else:
+                        setattr(owner, name, own)
+
+
+def _only_in(thread: int, follow: Any, otherwise: Any) -> Any:
+    """A method of a tracer that does something in one thread and nothing in the others."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            return follow(self, *args, **kwargs)
+        return otherwise(*args, **kwargs)
+
+    return method
+
+
+def _call(module: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward(*args, **kwargs)
+
+
+def _value(name: str, value: Any, parameter_proxies: Any) -> Any:
+    return value
 
 
 def _print_nothing(*values: Any, **settings: Any) -> None:
     pass
 
 
-considerate_trace = _ConsiderateTrace()
-"""A context manager: other threads' kernels stay as they are while this one traces, silently."""
+considerate_trace = ConsiderateTrace()
+"""A context manager around an export."""
 
 
 def depends_on_values(value: Any) -> bool:

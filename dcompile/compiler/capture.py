@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.compat.export import (
+    capturing_threads,
     class_of_input,
     conditions_of,
     considerate_trace,
@@ -32,9 +33,6 @@ from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import CaptureError
 from dcompile.passes import Canonicalize
 from dcompile.passes.base import is_mutating
-
-# torch.compiler.is_compiling() is true in all threads while one of them captures.
-capturing_threads: set[int] = set()
 
 
 def capturing_in_this_thread() -> bool:
@@ -219,16 +217,6 @@ def _exported(network: nn.Module, call: tuple[Any, ...], hints: list[Any]) -> Ex
 
 
 def _export(network: nn.Module, call: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    """Export; once more if another thread called the network meanwhile.
-
-    torch.export follows calls of modules in all threads, and loses its way. The others have come
-    to wait for this capture by then.
-    """
-    try:
-        return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
-    except (AssertionError, KeyError):
-        if threading.active_count() == 1:
-            raise
     return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork
+from dcompile.compiler.capture_gate import CaptureGate
 from dcompile.compiler.fingerprint import (
     Structure,
     changed_by_running,
@@ -54,12 +55,14 @@ class CaptureCache:
         written: entries of its structure that its own forward pass writes, such as counters; they
             are left out when structures are compared (see ``fingerprint.changed_by_running``).
         last_reason: why the latest capture was needed.
+        gate: calls of the module's own forward pass it; see ``CaptureGate``.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[[], Callable[..., Any]]) -> None:
         self.module = module
         self.written: frozenset[str] = frozenset()
         self.last_reason = self._change = ""
+        self.gate = CaptureGate()
         self._forward = forward
         self._structures: list[Structure] = []
         self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
@@ -225,7 +228,10 @@ class CaptureCache:
     ) -> CapturedNetwork:
         with display.stage("capturing"):
             try:
-                network = ObservedCapture(self.module, self._forward(), call, dynamic).captured()
+                with self.gate.capture():
+                    network = ObservedCapture(
+                        self.module, self._forward(), call, dynamic
+                    ).captured()
                 # Pipelines that build a network out of another's parts leave it in training mode.
                 if self.module.training and any(map(is_random, network.graph_module.graph.nodes)):
                     raise TrainingModeError(IN_TRAINING_MODE)

@@ -104,15 +104,15 @@ class LazyNetwork(ForwardWrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._runs_directly():
-            return self.original(*args, **kwargs)
+            return self._call_original(args, kwargs)
         leaves, form = self._forms.flatten(args, kwargs)
         if form is None or not isinstance(leaves[form.sample], torch.Tensor):
-            return self.original(*args, **kwargs)
+            return self._call_original(args, kwargs)
         leaves = materialize(leaves)
         if torch.is_grad_enabled() and any(
             isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves
         ):
-            return self.original(*args, **kwargs)
+            return self._call_original(args, kwargs)
         # A sampling loop may change its sample in place before the results are read.
         leaves[form.sample] = leaves[form.sample].clone(memory_format=torch.preserve_format)
         given = list(leaves)
@@ -133,6 +133,12 @@ class LazyNetwork(ForwardWrapper):
         results = bound.program.results
         outputs = [LazyTensor(like, pending, number) for number, like in enumerate(results)]
         return tree_unflatten(outputs, bound.program.network.out_spec)
+
+    def _call_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():  # perhaps it is this network that is captured
+            return self.original(*args, **kwargs)
+        with self.programs.gate.call():
+            return self.original(*args, **kwargs)
 
     def _runs_directly(self) -> bool:
         """Whether a call goes to the module's own forward."""

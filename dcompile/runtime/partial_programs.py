@@ -69,11 +69,15 @@ class PartialPrograms:
     Args:
         module: the network.
         forward: returns its own forward, as it is now.
+
+    Attributes:
+        gate: calls of that forward pass it.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[[], Callable[..., Any]]) -> None:
         self._module = module
         self._captures = CaptureCache(module, forward)
+        self.gate = self._captures.gate
         self._lock = threading.RLock()  # capture and compile; never held on a warm call
         self._backend: Backend | None = None
         self._verbose = True

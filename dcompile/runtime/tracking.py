@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from dcompile.compat.export import capturing_threads
 from dcompile.compat.storages import storage_of, weak_storage
-from dcompile.compiler.capture import capturing_threads
 from dcompile.compiler.fingerprint import ToggleSnapshot, WeightIdentities
 from dcompile.policy.forecast import Forecast
 from dcompile.policy.schedule import Plan
