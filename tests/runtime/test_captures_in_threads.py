@@ -1,0 +1,101 @@
+"""A capture in one thread, and whatever others do meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from plain import Plain, compiled, picture, plain, sampled, timesteps
+from torch import nn
+
+import dcompile
+
+LONG = 60
+
+
+class Waiting(Plain):
+    """Lets other threads work while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traced = threading.Event()
+        self.others = threading.Event()
+        self.calls = 0
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        self.calls += 1
+        if self.calls == 2:  # the first call is real
+            self.traced.set()
+            assert self.others.wait(LONG)
+        return super().forward(sample, timestep, condition)
+
+
+def waiting() -> Any:
+    torch.manual_seed(0)
+    network = Waiting().eval()
+    # An event is no part of a network that could be compared or copied.
+    return network
+
+
+def test_other_modules_run_while_one_is_traced() -> None:
+    network = waiting()
+    other = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.SiLU(), nn.Linear(4, 4)))
+    expected = other(torch.ones(2, 4))
+    compiled(network)
+
+    def others() -> list[torch.Tensor]:
+        try:
+            assert network.traced.wait(LONG)
+            return [other(torch.ones(2, 4)) for _ in range(20)]
+        finally:
+            network.others.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.submit(others)
+        found = pool.submit(sampled, network, picture(), timesteps())
+        assert all(torch.equal(result, expected) for result in results.result(LONG))
+        assert torch.equal(
+            found.result(LONG), sampled(compiled(plain()), picture(), timesteps())
+        )
+    assert dcompile.handle(network).stats.uncached_calls == 0
+
+
+def test_networks_are_captured_one_after_the_other() -> None:
+    networks = [compiled(plain(seed)) for seed in range(6)]
+    expected = [sampled(compiled(plain(seed)), picture(), timesteps()) for seed in range(6)]
+    barrier = threading.Barrier(len(networks))
+
+    def run(network: Any) -> torch.Tensor:
+        barrier.wait(LONG)
+        return sampled(network, picture(), timesteps())
+
+    with ThreadPoolExecutor(len(networks)) as pool:
+        assert all(map(torch.equal, pool.map(run, networks), expected))
+    for network in networks:
+        assert dcompile.handle(network).stats.captures == 1
+        assert dcompile.handle(network).stats.uncached_calls == 0
+
+
+def test_an_uncached_call_waits_for_a_capture_of_its_network() -> None:
+    network = waiting()
+    compiled(network)
+    handle = dcompile.handle(network)
+
+    def uncached() -> torch.Tensor:
+        assert network.traced.wait(LONG)
+        handle.disable()
+        with torch.no_grad():
+            started = pool.submit(network.others.wait, LONG)
+            threading.Timer(0.2, network.others.set).start()
+            result = network(picture(), timesteps()[0])[0]
+            assert started.result(LONG)
+        return result
+
+    with ThreadPoolExecutor(4) as pool:
+        run = pool.submit(sampled, network, picture(), timesteps())
+        found = pool.submit(uncached).result(LONG)
+        run.result(LONG)
+    with torch.no_grad():
+        assert torch.equal(found, plain()(picture(), timesteps()[0])[0])
