@@ -247,6 +247,8 @@ def handle(module: Any) -> Handle:
         NotCompiledError: it was not.
     """
     network = without_torch_compile(denoiser_of(module))
+    if not isinstance(network, torch.nn.Module):
+        raise NotCompiledError(f"handle: expected a network or a pipeline, got {module!r}")
     dispatcher = dispatcher_of(network)
     if dispatcher is None:
         raise NotCompiledError(
@@ -308,11 +310,11 @@ def _forecasts_of(
 
 
 def _require_sampler(settings: Settings) -> None:
-    planned = "speedup and GainWeighted" if settings.schedule.needs_sampler else None
-    wanted = planned or ('forecast="auto"' if "auto" in settings.forecasts else None)
+    planned = "speedup and GainWeighted look" if settings.schedule.needs_sampler else None
+    wanted = planned or ('forecast="auto" looks' if "auto" in settings.forecasts else None)
     if wanted is not None and settings.sampler is None:
         raise ScheduleError(
-            f"{wanted} look at the sampler: pass the pipeline instead of its network, or "
+            f"{wanted} at the sampler: pass the pipeline instead of its network, or "
             "cache_compile(unet, sampler=pipe.scheduler, ...)"
         )
 

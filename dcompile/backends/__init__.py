@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,6 +81,8 @@ def resolve(backend: str | GraphCompiler, options: Mapping[str, Any] | None) -> 
         BackendError: unknown name (the message lists the known ones), an option the backend does
             not have, or a backend that is not installed.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise BackendError(f"options: expected a dict of settings, got {options!r}")
     if backend == "inductor":
         return Inductor(dict(options or {}))
     if backend == "tensorrt":
@@ -96,10 +99,12 @@ def resolve(backend: str | GraphCompiler, options: Mapping[str, Any] | None) -> 
     known = registered_names()
     if isinstance(backend, str) and backend in known:
         return FromTorch(backend, lookup_backend(backend))
-    names = ", ".join(dict.fromkeys(["eager", "inductor", "tensorrt", *known]))
+    names = list(dict.fromkeys(["eager", "inductor", "tensorrt", *known]))
+    alike = difflib.get_close_matches(str(backend), names, n=1)
+    listed = ", ".join(name for name in names if "TESTING_ONLY" not in name)
     raise BackendError(
-        f"unknown backend {backend!r}; known are {names}, and any callable "
-        "(graph_module, example_inputs) -> callable"
+        f"unknown backend {backend!r}; {f'did you mean {alike[0]!r}? ' if alike else ''}"
+        f"known are {listed}, and any callable (graph_module, example_inputs) -> callable"
     )
 
 

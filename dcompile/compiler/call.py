@@ -87,7 +87,8 @@ class CallForms:
         for role, name in asked._asdict().items():
             if name is not None and name not in self._names and not open_ended:
                 raise TimestepError(
-                    f"{role}={name!r}: forward{self._parameters} has no such parameter"
+                    f"{role}={name!r}: forward has no such parameter; it has "
+                    f"{', '.join(self._names)}"
                 )
         self._known: dict[tuple[Any, ...], CallForm | None] = {}
 

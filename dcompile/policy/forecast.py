@@ -10,6 +10,8 @@ Features are extrapolated over the step index; over log-SNR it was worse in a pr
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
@@ -154,11 +156,19 @@ def resolve_forecast(forecast: Any) -> Forecast:
         and isinstance(history, int)
         and not isinstance(history, bool)
         and history >= 1
+        and not isinstance(forecast, type)
     ):
+        try:
+            inspect.signature(forecast.coefficients).bind(0, (0,))
+        except TypeError as error:
+            raise ScheduleError(
+                f"forecast: {forecast!r} must have coefficients(step, refreshed); {error}"
+            ) from error
         return cast(Forecast, forecast)
+    names = ", ".join(map(repr, [*_NAMED, "auto"]))
     raise ScheduleError(
-        f"forecast: expected {', '.join(map(repr, _NAMED))} or an object with history and "
-        f"coefficients(step, refreshed), got {forecast!r}"
+        f"forecast: expected {names} or an object with history and coefficients(step, refreshed), "
+        f"got {forecast!r}"
     )
 
 
@@ -173,13 +183,15 @@ def coefficients_of(forecast: Forecast, step: int, refreshed: Sequence[int]) -> 
     """The forecast's coefficients, padded with zeros to ``history`` of them.
 
     Raises:
-        ScheduleError: it returned none, more than there are boundaries, or no numbers.
+        ScheduleError: it returned none, more than there are boundaries, or no finite numbers.
     """
     answer: Any = forecast.coefficients(step, refreshed)
     try:
         given = tuple(map(float, answer))
     except (TypeError, ValueError) as error:
         raise ScheduleError(f"{forecast!r} gave {answer!r} as coefficients: {error}") from error
+    if not all(map(math.isfinite, given)):
+        raise ScheduleError(f"{forecast!r} gave {given!r} as coefficients: not all are finite")
     if not 0 < len(given) <= min(forecast.history, len(refreshed)):
         raise ScheduleError(
             f"{forecast!r} gave {len(given)} coefficients for {len(refreshed)} refreshed steps and "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from dcompile import notices
 from dcompile.errors import ScheduleError
@@ -165,7 +165,15 @@ class UserSchedule(Schedule):
     rule: Any
 
     def refresh(self, step: int, steps: int | None) -> bool:
-        return bool(self.rule.refresh(step, steps))
+        answer = self.rule.refresh(step, steps)
+        try:
+            if answer in (True, False):  # of NumPy or torch, too
+                return bool(answer)
+        except (TypeError, ValueError, RuntimeError):  # an array, say
+            pass
+        raise ScheduleError(
+            f"{self.rule!r}: refresh({step}, {steps}) returned {answer!r}, expected True or False"
+        )
 
     def __repr__(self) -> str:
         return repr(self.rule)
@@ -177,7 +185,13 @@ def as_schedule(schedule: Any) -> Schedule:
     Raises:
         ScheduleError: it is neither.
     """
+    if isinstance(schedule, type):
+        raise ScheduleError(
+            f"schedule: expected an object, got the class {schedule.__name__}: call it, as in "
+            f"{schedule.__name__}(...)"
+        )
     if isinstance(schedule, Schedule):
+        _require_consistent(schedule)
         return schedule
     if not callable(getattr(schedule, "refresh", None)):
         raise ScheduleError(
@@ -190,3 +204,59 @@ def as_schedule(schedule: Any) -> Schedule:
             f"schedule: {schedule!r} must have refresh(step, steps) -> bool; {error}"
         ) from error
     return UserSchedule(schedule)
+
+
+def _require_consistent(schedule: Schedule) -> None:
+    probe, depths, forecasts = schedule.probe, schedule.depths, schedule.forecasts
+    if probe not in (None, "l1", "l2"):
+        raise ScheduleError(f'{schedule!r}: probe is {probe!r}, expected "l1", "l2" or None')
+    if depths is None:
+        cuts = 1
+    else:
+        cuts = len(tuple(depths))
+        if not cuts or list(depths) != sorted(set(depths)):
+            raise ScheduleError(
+                f"{schedule!r}: depths are {depths!r}, expected ascending ones, the outermost first"
+            )
+    if forecasts is not None and len(tuple(forecasts)) != cuts:
+        raise ScheduleError(
+            f"{schedule!r}: {len(tuple(forecasts))} forecasts for {cuts} depth{'s' * (cuts > 1)}, "
+            "expected one for each"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedPlan(Plan):
+    """A plan of a user's, whose answers are checked."""
+
+    plan: Plan
+    schedule: Schedule
+    cuts: int
+
+    @staticmethod
+    def of(plan: Any, schedule: Schedule, cuts: int) -> Plan:
+        """The plan, checked if it is no class of this package.
+
+        Raises:
+            ScheduleError: it cannot say levels.
+        """
+        if not callable(getattr(plan, "level", None)):
+            raise ScheduleError(f"{schedule!r}: plan(run) returned {plan!r}, expected a Plan")
+        own = type(plan).__module__.startswith(f"{__package__}.")
+        return cast(Plan, plan) if own else CheckedPlan(plan, schedule, cuts)
+
+    def level(self, step: int) -> int:
+        answer: Any = self.plan.level(step)
+        if not isinstance(answer, int) or not 0 <= answer <= self.cuts:
+            raise ScheduleError(
+                f"{self.schedule!r}: level({step}) of its plan returned {answer!r}, expected 0 to "
+                f"{self.cuts}"
+            )
+        return answer
+
+    def observe(self, step: int, drift: Drift) -> None:
+        if hasattr(self.plan, "observe"):
+            self.plan.observe(step, drift)
+
+    def refreshes(self) -> int | None:
+        return self.plan.refreshes() if hasattr(self.plan, "refreshes") else None

@@ -70,7 +70,7 @@ class Dispatcher(ForwardWrapper):
         if (copy := self.copy_that_is_called()) is not None:
             return self._run_copy(state, copy, args, kwargs)
         if not state.enabled:
-            return self._call_original(args, kwargs)
+            return call_original(self, args, kwargs)
         if innermost_transformation() is not None:
             return self._run_uncached(state, UNDER_TORCH_FUNC, args, kwargs)
         call = state.reader.read(args, kwargs)
@@ -166,11 +166,7 @@ class Dispatcher(ForwardWrapper):
         state.notices.warn(
             reason if said else f"{reason}; {type(self.module).__name__} runs uncached"
         )
-        return result[0] if result else self._call_original(args, kwargs)
-
-    def _call_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.programs.captures.gate.call():
-            return self.original(*args, **kwargs)
+        return result[0] if result else call_original(self, args, kwargs)
 
     def _count_refresh(
         self, state: State, run: Run, lane: Lane, bound: Runner, level: int, wanted: int
@@ -240,6 +236,12 @@ class Dispatcher(ForwardWrapper):
         """Drop all that is cached, and the buffers of CUDA graphs."""
         self.state.tracker.reset()
         self.state.binder.release()
+
+
+def call_original(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the network's own forward, while it is not captured in another thread."""
+    with dispatcher.programs.captures.gate.call():
+        return dispatcher.original(*args, **kwargs)
 
 
 def finish(state: State, run: Run, lane: Lane) -> None:

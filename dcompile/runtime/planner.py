@@ -17,7 +17,7 @@ from dcompile.policy.sampler import (
     is_stochastic,
     over_timesteps,
 )
-from dcompile.policy.schedule import Plan, RunInfo
+from dcompile.policy.schedule import CheckedPlan, Plan, RunInfo
 from dcompile.runtime.sampler_search import sampler_of_callers
 from dcompile.runtime.settings import Settings
 
@@ -53,7 +53,7 @@ class Planner:
             run = self.describe_run(steps, ratio, timestep)
         else:
             run = RunInfo(steps, len(settings.depths), ratio, warn=self._notices.warn)
-        plan = settings.schedule.plan(run)
+        plan = CheckedPlan.of(settings.schedule.plan(run), settings.schedule, run.cuts)
         automatic = run.forecast
         if "auto" in settings.forecasts and automatic != Reuse() and not settings.schedule.probe:
             refreshes = plan.refreshes() if steps else None
