@@ -9,6 +9,10 @@ and ``dcompile.passes`` can be used without the rest.
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,5 +143,17 @@ def __dir__() -> list[str]:
 
 # A wheel has the folder passes/ as dcompile/passes. In a checkout it is next to this package.
 _CHECKOUT = Path(__file__).parent.parent
-if (_CHECKOUT / "passes" / "skips.py").is_file() and (_CHECKOUT / "pyproject.toml").is_file():
-    __path__.append(str(_CHECKOUT))
+
+
+class _PassesOfCheckout(MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        folder = _CHECKOUT / "passes"
+        if name != f"{__name__}.passes" or not (folder / "skips.py").is_file():
+            return None
+        return spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+if (_CHECKOUT / "pyproject.toml").is_file():
+    sys.meta_path.append(_PassesOfCheckout())

@@ -1,18 +1,25 @@
-"""Shows what is being captured and compiled, and how long it took."""
+"""Shows what is being captured and compiled, and how long it took.
+
+On a terminal a spinner and a line for each stage. In any case a record of the logger "dcompile": at
+level INFO if it was asked for and no terminal watches, else at level DEBUG.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from dcompile.notices import logger
+
 SHOWN_FROM = 0.05  # seconds; shorter stages print nothing
 
 
 class Display:
-    """Progress on standard error: a spinner while a stage runs, one line when it is done.
+    """Progress: a spinner while a stage runs, one line when it is done.
 
     Attributes:
         subject: named at the beginning of each line, such as a class name.
@@ -30,7 +37,7 @@ class Display:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage, and show it if ``verbose``."""
-        console: Any = _console() if self.verbose else None
+        console = self._terminal()
         spinner = console.status(f"{self.subject}: {name} …") if console else nullcontext()
         started = time.perf_counter()
         with spinner:
@@ -39,14 +46,23 @@ class Display:
         self.completed[name] += 1
         if console and took >= SHOWN_FROM:
             console.print(f"[dim]{self.subject}:[/dim] {name} [cyan]{took:.1f} s[/cyan]")
+        self._log(f"{name} {took:.2f} s", asked=self.verbose and not console)
 
     def note(self, text: str) -> None:
-        """Print a line if ``verbose``."""
-        if self.verbose:
-            _console().print(f"[dim]{self.subject}:[/dim] {text}")
+        """Print or log a line."""
+        console = self._terminal()
+        if console:
+            console.print(f"[dim]{self.subject}:[/dim] {text}")
+        self._log(text, asked=self.verbose and not console)
 
+    def _terminal(self) -> Any:
+        """Standard error, if it is a terminal and something is to be shown; else None."""
+        if not self.verbose:
+            return None
+        from rich.console import Console
 
-def _console() -> Any:
-    from rich.console import Console
+        console = Console(stderr=True, highlight=False)
+        return console if console.is_terminal else None
 
-    return Console(stderr=True, highlight=False)
+    def _log(self, text: str, *, asked: bool) -> None:
+        logger.log(logging.INFO if asked else logging.DEBUG, "%s: %s", self.subject, text)

@@ -3,9 +3,12 @@
 import copy
 import importlib
 import importlib.metadata
+import logging
+import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,7 +268,10 @@ def test_explain_and_stats() -> None:
     assert stats.compile_seconds > 0
 
 
-def test_progress_is_shown_and_can_be_silenced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_terminals_and_can_be_silenced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     network = dcompile.cache_compile(plain(), interval=3, backend=slow_backend)
     sampled(network, picture(), timesteps())
     shown = capsys.readouterr().err
@@ -274,6 +280,36 @@ def test_progress_is_shown_and_can_be_silenced(capsys: pytest.CaptureFixture[str
     assert " s" in shown
     sampled(compiled(backend=slow_backend), picture(), timesteps())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_progress_is_logged_where_no_terminal_watches(
+    verbose: bool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.DEBUG, "dcompile"):
+        sampled(compiled(verbose=verbose), picture(), timesteps())
+    (record,) = [r for r in caplog.records if r.getMessage().startswith("Plain: capturing ")]
+    assert record.levelno == (logging.INFO if verbose else logging.DEBUG)
+    assert capsys.readouterr().err == ""
+
+
+def test_torch_logs_shows_everything() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "from plain import compiled, picture, sampled, timesteps;"
+        "sampled(compiled(), picture(), timesteps())"
+    )
+    support = str(Path(__file__).parent / "support")
+    environment = {**os.environ, "TORCH_LOGS": "+dcompile"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code, support],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stderr
+    assert "Plain: capturing " in shown
 
 
 def slow_backend(graph_module: nn.Module, inputs: list[torch.Tensor]) -> object:

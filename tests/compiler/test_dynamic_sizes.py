@@ -265,6 +265,7 @@ def test_several_signatures_at_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dcompile.progress, "SHOWN_FROM", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     network = compiled(verbose=True)
     calls = [(picture(size=(s, s)), timesteps()[0], None) for s in (6, 8, 12)]
     dcompile.handle(network).warmup(*calls)
