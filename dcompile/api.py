@@ -97,8 +97,8 @@ def cache_compile(
             has few refreshes, "linear" if they are frequent, else "damped".
         sampler: a diffusers scheduler, if ``module`` is no pipeline that has one.
             Read at the start of each run by ``speedup``, ``GainWeighted`` and "auto".
-        sample, timestep: names of these two parameters of the network's forward, where they cannot
-            be told by their shapes and names.
+        sample, timestep: names of these two parameters of the network's forward, where shapes and
+            names leave more than one candidate.
         depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to
             the uncached result. Equals DeepCache's ``cache_branch_id``.
         backend: "inductor", "tensorrt", "eager" (exact), any name of

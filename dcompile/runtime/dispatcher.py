@@ -23,10 +23,10 @@ from dcompile.runtime.counters import Stats
 from dcompile.runtime.lanes import Lane
 from dcompile.runtime.lazy_network import LazyNetwork
 from dcompile.runtime.readback import Readback
+from dcompile.runtime.run import Run
 from dcompile.runtime.runners import Runners
 from dcompile.runtime.settings import Settings
 from dcompile.runtime.state import RefreshRecord, State
-from dcompile.runtime.tracking import Run
 from dcompile.runtime.wrapper import ForwardWrapper, wrapper_of
 
 _NOTHING = nullcontext()

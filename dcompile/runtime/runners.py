@@ -20,9 +20,9 @@ from dcompile.compiler.side_effects import undone
 from dcompile.errors import BackendError, CaptureError, DcompileError
 from dcompile.progress import Display
 from dcompile.runtime.binder import Refusal, Runner
+from dcompile.runtime.run import Run
 from dcompile.runtime.settings import Settings
 from dcompile.runtime.state import State
-from dcompile.runtime.tracking import Run
 
 # Of a result, between a number and a tensor of the same value, in units of the last place of its
 # dtype: a tensor has fewer digits.

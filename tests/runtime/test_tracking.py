@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dcompile.runtime import lanes
-from dcompile.runtime.tracking import MAX_VALUE_TRACKS, Lane, StepTracker
+from dcompile.runtime.lanes import Lane
+from dcompile.runtime.tracking import MAX_VALUE_TRACKS, StepTracker
 
 NOTHING: list[torch.Tensor] = []
 

@@ -11,8 +11,8 @@ from dcompile.runtime.cuda_graphs import RecordedProgram
 from dcompile.runtime.dispatcher import Dispatcher
 from dcompile.runtime.lazy_network import LazyNetwork
 from dcompile.runtime.partial_programs import PartialProgram
+from dcompile.runtime.run import Run
 from dcompile.runtime.settings import Settings
-from dcompile.runtime.tracking import Run
 from dcompile.runtime.warmup import captured_network
 
 
