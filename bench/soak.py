@@ -13,7 +13,6 @@ bench/results/soak.json.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
 import json
@@ -95,21 +94,35 @@ def random_request(chance: random.Random) -> Request:
     )
 
 
+def embeddings_of(base: Any) -> list[dict[str, torch.Tensor]]:
+    """Of several prompts, made beforehand: transformers' encoders mix up those of threads."""
+    found = []
+    for prompt in "abcdefgh":
+        with torch.no_grad():
+            made = base.encode_prompt(
+                prompt=prompt,
+                device="cpu",
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+            )
+        names = ["prompt_embeds", "negative_prompt_embeds"]
+        names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+        found.append(dict(zip(names, made, strict=False)))
+    return found
+
+
 def pipeline_for(base: Any, request: Request) -> Any:
     """A pipeline of a thread's own around the parts that all share."""
     parts = {**base.components, "scheduler": request.sampler.from_config(DDIM.config)}
-    for name in ("tokenizer", "tokenizer_2"):  # those of transformers mix up prompts of threads
-        if parts.get(name) is not None:
-            parts[name] = copy.deepcopy(parts[name])
     more = {} if "XL" in request.kind.__name__ else {"requires_safety_checker": False}
     pipe = request.kind(**parts, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def drawn(base: Any, request: Request) -> torch.Tensor | None:
+def drawn(subject: Subject, request: Request) -> torch.Tensor | None:
     """The final latents; None if the run ended in an exception."""
-    pipe = pipeline_for(base, request)
+    pipe = pipeline_for(subject.bases[request.network], request)
 
     def at_end_of_step(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
         if step == request.at and request.end == "raised":
@@ -121,7 +134,7 @@ def drawn(base: Any, request: Request) -> torch.Tensor | None:
         return given
 
     arguments: dict[str, Any] = {
-        "prompt": "abcdefgh"[request.seed % 8],
+        **subject.prompts[request.network][request.seed % 8],
         "num_inference_steps": request.steps,
         "generator": torch.Generator().manual_seed(request.seed),
         "output_type": "latent",
@@ -152,6 +165,7 @@ class Subject:
                 base.unet.add_adapter(config, adapter_name=name)
             base.unet.eval()
             dcompile.cache_compile(base, **SETTINGS)
+        self.prompts = [embeddings_of(base) for base in self.bases]
         self.hooks: dict[str, Any] = {}
         self.collected: list[Any] = []
 
@@ -267,7 +281,11 @@ class Soak:
         while not self._over():
             request = random_request(chance)
             with self.gate.drawing():
-                found = drawn(self.shared.bases[request.network], request)
+                try:
+                    found = drawn(self.shared, request)
+                except Exception as error:
+                    self.wrong.append(f"{request}: {type(error).__name__}: {error}")
+                    continue
                 expected = self._expected(request)
             self.counts["runs"] += 1
             self.counts[request.end] += 1
@@ -282,9 +300,8 @@ class Soak:
     def _expected(self, request: Request) -> torch.Tensor | None:
         with self.twin_turn:
             if request not in self.known:
-                base = self.twin.bases[request.network]
-                dcompile.handle(base).reset()
-                self.known[request] = drawn(base, request)
+                dcompile.handle(self.twin.bases[request.network]).reset()
+                self.known[request] = drawn(self.twin, request)
             return self.known[request]
 
     def _steer(self) -> None:
