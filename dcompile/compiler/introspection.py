@@ -68,4 +68,6 @@ def names_in(code: types.CodeType) -> tuple[str, ...]:
 
 def function_behind(member: Any) -> Any:
     """The function of a class, static or property member; the member itself if it is neither."""
-    return getattr(member, "__func__", getattr(member, "fget", member))
+    if isinstance(member, property):
+        return member.fget
+    return member.__func__ if isinstance(member, (staticmethod, classmethod)) else member

@@ -88,7 +88,7 @@ class ObservedCapture:
     def _traced(self, after: Snapshot) -> tuple[CapturedNetwork, dict[Key, Change]]:
         """The network, and what tracing it has changed, which is undone."""
         form, leaves = self._call.form, self._call.leaves
-        caches = FunctionCaches()
+        caches = FunctionCaches(after.caches)
         try:
             network = capture(
                 self._module, self._forward, leaves, form.spec, form.sample, self._dynamic

@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import gc
 import random
 import sys
 import types
@@ -30,6 +29,7 @@ from dcompile.compiler.introspection import (
     EMPTY,
     PLAIN,
     contents_of,
+    function_behind,
     is_library,
     names_in,
     slots_of,
@@ -84,12 +84,16 @@ class Snapshot:
 
     Args:
         roots: objects, each with its name for a person.
+
+    Attributes:
+        caches: ``functools`` caches among what was reached.
     """
 
     def __init__(self, roots: Iterable[tuple[Any, str]]) -> None:
         self._held: dict[tuple[int, str], _Held] = {}
         self._seen: dict[int, Any] = {}
         self._visited: list[tuple[Any, str]] = []
+        self.caches: list[Any] = []
         self._pending: list[tuple[Any, str]] = list(roots)
         while self._pending:
             thing, where = self._pending.pop()
@@ -149,7 +153,9 @@ class Snapshot:
             self._pending += [(thing.__self__, where), (thing.__func__, where)]
         elif isinstance(thing, functools.partial):
             self._pending += [(part, where) for part in (thing.func, thing.args, thing.keywords)]
-        elif isinstance(thing, (staticmethod, classmethod)) or hasattr(kind, "cache_info"):
+        elif isinstance(thing, (staticmethod, classmethod)) or kind is _CACHED:
+            if kind is _CACHED:
+                self.caches.append(thing)
             self._pending.append((getattr(thing, "__wrapped__", None), where))
         elif isinstance(thing, property):
             self._pending += [(part, where) for part in (thing.fget, thing.fset) if part]
@@ -435,19 +441,32 @@ class FunctionCaches:
     """The ``functools`` caches of all code but the libraries that tracing itself runs.
 
     What they hold cannot be looked at, and a tensor of a trace in one of them would come out of it
-    for the rest of the process.
+    for the rest of the process. Those in modules, in their classes, and those a snapshot came by:
+    to ask the garbage collector for all objects would disturb threads that are building some.
+
+    Args:
+        reached: from ``Snapshot.caches``.
     """
 
-    def __init__(self) -> None:
-        self._misses = [
-            (cached, cached.cache_info().misses)
-            for cached in gc.get_objects()
-            if type(cached) is functools._lru_cache_wrapper
-            and not is_library(getattr(cached, "__module__", None))
-        ]
+    def __init__(self, reached: Iterable[Any]) -> None:
+        found = {id(cached): cached for cached in reached}
+        for module in list(sys.modules.values()):
+            if not isinstance(module, types.ModuleType) or is_library(module.__name__):
+                continue
+            for member in list(vars(module).values()):
+                members = [member]
+                if isinstance(member, type) and member.__module__ == module.__name__:
+                    members = list(vars(member).values())
+                for one in map(function_behind, members):
+                    if type(one) is _CACHED:
+                        found[id(one)] = one
+        self._misses = [(cached, cached.cache_info().misses) for cached in found.values()]
 
     def forget_new(self) -> None:
         """Clear those that something was added to; they fill again."""
         for cached, misses in self._misses:
             if cached.cache_info().misses != misses:
                 cached.cache_clear()
+
+
+_CACHED = functools._lru_cache_wrapper

@@ -368,8 +368,31 @@ class WithTable(Plain):
         return super().forward(sample + self.make(sample.shape[-1]), timestep, condition)
 
 
+class StaticTables:
+    """A cache in a class that nothing but its name leads to."""
+
+    @staticmethod
+    @functools.cache
+    def table(size: int) -> torch.Tensor:
+        return torch.linspace(0, 0.1, size)
+
+
+def by_name(size: int) -> torch.Tensor:
+    found: torch.Tensor = globals()["StaticTables"].table(size)
+    return found
+
+
+def in_a_closure() -> Callable[[int], torch.Tensor]:
+    cached = functools.cache(lambda size: torch.linspace(0, 0.1, size))
+    return lambda size: cached(size)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-@pytest.mark.parametrize("make", [table, bounded_table, Tables()], ids=["cache", "lru", "object"])
+@pytest.mark.parametrize(
+    "make",
+    [table, bounded_table, Tables(), by_name, in_a_closure()],
+    ids=["cache", "lru", "object", "by name", "closure"],
+)
 def test_tables_that_functions_remember_stay_real(make: Any, dynamic: bool) -> None:
     if hasattr(make, "cache_clear"):
         make.cache_clear()
