@@ -95,3 +95,24 @@ def test_an_uncached_call_waits_for_a_capture_of_its_network() -> None:
         run.result(LONG)
     with torch.no_grad():
         assert torch.equal(found, plain()(picture(), timesteps()[0])[0])
+
+
+def test_threads_that_are_building_something() -> None:
+    """Whoever holds a tuple while another thread fills it makes that thread fail."""
+    over = threading.Event()
+
+    def build() -> int:
+        count = 0
+        while not over.is_set():
+            tuple(part for part in range(300) if part % 50 or not over.wait(0.0005))
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        building = [pool.submit(build) for _ in range(3)]
+        try:
+            for seed in range(3):
+                sampled(compiled(plain(seed)), picture(), timesteps())
+        finally:
+            over.set()
+        assert all(work.result(LONG) > 0 for work in building)
