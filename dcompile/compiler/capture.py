@@ -40,7 +40,7 @@ def capturing_in_this_thread() -> bool:
     return not capturing_threads or threading.get_ident() in capturing_threads
 
 
-_PACKAGES = (Path(torch.__file__).parent, Path(__file__).parent)
+_PACKAGES = (Path(torch.__file__).parent, Path(__file__).parents[1])  # torch and dcompile
 
 
 @dataclass(frozen=True, eq=False)
