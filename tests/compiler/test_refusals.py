@@ -47,7 +47,7 @@ REASONS = {
     # torch 2.11 and 2.12 do not trace the first, nor 2.11 the third.
     OwnGenerator: r"computes with an object \(torch.Generator\)|cannot be captured .*generator",
     Branching: r"Branching cannot be captured as a graph: .*if sample.mean\(\) > 0",
-    Selecting: r"aten.nonzero.default returns .* depends on the values|Selecting cannot be captured",
+    Selecting: r"nonzero.default returns .* depends on the values|Selecting cannot be captured",
     Leaving: r"Leaving cannot be captured as a graph: .*sample.numpy\(\)",
 }
 
