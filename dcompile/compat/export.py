@@ -85,6 +85,10 @@ def is_higher_order(target: Any) -> bool:
 capturing_threads: set[int] = set()
 """Those that export something. ``torch.compiler.is_compiling()`` is true in all meanwhile."""
 
+one_at_a_time = threading.RLock()
+"""Held while anything is traced. Whoever looks at modules that another thread may be tracing holds
+it, too: they have tensors without values in their parameters' places."""
+
 _ABSENT = object()
 
 
@@ -101,9 +105,6 @@ class ConsiderateTrace:
     KERNELS = "_ignore_backend_decomps"
     FOLLOWS = ("call_module", "getattr")
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
     @contextmanager
     def __call__(self) -> Iterator[None]:
         trace: Any = importlib.import_module("torch.export._trace")
@@ -115,7 +116,7 @@ class ConsiderateTrace:
             if hasattr(tracer, name):
                 mine = _only_in(threading.get_ident(), getattr(tracer, name), otherwise)
                 replacements.append((tracer, name, mine))
-        with self._lock:
+        with one_at_a_time:
             before = [
                 (owner, name, vars(owner).get(name, _ABSENT)) for owner, name, _ in replacements
             ]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_unflatten
 
+from dcompile.compat.export import one_at_a_time
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork, capture, require_all_weights
 from dcompile.compiler.side_effects import (
@@ -65,6 +66,10 @@ class ObservedCapture:
             CaptureError: it cannot be captured, or has side effects. The error has the result of
                 the real call, so that nobody has to call it again.
         """
+        with one_at_a_time:  # what is reached may be another network, which is being traced
+            return self._captured()
+
+    def _captured(self) -> CapturedNetwork:
         require_all_weights(self._module)
         numbers, before = RandomStates(), Snapshot(self._roots)
         result = self._run()

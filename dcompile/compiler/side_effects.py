@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dcompile.compat.export import one_at_a_time
 from dcompile.compat.tensors import version_of
 from dcompile.compiler.introspection import (
     EMPTY,
@@ -428,13 +429,14 @@ def undone(*roots: Any) -> Iterator[None]:
 
     For calls of a network that nobody asked for. Tensors that are written to in place stay so.
     """
-    before, numbers = Snapshot((root, "") for root in roots), RandomStates()
-    try:
-        yield
-    finally:
-        before.restore(before.changes(before.again()))
-        before.restore_generators()
-        numbers.restore()
+    with one_at_a_time:
+        before, numbers = Snapshot((root, "") for root in roots), RandomStates()
+        try:
+            yield
+        finally:
+            before.restore(before.changes(before.again()))
+            before.restore_generators()
+            numbers.restore()
 
 
 class FunctionCaches:
