@@ -210,14 +210,10 @@ def _exported(network: nn.Module, call: tuple[Any, ...], hints: list[Any]) -> Ex
     """Export with the first of ``hints`` about dynamic sizes, or with the next if it fails."""
     for shapes in hints[:-1]:
         try:
-            return _export(network, call, shapes)
+            return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
         except ValueError:
             continue
-    return _export(network, call, hints[-1])
-
-
-def _export(network: nn.Module, call: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    return torch.export.export(network, call, dynamic_shapes=shapes, strict=False)
+    return torch.export.export(network, call, dynamic_shapes=hints[-1], strict=False)
 
 
 def _is_functional(graph_module: GraphModule) -> bool:

@@ -358,9 +358,7 @@ class WeightIdentities:
             for name, parameter in submodule._parameters.items()
             if parameter is not None
         ]
-        self._some = self._all[
-            -1:
-        ]  # which a reuse step uses, too: at hand in the processor's cache
+        self._some = self._all[-1:]  # a reuse step reads it too: it is in the processor's cache
 
     def changed(self, thoroughly: bool) -> bool:
         """Whether any is another object now; of the last one only, unless ``thoroughly``."""

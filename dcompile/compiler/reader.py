@@ -85,7 +85,7 @@ class _Known(NamedTuple):
         matches: the generated function.
         form: the form of such calls.
         signature: their signature.
-        variable: places of numbers that are inputs of the graph. They belong to the signature.
+        variable: positions of numbers that are inputs of the graph; part of the signature.
     """
 
     matches: Matcher
@@ -156,7 +156,7 @@ class CallReader:
         return Call(leaves, form, signature, conditioning, timestep, None, numbers)
 
     def _variable_numbers(self, leaves: list[Any], form: CallForm) -> frozenset[int]:
-        """Places of numbers that have taken many values: they become inputs of the graph.
+        """Positions of numbers that have taken many values: they become inputs of the graph.
 
         Few values may tell calls of one step apart, such as those of guidance.
         """
@@ -214,7 +214,7 @@ def make_matcher(
     Args:
         args, kwargs: the example call.
         form: its form.
-        variable: places of numbers whose values do not matter.
+        variable: positions of numbers whose values do not matter.
 
     Returns:
         ``(args, kwargs) -> (leaves, conditioning)``, or None for other calls. No function if an

@@ -30,11 +30,11 @@ def numbers_to_tensors(
 
     Args:
         leaves: of a call; changed in place, to tensors without dimensions.
-        timestep: place of the timestep, which may be a tensor already.
-        others: places of further numbers; of floats float64 tensors are made, as exact as they.
+        timestep: position of the timestep among them, which may be a tensor already.
+        others: positions of further numbers; floats become float64, which loses no digits.
 
     Returns:
-        The numbers, by place.
+        The numbers that were replaced, by their position among the leaves.
     """
     numbers: dict[int, Any] = {}
     if not isinstance(leaves[timestep], torch.Tensor):
@@ -59,7 +59,7 @@ def signature_of(
     Args:
         form: the call's form.
         leaves: its leaves.
-        numbers: places of tensors that were made of numbers.
+        numbers: positions of leaves that were converted from numbers.
     """
     parts: list[Any] = [form]
     conditioning: list[torch.Tensor] = []

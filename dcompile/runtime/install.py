@@ -31,14 +31,14 @@ def install(network: nn.Module, settings: Settings) -> Dispatcher:
 def install_companions(networks: Iterable[nn.Module], dispatcher: Dispatcher) -> None:
     """Have these networks compute only those results that the denoiser reads."""
     settings = dispatcher.settings
+    wanted = settings.backend, settings.verbose, settings.program_memory
     for network in networks:
         found = wrapper_of(network)
         if isinstance(found, LazyNetwork):
-            found.configure(settings.backend, settings.verbose, settings.program_memory)
+            found.configure(*wanted)
         elif found is None and without_torch_compile(network) is network:
             slot = forward_slot(network)
-            found = LazyNetwork(network, getattr(network, slot), settings.backend, settings.verbose)
-            found.configure(settings.backend, settings.verbose, settings.program_memory)
+            found = LazyNetwork(network, getattr(network, slot), *wanted)
             found.install(slot)
         if isinstance(found, LazyNetwork):
             found.users.add(dispatcher)

@@ -58,7 +58,12 @@ class LazyNetwork(ForwardWrapper):
     )
 
     def __init__(
-        self, module: nn.Module, original: Callable[..., Any], backend: Backend, verbose: bool
+        self,
+        module: nn.Module,
+        original: Callable[..., Any],
+        backend: Backend,
+        verbose: bool,
+        memory: int = DEFAULT_BUDGET,
     ) -> None:
         super().__init__(module, original)
         self.users: weakref.WeakSet[ForwardWrapper] = weakref.WeakSet()
@@ -67,7 +72,7 @@ class LazyNetwork(ForwardWrapper):
         # A list of networks is built in training mode, whatever they are in; .train() reaches all.
         self._leaf = next((m for m in module.modules() if not any(m.children())), module)
         self.programs = PartialPrograms(module, lambda: self.original)
-        self.configure(backend, verbose)
+        self.configure(backend, verbose, memory)
 
     @property
     def enabled(self) -> bool:
@@ -197,7 +202,7 @@ class LazyNetwork(ForwardWrapper):
         Args:
             leaves: of the call.
             form: which of them are what.
-            numbers: places of numbers that were made tensors.
+            numbers: positions of numbers that were converted to tensors.
         """
         try:
             bound = self.programs.bind(leaves, form)
