@@ -116,3 +116,28 @@ def test_threads_that_are_building_something() -> None:
         finally:
             over.set()
         assert all(work.result(LONG) > 0 for work in building)
+
+
+def test_a_capture_that_reaches_a_network_which_is_being_traced() -> None:
+    """While it is traced, its parameters have no values: they must not be taken for its state."""
+    traced = waiting()
+    compiled(traced)
+    other = plain(1)
+    other.deep.register_forward_hook(lambda module, given, result: traced.calls and None)
+    compiled(other)
+
+    def capture_the_other() -> torch.Tensor:
+        assert traced.traced.wait(LONG)
+        threading.Timer(1.0, traced.others.set).start()
+        return sampled(other, picture(), timesteps())
+
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(capture_the_other)
+        first = pool.submit(sampled, traced, picture(), timesteps())
+        first.result(LONG)
+        assert torch.equal(second.result(LONG), sampled(compiled(plain(1)), picture(), timesteps()))
+    assert all(type(parameter) is nn.Parameter for parameter in traced.parameters())
+    assert torch.equal(
+        sampled(traced, picture(), timesteps()),
+        sampled(compiled(plain()), picture(), timesteps()),
+    )
