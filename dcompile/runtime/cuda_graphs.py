@@ -30,11 +30,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from dcompile.compat.cuda import clear_cublas_workspaces, copy_all
+from dcompile.compat import cuda as compat_cuda
 from dcompile.compat.storages import storage_of
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program import BoundProgram, CacheLayout, Program, graph_label
-from dcompile.notices import warn
+from dcompile.notices import logger, warn
 
 Tensors = tuple[Any, ...]
 Runs = Callable[[Sequence[Any]], Sequence[Any]]
@@ -81,19 +81,20 @@ class CudaRecorder:
     def capture(self, run: Runs, reads: Sequence[Any]) -> tuple[Any, Tensors]:
         with _capturing, torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
-            self._side.wait_stream(stream)
             try:
+                self._side.wait_stream(stream)
                 with torch.cuda.stream(self._side):
                     for _ in range(WARM_UPS):
                         run(reads)
                 stream.wait_stream(self._side)
-                return self._captured(run, reads)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                # Another thread may have disturbed it. Raises if the device itself has failed.
+                try:
+                    return self._captured(run, reads)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # another thread may have disturbed it
+                    logger.info("dcompile: recording failed, trying again: %s", error)
                 torch.cuda.set_stream(stream)
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # raises if the device itself has failed
                 return self._captured(run, reads)
             finally:
                 torch.cuda.set_stream(stream)  # a capture that fails stays on the side stream
@@ -102,17 +103,40 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # cuBLAS keeps a workspace for each stream, and somebody may free it (Inductor's CUDA
         # graph trees do). One that is made while capturing lives in the graph's own pool.
-        clear_cublas_workspaces()
-        # Other threads may go on launching and allocating meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
-        ):
-            outputs = tuple(run(reads))
-        clear_cublas_workspaces()
+        compat_cuda.clear_cublas_workspaces()
+        begun, cause = False, None
+        try:
+            # Other threads may go on launching and allocating meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
+            ):
+                begun = True
+                try:
+                    outputs = tuple(run(reads))
+                except RuntimeError as error:
+                    cause = error
+                    raise
+        except BaseException:
+            if begun and not _has_ended(graph):
+                compat_cuda.abandon_pool(self._device, self._pool)
+                self._pool = torch.cuda.graph_pool_handle()
+            if cause is not None:  # not that the capture could not be ended then
+                raise cause from None
+            raise
+        compat_cuda.clear_cublas_workspaces()
         return graph, outputs
 
     def replay(self, recording: Any) -> None:
         recording.replay()
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether a capture came to its end."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
@@ -308,7 +332,7 @@ class RecordedProgram:
         ]
         if graph.coefficients is not None:
             buffers, values = [*buffers, graph.coefficients], [*values, coefficients]
-        copy_all(buffers, values)
+        compat_cuda.copy_all(buffers, values)
         self._recorder.replay(graph.recording)
         if graph is self._graphs.get(0):
             return tuple(map(_copy, graph.outputs))

@@ -175,6 +175,10 @@ def test_cuda_names() -> None:
     assert hasattr(torch._C, "_cuda_clearCublasWorkspaces") or not torch.backends.cuda.is_built(), (
         "torch._C._cuda_clearCublasWorkspaces is gone: a CUDA graph may use a freed workspace"
     )
+    names = {"_cuda_endAllocateToPool", "_cuda_releasePool"}
+    assert names <= vars(torch._C).keys() or not torch.backends.cuda.is_built(), (
+        f"torch._C lacks one of {names}: the pool of a failed capture would never be free again"
+    )
     target = [torch.zeros(2)]
     cuda.copy_all(target, [torch.ones(2)])
     assert torch.equal(target[0], torch.ones(2)), "torch._foreach_copy_ copies no more"
