@@ -11,11 +11,12 @@ import torch
 
 from dcompile.backends import GraphCompiler, resolve
 from dcompile.compat.hooks import without_torch_compile
-from dcompile.compiler.fingerprint import identity_of, portable, structure_of
+from dcompile.compiler.fingerprint import identity_of, portable
 from dcompile.compiler.program import ProgramSpec
 from dcompile.compiler.program_memory import DEFAULT_BUDGET
 from dcompile.compiler.roles import Roles
 from dcompile.compiler.sizes import DynamicSizes
+from dcompile.compiler.structure import structure_of
 from dcompile.errors import (
     BackendError,
     DcompileError,

@@ -14,12 +14,7 @@ from torch import nn
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.capture_gate import CaptureGate
-from dcompile.compiler.fingerprint import (
-    Structure,
-    changed_by_running,
-    difference,
-    structure_of,
-)
+from dcompile.compiler.fingerprint import changed_by_running, difference
 from dcompile.compiler.observed_capture import ObservedCapture, SideEffectError
 from dcompile.compiler.signature import (
     Signature,
@@ -28,6 +23,8 @@ from dcompile.compiler.signature import (
     what_differs,
 )
 from dcompile.compiler.sizes import DynamicSizes
+from dcompile.compiler.structure import Structure, structure_of
+from dcompile.compiler.watch import Watch
 from dcompile.errors import CaptureError
 from dcompile.passes.base import is_random
 from dcompile.progress import Display
@@ -65,6 +62,8 @@ class CaptureCache:
         self.gate = CaptureGate()
         self._forward = forward
         self._structures: list[Structure] = []
+        self._watch: Watch | None = None
+        self._number = 0  # of the structure that ``_watch`` watches
         self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
         # What cannot be captured is not tried again: by structure, and by structure and call.
         self._refused: dict[int, CaptureError] = {}
@@ -74,9 +73,20 @@ class CaptureCache:
         """The module's structure as it is now."""
         return structure_of(self.module, self.written)
 
+    @property
+    def token(self) -> object | None:
+        """The same object for as long as ``structure_number`` finds the same objects; or None.
+
+        What was derived from the module and its weights with the same token holds still.
+        """
+        return self._watch
+
     def structure_number(self, display: Display) -> int:
         """The number of the module's present structure; a new one if it was not seen before."""
-        now = self.structure()
+        if self._watch is not None and self._watch.unchanged():
+            return self._number
+        self._watch, watch = None, Watch(self.module)
+        now = structure_of(self.module, self.written, watch)
         number = self.known_structure(now)
         if number is None:
             if self._structures:
@@ -85,6 +95,8 @@ class CaptureCache:
                 self._change = changed
             self._structures.append(now)
             number = len(self._structures) - 1
+        if watch.possible and not self.written:  # else it is different after every call
+            self._watch, self._number = watch, number
         return number
 
     def known_structure(self, structure: Structure) -> int | None:
@@ -242,6 +254,7 @@ class CaptureCache:
                 in_training.uncached_result = error.uncached_result
                 raise in_training from error
             finally:
+                self._watch = None
                 written = changed_by_running(self._structures[number], self.structure())
                 if written:  # by the forward pass itself: the structure has not changed
                     self.written |= written

@@ -8,6 +8,9 @@ import types
 from typing import Any
 
 import torch
+from torch import nn
+
+from dcompile.compat.hooks import forward_slots, root_attributes
 
 PLAIN = (
     bool,
@@ -24,6 +27,26 @@ PLAIN = (
     torch.memory_format,
 )
 """Types of values that cannot change and refer to nothing."""
+
+# nn.Module's own bookkeeping is looked at for what it holds, not as attributes.
+_BOOKKEEPING = frozenset(vars(nn.Module()))
+# Around the whole network, where dcompile and accelerate's hooks take turns; capture goes beneath.
+_ROOT_WRAPPERS = frozenset({*forward_slots, *root_attributes})
+
+
+def attributes_of(module: nn.Module, path: str) -> list[str]:
+    """The names of a submodule's attributes, but for parameters, buffers, submodules and hooks.
+
+    Args:
+        module: the submodule.
+        path: its name in the network, empty for the whole of it; then without what wraps that.
+    """
+    return [
+        name
+        for name in vars(module)
+        if name not in _BOOKKEEPING and (path or name not in _ROOT_WRAPPERS)
+    ]
+
 
 EMPTY = object()
 """What a cell without contents has."""

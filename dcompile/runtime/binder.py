@@ -51,15 +51,25 @@ class Binder:
         self._settings = settings
         self._notices = notices
         self._recorded: dict[tuple[Program, Signature], RecordedProgram] = {}
+        self._token: object | None = None
+        self._bound: dict[tuple[Program, tuple[int, ...] | None], BoundProgram] = {}
 
-    def bind(self, program: Program, call: StandardCall) -> Runner:
-        """The program with the module's weights, for calls written like this one."""
-        weights = weights_of(self._module)
+    def bind(self, program: Program, call: StandardCall, token: object | None) -> Runner:
+        """The program with the module's weights, for calls written like this one.
+
+        Args:
+            program: for such calls.
+            call: the call.
+            token: see ``CaptureCache.token``; what was bound with the same one is returned again.
+        """
+        if token is None or token is not self._token:
+            self._token = token
+            self._bound = {}
         device = call.leaves[call.form.sample].device
         if not self._wants_cuda_graphs(device):
-            return program.bind(weights, call.order)
+            return self._with_weights(program, call.order)
         # Recorded once, however the call is written.
-        bound = program.bind(weights)
+        bound = self._with_weights(program)
         key = (program, signature_of(call.form, call.leaves)[0])
         recorded = self._recorded.pop(key, None)
         if recorded is None or not recorded.still_fits(bound):
@@ -70,8 +80,16 @@ class Binder:
         in_order = call.order == tuple(range(len(call.order)))
         return recorded if in_order else Reordered(recorded, call.order)
 
+    def _with_weights(self, program: Program, order: tuple[int, ...] | None = None) -> BoundProgram:
+        key = program, order
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = program.bind(weights_of(self._module), order)
+        return bound
+
     def release(self, programs: Collection[Program] | None = None) -> None:
         """Drop recorded programs with their buffers: all, or those of these programs."""
+        self._bound = {}
         for key in list(self._recorded):
             if programs is None or key[0] in programs:
                 del self._recorded[key]

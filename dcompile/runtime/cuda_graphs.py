@@ -208,6 +208,8 @@ class RecordedProgram:
 
     def still_fits(self, bound: BoundProgram) -> bool:
         """Whether another binding of the program has its weights at the recorded addresses."""
+        if bound is self._bound:
+            return True
         return bound.program is self.program and _addresses(bound) == self._addresses
 
     def refresh(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dcompile.compat.export import capturing_threads
-from dcompile.compiler.fingerprint import ToggleSnapshot, WeightIdentities
+from dcompile.compiler.toggles import ToggleSnapshot, WeightIdentities
 from dcompile.policy.forecast import Forecast
 from dcompile.policy.schedule import Plan
 from dcompile.runtime.lanes import Anchor, Lane

@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture_cache import TrainingModeError
-from dcompile.compiler.fingerprint import ToggleSnapshot, WeightIdentities
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
 from dcompile.compiler.roles import Roles
 from dcompile.compiler.side_effects import undone
+from dcompile.compiler.toggles import ToggleSnapshot, WeightIdentities
 from dcompile.errors import BackendError, CaptureError, DcompileError
 from dcompile.progress import Display
 from dcompile.runtime.binder import Refusal, Runner
@@ -51,6 +51,7 @@ class Runners:
         self._raised: set[str] = set()
         self._compared: set[Any] = set()  # signatures with numbers that may as well be tensors
         self.training_matters = False
+        self._token: object | None = None
         self._begin(roles)
 
     def _begin(self, roles: Roles) -> None:
@@ -88,9 +89,13 @@ class Runners:
             run.programs[call.signature] = Refusal(str(error))
             return Refusal(str(error), getattr(error, "uncached_result", ()))
         run.programs[call.signature] = runner
-        run.toggles = ToggleSnapshot(self._module)
         with self.programs.lock:  # a capture puts others in the parameters' places meanwhile
-            run.weights = WeightIdentities(self._module)
+            token = self.programs.captures.token
+            if token is None or token is not self._token:
+                self._token = token
+                self._toggles = ToggleSnapshot(self._module)
+                self._weights = WeightIdentities(self._module)
+            run.toggles, run.weights = self._toggles, self._weights
         return runner
 
     def runner_for(self, state: State, call: Call) -> Runner:
@@ -114,7 +119,7 @@ class Runners:
                 self._shrink(state)
             finally:
                 state.counters.built(display)
-            return state.binder.bind(program, standard)
+            return state.binder.bind(program, standard, self.programs.captures.token)
 
     def _shrink(self, state: State) -> None:
         budget = state.settings.program_memory

@@ -10,7 +10,8 @@ from plain import Plain, picture, plain, timesteps
 from torch import nn
 
 import dcompile
-from dcompile.compiler.fingerprint import changed_by_running, difference, portable, structure_of
+from dcompile.compiler.fingerprint import changed_by_running, difference, portable
+from dcompile.compiler.structure import structure_of
 
 
 def set_attribute(module: Plain) -> None:

@@ -1,0 +1,263 @@
+"""The structure of a module that a captured graph depends on, to notice when it changes.
+
+A call checks its inputs every time; the module is examined only when a run begins. Adapter
+layers that were added, attention processors that were swapped, scales that were set: all of that
+is in the submodules' attributes, and a graph captured before is wrong after. Parameters are
+compared by name, shape, dtype and device only: their values are inputs of the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dcompile.compat.tensors import is_wrapper, parts_of, version_of
+from dcompile.compiler.introspection import (
+    EMPTY,
+    PLAIN,
+    attributes_of,
+    contents_of,
+    function_behind,
+    is_library,
+    names_in,
+    slots_of,
+)
+from dcompile.compiler.watch import Watch
+
+MAX_DEPTH = 8  # levels of containers and objects within an attribute
+WRITTEN = "written by the forward pass"
+
+Structure = dict[str, Any]
+
+
+class Identity(NamedTuple):
+    """Something compared by what it is in this process; ``what`` says it in any process."""
+
+    ident: tuple[Any, ...]
+    what: Any
+
+
+class Items(tuple[Any, ...]):
+    """A mapping's pairs."""
+
+    __slots__ = ()
+
+
+def structure_of(
+    module: nn.Module, ignore: Iterable[str] = (), watch: Watch | None = None
+) -> Structure:
+    """A comparable description of ``module``: one entry for each submodule.
+
+    Args:
+        module: the network.
+        ignore: entries of ``changed_by_running``; they are left out.
+        watch: made right before, is told of everything that is looked into.
+    """
+    ignored: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for key in ignore:
+        where, _, place = key.rpartition(":")
+        path, _, name = where.rpartition(":")
+        positions = tuple(map(int, place.split("."))) if place else ()
+        ignored.setdefault((path, name), []).append(positions)
+    describer = _Describer(watch)
+    structure = {
+        path: describer.module(submodule, path)
+        for path, submodule in module.named_modules(remove_duplicate=False)
+    }
+    for (path, name), places in ignored.items():
+        entry = structure.get(path, {})
+        if () in places:
+            entry.pop(name, None)
+        elif name in entry:
+            entry[name] = _without(entry[name], places)
+    return structure
+
+
+def kind_of(kind: type) -> Any:
+    """A class, and the code it has at present: methods may be replaced on the class itself."""
+    return _Describer(None).kind(kind)
+
+
+class _Describer:
+    """Describes what it is given, and tells ``watch`` what it looked into."""
+
+    def __init__(self, watch: Watch | None) -> None:
+        self._watch = Watch(nn.Module()) if watch is None else watch
+        self._kinds: dict[type, Any] = {}
+        self._first_names: dict[int, str] = {}  # of parameters, by identity
+
+    def module(self, module: nn.Module, path: str) -> dict[str, Any]:
+        entry: dict[str, Any] = {"class": self.kind(type(module)), "training": module.training}
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    # A tied weight has its first name, as in the graph.
+                    tied_to = self._first_names.setdefault(id(tensor), f"{path}.{name}")
+                    shape, layout = tuple(tensor.shape), tensor.stride()
+                    entry[name] = (shape, tensor.dtype, tensor.device, tied_to, layout)
+                    if type(tensor) is not nn.Parameter and is_wrapper(tensor):  # quantized
+                        entry[name] += (self._wrapper(tensor),)
+        for name in attributes_of(module, path):
+            value = module.__dict__[name]
+            entry[name] = value if type(value) in PLAIN else self.value(value, MAX_DEPTH)
+        # The whole network's own hooks are around what is captured.
+        for table_name in ("_forward_hooks", "_forward_pre_hooks") if path else ():
+            hooks = module.__dict__[table_name]
+            if hooks:
+                entry[table_name] = tuple(
+                    Identity((id(hook),), name_of(hook)) for hook in hooks.values()
+                )
+                entry[f"inside {table_name}"] = tuple(
+                    self.value(hook, MAX_DEPTH) for hook in hooks.values()
+                )
+        return entry
+
+    def kind(self, kind: type) -> Any:
+        """A class, and the code it has at present: methods may be replaced on the class itself."""
+        if kind not in self._kinds:
+            code: list[Any] = []
+            for base in kind.__mro__:
+                if not is_library(base.__module__):
+                    self._watch.mapping(vars(base))
+                    for member in vars(base).values():
+                        code += self._functions_of(member)
+            self._kinds[kind] = Identity((kind, *code), kind) if code else kind
+        return self._kinds[kind]
+
+    def _functions_of(self, member: Any) -> Iterator[Any]:
+        """The function behind a class's member; of what is called, functions it names, too."""
+        member = function_behind(member)
+        if not isinstance(member, types.FunctionType):
+            return
+        yield member
+        if member.__name__ in _CALLED:
+            for name in names_in(member.__code__):
+                named = member.__globals__.get(name)
+                if isinstance(named, types.FunctionType):
+                    self._watch.named(member.__globals__, name)
+                    yield named
+
+    def _wrapper(self, tensor: Any) -> Any:
+        self._watch.possible = False
+        names, metadata = tensor.__tensor_flatten__()
+        parts = [(part.shape, part.dtype, part.stride()) for part in parts_of(tensor)]
+        return type(tensor), tuple(names), tuple(parts), self.value(metadata, MAX_DEPTH)
+
+    def value(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        if kind in PLAIN:
+            return value
+        if isinstance(value, torch.Tensor):  # a constant of the graph: its values matter
+            self._watch.constant(value)
+            version = version_of(value) or 0
+            return Identity((id(value), version), ("tensor", tuple(value.shape), value.dtype))
+        if isinstance(value, nn.Module):  # its weights are constants of the graph
+            return Identity((id(value),), ("module", kind))
+        if depth == 0:
+            return kind
+        if isinstance(value, types.ModuleType):
+            return kind, value.__name__
+        if isinstance(value, Mapping) and not isinstance(value, dict):  # may read from a disk
+            return Identity((id(value),), ("mapping", kind))
+        if isinstance(value, (dict, list, tuple, set, frozenset)):
+            return kind, self._container(value, depth - 1)
+        if isinstance(value, types.FunctionType):
+            return self._function(value, depth - 1)
+        if isinstance(value, functools.partial):
+            return kind, self.value((value.func, value.args, value.keywords), depth - 1)
+        if isinstance(value, types.MethodType):
+            owner = value.__self__
+            inside = type(owner) if isinstance(owner, nn.Module) else self.value(owner, depth - 1)
+            return kind, self.value(value.__func__, depth - 1), inside
+        if isinstance(value, (type, types.BuiltinFunctionType)):
+            return getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+        if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "tobytes"):
+            self._watch.described(value, _array)
+            return _array(value)
+        return self._object(value, depth - 1)
+
+    def _container(self, value: Any, depth: int) -> Any:
+        if isinstance(value, dict):
+            self._watch.mapping(value)
+            return Items((self.value(k, 0), self.value(v, depth)) for k, v in value.items())
+        if isinstance(value, (set, frozenset)):
+            self._watch.elements(value)
+            return frozenset(Counter(self.value(item, depth) for item in value).items())
+        if isinstance(value, list):
+            self._watch.sequence(value)
+        return tuple(self.value(item, depth) for item in value)
+
+    def _function(self, value: types.FunctionType, depth: int) -> Any:
+        self._watch.function(value)
+        cells = [
+            held for cell in value.__closure__ or () if (held := contents_of(cell)) is not EMPTY
+        ]
+        inside = self.value((*cells, value.__defaults__, value.__kwdefaults__), depth)
+        return value.__module__, value.__qualname__, code_of(value.__code__), inside
+
+    def _object(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        names = [name for base in kind.__mro__ for name in slots_of(base)]
+        self._watch.instance(value, names)
+        state = getattr(value, "__dict__", None)
+        if state is not None:
+            self._watch.mapping(state)
+            if value.__dict__ is not state:  # made whenever it is asked for
+                self._watch.possible = False
+        if names:
+            state = {**(state or {}), **{n: getattr(value, n) for n in names if hasattr(value, n)}}
+        if state:
+            return self.kind(kind), tuple(
+                (name, self.value(item, depth)) for name, item in state.items()
+            )
+        if getattr(kind, "__repr__", None) is not object.__repr__:
+            self._watch.described(value, repr)
+            return self.kind(kind), repr(value)
+        return self.kind(kind)
+
+
+_CALLED = frozenset({"forward", "__call__"})
+
+
+def _array(value: Any) -> Any:
+    digest = hashlib.sha256(value.tobytes()).hexdigest()[:16]
+    return type(value), str(value.dtype), getattr(value, "shape", ()), digest
+
+
+def name_of(thing: Any) -> str:
+    """Module and qualified name of a class or function, or of an object's class."""
+    thing = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _without(description: Any, places: Iterable[tuple[int, ...]]) -> Any:
+    """The description with a mark instead of what is at these places."""
+    for place in places:
+        description = _marked(description, place)
+    return description
+
+
+def _marked(description: Any, place: tuple[int, ...]) -> Any:
+    if not place:
+        return WRITTEN
+    plain = isinstance(description, tuple) and not isinstance(description, (Identity, torch.Size))
+    if not plain or place[0] >= len(description):
+        return description  # something else now, which will be noticed
+    items = list(description)
+    items[place[0]] = _marked(items[place[0]], place[1:])
+    return type(description)(items)
+
+
+@functools.lru_cache(maxsize=4096)
+def code_of(code: types.CodeType) -> str:
+    """Differs when the code does; the same in every process."""
+    constants = [code_of(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    content = repr((code.co_code, constants, code.co_names))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
