@@ -52,7 +52,12 @@ SAMPLERS = [
     EulerAncestralDiscreteScheduler,
     DPMSolverMultistepScheduler,
 ]
-SETTINGS: dict[str, Any] = {"interval": 3, "backend": "eager", "verbose": False}
+SETTINGS: dict[str, Any] = {
+    "interval": 3,
+    "backend": "eager",
+    "verbose": False,
+    "program_memory": 96 << 20,  # so little that programs come and go
+}
 MEMORY_EVERY = 20.0  # seconds between measurements
 WARM_UP = 0.2  # of the time: whatever is captured once is captured by then
 

@@ -23,6 +23,7 @@ from dcompile.compat.export import (
     conditions_of,
     considerate_trace,
     depends_on_values,
+    forget_examples,
     functionalized,
     is_higher_order,
     shape_env_of,
@@ -182,6 +183,7 @@ def capture(
         _take_over_writes(module, network.network, before)
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
     captured = _from_exported(exported, spec, sample_leaf, ranges)
+    forget_examples(exported)
     if captured.guard is not None and not captured.guard.understood:
         # Conditions on sizes that nothing here can check: capture these sizes alone.
         return capture(module, forward, leaves, spec, sample_leaf)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from dcompile.compat.sources import forgotten_later
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.capture_gate import CaptureGate
@@ -31,6 +32,8 @@ from dcompile.progress import Display
 
 # Captures for different values of one argument, as many as Dynamo's recompile limit.
 MAX_VALUES = 8
+# Structures that are remembered although nothing could be captured of them, or no longer is.
+MAX_UNUSED_STRUCTURES = 8
 IN_TRAINING_MODE = "the network is in training mode (call .eval())"
 
 
@@ -61,9 +64,10 @@ class CaptureCache:
         self.last_reason = self._change = ""
         self.gate = CaptureGate()
         self._forward = forward
-        self._structures: list[Structure] = []
+        self._structures: dict[int, Structure] = {}  # the latest last
+        self._needed: set[int] = set()  # numbers of structures that others refer to
         self._watch: Watch | None = None
-        self._number = 0  # of the structure that ``_watch`` watches
+        self._number = -1  # of the structure that was there last
         self._networks: dict[tuple[int, Signature, DynamicSizes | None], CapturedNetwork] = {}
         # What cannot be captured is not tried again: by structure, and by structure and call.
         self._refused: dict[int, CaptureError] = {}
@@ -89,19 +93,34 @@ class CaptureCache:
         now = structure_of(self.module, self.written, watch)
         number = self.known_structure(now)
         if number is None:
-            if self._structures:
-                changed = difference(self._structures[-1], now)
+            if self._number in self._structures:
+                changed = difference(self._structures[self._number], now)
                 display.note(f"the module changed ({changed}): new capture")
                 self._change = changed
-            self._structures.append(now)
-            number = len(self._structures) - 1
+            number = max(self._structures, default=-1) + 1
+            self._structures[number] = now
+            self._forget_structures()
         if watch.possible and not self.written:  # else it is different after every call
-            self._watch, self._number = watch, number
+            self._watch = watch
+        self._number = number
         return number
+
+    def keep_structure(self, number: int) -> None:
+        """Never forget a structure."""
+        self._needed.add(number)
+
+    def _forget_structures(self) -> None:
+        """Only the latest that nothing was captured of: each hook that comes and goes is one."""
+        needed = self._needed | {number for number, *_ in self._networks}
+        unused = [number for number in self._structures if number not in needed]
+        for number in unused[:-MAX_UNUSED_STRUCTURES]:
+            del self._structures[number]
+            self._refused.pop(number, None)
+            self._failed = {key: why for key, why in self._failed.items() if key[0] != number}
 
     def known_structure(self, structure: Structure) -> int | None:
         """The number of a structure that was seen before; None if it was not."""
-        return next((i for i, seen in enumerate(self._structures) if seen == structure), None)
+        return next((i for i, seen in self._structures.items() if seen == structure), None)
 
     def captured(
         self, call: StandardCall, dynamic: DynamicSizes | None, display: Display
@@ -240,7 +259,7 @@ class CaptureCache:
     ) -> CapturedNetwork:
         with display.stage("capturing"):
             try:
-                with self.gate.capture():
+                with self.gate.capture(), forgotten_later():
                     network = ObservedCapture(
                         self.module, self._forward(), call, dynamic
                     ).captured()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from dcompile.backends import Backend
+from dcompile.compat.sources import forgotten_later
 from dcompile.compiler.build import build, gains_little, rebound
 from dcompile.compiler.call import CallForms, StandardCall
 from dcompile.compiler.capture import CapturedNetwork
@@ -102,6 +103,7 @@ class ProgramCache:
         with self.lock:
             self.captures.written |= frozenset(written)
             number = self.captures.structure_number(Display("", verbose=False))
+            self.captures.keep_structure(number)
             self._loaded += [(number, target.spec, target.backend, saved) for saved in programs]
 
     def signatures(self) -> list[str]:
@@ -197,7 +199,8 @@ class ProgramCache:
             raise type(known)(str(known))
         full = self._full_graph_of(network, spec, backend)
         try:
-            return build(network, spec, backend, self._module, leaves, display, full)
+            with forgotten_later():
+                return build(network, spec, backend, self._module, leaves, display, full)
         except DcompileError as error:
             self._failed[key] = type(error)(str(error))
             raise

@@ -15,10 +15,20 @@ from typing import Any
 import pytest
 import torch
 from plain import plain
-from torch import nn
+from torch import fx, nn
 from torch.fx.experimental import proxy_tensor
 
-from dcompile.compat import cuda, dynamo, export, functorch, hooks, inductor, storages, tensors
+from dcompile.compat import (
+    cuda,
+    dynamo,
+    export,
+    functorch,
+    hooks,
+    inductor,
+    sources,
+    storages,
+    tensors,
+)
 
 
 def test_storage_identity() -> None:
@@ -52,6 +62,30 @@ def test_versions_count_writes() -> None:
     )
     with torch.inference_mode():
         assert tensors.version_of(torch.zeros(2)) is None, "inference tensors have versions now"
+
+
+def test_properties_of_many_tensors() -> None:
+    held = [nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    before = tensors.TensorProperties(held)
+    assert before.same(held), "Dynamo's TensorGuards refuse what they were made of"
+    for other in (torch.ones(3, 2), torch.ones(3, 2).t(), torch.ones(2, 3).half()):
+        own = held[1].data
+        held[1].data = other
+        assert not before.same(held), "TensorGuards no longer see another shape, layout or dtype"
+        held[1].data = own
+    assert before.same(held)
+    assert not before.same(held[:2])
+
+
+def test_source_text_can_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LIMIT", 0)
+    with sources.forgotten_later():
+        made = fx.symbolic_trace(nn.Linear(2, 2))
+    key = made.forward.__func__.__code__.co_filename
+    assert key not in fx.graph_module._loader.eval_cache, (
+        "torch.fx keeps the source text of generated code elsewhere: each capture leaves some"
+    )
+    assert torch.equal(made(torch.ones(2)), made(torch.ones(2)))
 
 
 def test_wrapper_subclass() -> None:

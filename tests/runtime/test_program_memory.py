@@ -11,8 +11,12 @@ import seam
 import torch
 from heard import heard, silent
 from plain import compiled, picture, plain, sampled, timesteps
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import graph_module
 
 import dcompile
+from dcompile.compat import sources
+from dcompile.compiler.capture_cache import MAX_UNUSED_STRUCTURES
 from dcompile.compiler.program_memory import bytes_of_networks
 
 STEPS = 7
@@ -88,3 +92,45 @@ def test_reset_keeps_programs_unless_asked() -> None:
 def test_the_budget_is_a_number_of_bytes(wrong: Any) -> None:
     with pytest.raises(dcompile.DcompileError, match="program_memory: expected a positive number"):
         dcompile.cache_compile(plain(), program_memory=wrong)
+
+
+def modes() -> int:
+    gc.collect()
+    return sum(isinstance(thing, FakeTensorMode) for thing in gc.get_objects())
+
+
+def test_a_capture_leaves_nothing_behind() -> None:
+    network = compiled()
+    counts = []
+    for _ in range(4):
+        dcompile.handle(network).reset(programs=True)
+        sampled(network, picture(), timesteps())
+        counts.append(modes())
+    assert counts[1] == counts[3]
+
+
+def test_source_text_of_old_graphs_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LIMIT", 100_000)
+    network = compiled()
+    sizes = []
+    for _ in range(6):
+        dcompile.handle(network).reset(programs=True)
+        sampled(network, picture(), timesteps())
+        sizes.append(sum(map(len, graph_module._loader.eval_cache.values())))
+    assert sizes[-1] <= sizes[0] + 100_000
+
+
+def test_structures_of_hooks_that_come_and_go_are_forgotten() -> None:
+    network = compiled()
+    captures = seam.dispatcher_of(network).programs.captures
+    expected = sampled(plain(), picture(), timesteps())
+    for _ in range(2 * MAX_UNUSED_STRUCTURES):
+        seen: list[int] = []
+        hook = network.deep.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        assert torch.equal(sampled(network, picture(), timesteps()), expected)  # uncached
+        assert len(seen) == len(timesteps())
+        hook.remove()
+    assert len(captures._structures) <= MAX_UNUSED_STRUCTURES + 1
+    assert len(captures._refused) <= MAX_UNUSED_STRUCTURES + 1
+    sampled(network, picture(), timesteps())
+    assert dcompile.handle(network).stats.reuse_steps
