@@ -25,6 +25,7 @@ from dcompile.compiler.call import CallForms
 from dcompile.compiler.program import ProgramSpec, weights_of
 from dcompile.policy.forecast import coefficients_of, resolve_forecast
 from dcompile.progress import Display
+from dcompile.runtime.run import Run
 
 REUSE = ProgramSpec((0,), (1,))
 
@@ -68,6 +69,40 @@ def test_dispatch_of_a_reuse_step(benchmark: Any) -> None:
         parameters=sum(1 for _ in network.parameters()),
     )
     assert dcompile.handle(network).stats.reuse_steps == 1000
+
+
+@pytest.mark.benchmark(group="overhead")
+def test_start_of_a_run(benchmark: Any) -> None:
+    """What the first call of a run does beyond others: finds the program, binds the weights.
+
+    While nothing has changed since the run before, and with everything read again; in turns.
+    """
+    network, call = shapes.sdxl()
+    dcompile.cache_compile(network, interval=10_000, backend="eager", verbose=False)
+    for _ in range(2):  # a capture, and a run after it
+        network(timestep=torch.arange(9, 0, -1)[0], **call)
+    dispatcher = seam.dispatcher_of(network)
+    state, captures = dispatcher.state, dispatcher.programs.captures
+    read = state.reader.read((), {"timestep": torch.arange(9, 0, -1)[0], **call})
+
+    def unchanged() -> None:
+        dispatcher.runners.bind(state, Run(9), read)
+
+    def read_again() -> None:
+        captures._watch = None
+        dispatcher.runners.bind(state, Run(9), read)
+
+    seconds: dict[Callable[[], None], list[float]] = {unchanged: [], read_again: []}
+    for _ in range(50):
+        for bind in (read_again, unchanged, unchanged):
+            started = time.perf_counter()
+            bind()
+            seconds[bind].append(time.perf_counter() - started)
+    benchmark.pedantic(unchanged, rounds=20)
+    benchmark.extra_info.update(
+        unchanged_milliseconds=statistics.median(seconds[unchanged]) * 1e3,
+        read_again_milliseconds=statistics.median(seconds[read_again]) * 1e3,
+    )
 
 
 def standard_leaves(network: Any, call: dict[str, Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 
-from dcompile.backends import GraphCompiler, resolve
+from dcompile.backends import Backend, GraphCompiler, resolve
 from dcompile.compat.hooks import without_torch_compile
 from dcompile.compiler.fingerprint import identity_of, portable
 from dcompile.compiler.program import ProgramSpec
@@ -17,6 +17,7 @@ from dcompile.compiler.program_memory import DEFAULT_BUDGET
 from dcompile.compiler.roles import Roles
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.compiler.structure import structure_of
+from dcompile.compiler.weight_layout import WeightLayout
 from dcompile.errors import (
     BackendError,
     DcompileError,
@@ -64,6 +65,7 @@ def cache_compile(
     options: Mapping[str, Any] | None = None,
     on_error: Literal["uncached", "raise"] = "uncached",
     program_memory: int = DEFAULT_BUDGET,
+    channels_last: bool | Literal["auto"] = "auto",
     verbose: bool = True,
 ) -> M:
     """Make a skip-connection diffusion network reuse its deep features across sampling steps.
@@ -123,6 +125,10 @@ def cache_compile(
             default. An SDXL-sized network takes some 80 MB for each call signature, and a copy of
             its weights with Inductor's ``freezing``. Beyond that the least recently used programs
             are dropped, with one warning, and compiled again when they are needed.
+        channels_last: lay out the weights of convolutions channels-last, in place, as
+            ``network.to(memory_format=torch.channels_last)`` does; ``handle(module).remove()``
+            lays them out as before. "auto" does so on CUDA devices with Inductor, whose code
+            would otherwise copy them at every step. False leaves them alone.
         verbose: show on standard error what is captured and compiled.
 
     Returns:
@@ -133,7 +139,8 @@ def cache_compile(
             three; ``speedup``, ``GainWeighted`` or "auto" without a sampler.
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
-        BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device.
+        BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device;
+            ``channels_last`` is none of the three.
         DcompileError: ``on_error`` is neither; ``program_memory`` is no positive int; a pipeline
             without a recognisable denoiser; a parallel wrapper (DDP, FSDP, DeepSpeed) or weights
             spread over processes.
@@ -156,6 +163,7 @@ def cache_compile(
         roles=Roles(sample, timestep),
         on_error=_checked_on_error(on_error),
         program_memory=_checked_memory(program_memory),
+        channels_last=_checked_layout(channels_last),
     )
     _require_sampler(settings)
     plan.require_fit(identity_of(network_of(module)))
@@ -206,13 +214,17 @@ def load(
     network = network_of(module)
     source = Path(folder).expanduser().resolve()
     with Display(type(network).__name__, verbose).stage(f"loading {source}"):
-        artifact, backend = read(
-            source,
-            network,
-            device_of(network),
-            resolve,
-            lambda written: portable(structure_of(network, written)),
-        )
+        layout = WeightLayout(network)
+
+        def structure(written: Sequence[str], channels_last: Any, backend: Backend) -> Any:
+            layout.configure(channels_last, backend)
+            layout.apply()
+            return portable(structure_of(network, written))
+
+        try:
+            artifact, backend = read(source, network, device_of(network), resolve, structure)
+        finally:
+            layout.restore()
     if (interval, speedup, schedule) != (None, None, None):
         plan = _schedule_of(interval, schedule, speedup)
     else:
@@ -233,6 +245,7 @@ def load(
         roles=Roles(sample, timestep),
         on_error=_checked_on_error(on_error),
         program_memory=_checked_memory(program_memory),
+        channels_last=artifact.channels_last,
     )
     _require_sampler(settings)
     _require_spec(source, artifact.cuts, settings.target.spec)
@@ -334,6 +347,12 @@ def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto
             'cuda_graphs=True, and there is no CUDA device here; "auto" uses CUDA graphs where '
             "there is one"
         )
+    return wanted
+
+
+def _checked_layout(wanted: bool | Literal["auto"]) -> bool | Literal["auto"]:
+    if wanted not in (True, False, "auto"):
+        raise BackendError(f'channels_last: expected "auto", True or False, got {wanted!r}')
     return wanted
 
 

@@ -84,6 +84,7 @@ class Handle:
         """Give the module its own forward back. Afterwards it is no longer a compiled one."""
         self.disable()
         self._dispatcher.uninstall()
+        self._dispatcher.runners.layout.restore()
         detach(self._dispatcher, self._dispatcher.companions)
 
     @property
@@ -259,6 +260,7 @@ class Handle:
             cuts=settings.target.spec,
             dynamic=settings.dynamic.as_argument() if settings.dynamic is not None else False,
             cuda_graphs=settings.cuda_graphs,
+            channels_last=settings.channels_last,
             schedule=settings.schedule,
             forecasts=tuple(map(name_of, settings.forecasts)),
             structure=portable(captures.structure()),

@@ -30,6 +30,8 @@ class Backend(Protocol):
             fold them into its code. Such a program is compiled again when a weight has changed.
         needs_examples: it looks at example inputs when it compiles.
         records_cuda_graphs: it records CUDA graphs itself, so nobody else must.
+        prefers_channels_last: on a GPU it copies weights of convolutions at every step, unless
+            they lie channels-last.
     """
 
     @property
@@ -43,6 +45,9 @@ class Backend(Protocol):
 
     @property
     def records_cuda_graphs(self) -> bool: ...
+
+    @property
+    def prefers_channels_last(self) -> bool: ...
 
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph for inputs like these; call the result with such inputs.

@@ -19,6 +19,7 @@ class Eager:
     folds_weights: bool = False
     needs_examples: bool = False
     records_cuda_graphs: bool = False
+    prefers_channels_last: bool = False
 
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         # The generated forward, without nn.Module.__call__ around it.

@@ -28,6 +28,7 @@ class Inductor:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     name: str = "inductor"
     needs_examples: bool = True
+    prefers_channels_last: bool = True
 
     def __post_init__(self) -> None:
         known = inductor.known_options()

@@ -56,6 +56,7 @@ class TensorRT:
     folds_weights: bool = True
     needs_examples: bool = True
     records_cuda_graphs: bool = False
+    prefers_channels_last: bool = False
 
     def __post_init__(self) -> None:
         known = _parameters(_torch_tensorrt().dynamo.compile) - _OURS

@@ -24,6 +24,7 @@ class FromTorch:
     compiler: Callable[[GraphModule, list[Any]], Callable[..., Any]]
     folds_weights: bool = False
     needs_examples: bool = True
+    prefers_channels_last: bool = False
 
     @property
     def records_cuda_graphs(self) -> bool:

@@ -26,6 +26,7 @@ from dcompile.compiler.signature import (
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.compiler.structure import Structure, structure_of
 from dcompile.compiler.watch import Watch
+from dcompile.compiler.weight_layout import WeightLayout
 from dcompile.errors import CaptureError
 from dcompile.passes.base import is_random
 from dcompile.progress import Display
@@ -56,10 +57,12 @@ class CaptureCache:
             are left out when structures are compared (see ``fingerprint.changed_by_running``).
         last_reason: why the latest capture was needed.
         gate: calls of the module's own forward pass it; see ``CaptureGate``.
+        layout: of the module's weights.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[[], Callable[..., Any]]) -> None:
         self.module = module
+        self.layout = WeightLayout(module)
         self.written: frozenset[str] = frozenset()
         self.last_reason = self._change = ""
         self.gate = CaptureGate()
@@ -89,6 +92,7 @@ class CaptureCache:
         """The number of the module's present structure; a new one if it was not seen before."""
         if self._watch is not None and self._watch.unchanged():
             return self._number
+        self.layout.apply()
         self._watch, watch = None, Watch(self.module)
         now = structure_of(self.module, self.written, watch)
         number = self.known_structure(now)

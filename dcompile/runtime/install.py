@@ -31,7 +31,12 @@ def install(network: nn.Module, settings: Settings) -> Dispatcher:
 def install_companions(networks: Iterable[nn.Module], dispatcher: Dispatcher) -> None:
     """Have these networks compute only those results that the denoiser reads."""
     settings = dispatcher.settings
-    wanted = settings.backend, settings.verbose, settings.program_memory
+    wanted = (
+        settings.backend,
+        settings.verbose,
+        settings.program_memory,
+        settings.channels_last,
+    )
     for network in networks:
         found = wrapper_of(network)
         if isinstance(found, LazyNetwork):

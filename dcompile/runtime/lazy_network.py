@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -64,6 +64,7 @@ class LazyNetwork(ForwardWrapper):
         backend: Backend,
         verbose: bool,
         memory: int = DEFAULT_BUDGET,
+        channels_last: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(module, original)
         self.users: weakref.WeakSet[ForwardWrapper] = weakref.WeakSet()
@@ -72,15 +73,21 @@ class LazyNetwork(ForwardWrapper):
         # A list of networks is built in training mode, whatever they are in; .train() reaches all.
         self._leaf = next((m for m in module.modules() if not any(m.children())), module)
         self.programs = PartialPrograms(module, lambda: self.original)
-        self.configure(backend, verbose, memory)
+        self.configure(backend, verbose, memory, channels_last)
 
     @property
     def enabled(self) -> bool:
         return self._enabled
 
-    def configure(self, backend: Backend, verbose: bool, memory: int = DEFAULT_BUDGET) -> None:
+    def configure(
+        self,
+        backend: Backend,
+        verbose: bool,
+        memory: int = DEFAULT_BUDGET,
+        channels_last: bool | Literal["auto"] = "auto",
+    ) -> None:
         """Use another backend, and programs of ``memory`` bytes, from the next call on."""
-        self.programs.configure(backend, verbose, memory)
+        self.programs.configure(backend, verbose, memory, channels_last)
         self._begin()
 
     def _begin(self) -> None:
@@ -95,6 +102,11 @@ class LazyNetwork(ForwardWrapper):
         self._enabled = any(user.enabled for user in self.users)
         if not self.users:
             self.uninstall()
+
+    def uninstall(self) -> None:
+        """Give the module its own forward back, and its weights their layout."""
+        super().uninstall()
+        self.programs.layout.restore()
 
     def state(self) -> tuple[Any, ...]:
         """What ``restore`` takes."""

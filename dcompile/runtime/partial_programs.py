@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -72,20 +72,29 @@ class PartialPrograms:
 
     Attributes:
         gate: calls of that forward pass it.
+        layout: of the network's weights.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[[], Callable[..., Any]]) -> None:
         self._module = module
         self._captures = CaptureCache(module, forward)
         self.gate = self._captures.gate
+        self.layout = self._captures.layout
         self._lock = threading.RLock()  # capture and compile; never held on a warm call
         self._backend: Backend | None = None
         self._verbose = True
         self._memory = DEFAULT_BUDGET
         self._programs: dict[CapturedNetwork, PartialProgram] = {}
 
-    def configure(self, backend: Backend, verbose: bool, memory: int = DEFAULT_BUDGET) -> None:
+    def configure(
+        self,
+        backend: Backend,
+        verbose: bool,
+        memory: int = DEFAULT_BUDGET,
+        channels_last: bool | Literal["auto"] = "auto",
+    ) -> None:
         """Use another backend, and at most ``memory`` bytes, from the next call on."""
+        self.layout.configure(channels_last, backend)
         if self._backend != backend:
             self._programs = {}
         self._backend, self._verbose, self._memory = backend, verbose, memory

@@ -17,6 +17,7 @@ from dcompile.compiler.reader import Call
 from dcompile.compiler.roles import Roles
 from dcompile.compiler.side_effects import undone
 from dcompile.compiler.toggles import ToggleSnapshot, WeightIdentities
+from dcompile.compiler.weight_layout import WeightLayout
 from dcompile.errors import BackendError, CaptureError, DcompileError
 from dcompile.progress import Display
 from dcompile.runtime.binder import Refusal, Runner
@@ -61,10 +62,17 @@ class Runners:
     def configure(self, settings: Settings) -> None:
         """Forget failures, and all programs if other arguments are asked for."""
         if settings.roles != self.forms.asked:
+            self.layout.restore()
             self._begin(settings.roles)
+        self.layout.configure(settings.channels_last, settings.backend)
         self.programs.forget_failures()
         self._raised = set()
         self.training_matters = False
+
+    @property
+    def layout(self) -> WeightLayout:
+        """Of the network's weights."""
+        return self.programs.captures.layout
 
     def bind(self, state: State, run: Run, call: Call) -> Runner | Refusal:
         """A program for this call with the module's weights, for the lanes of this run.

@@ -36,6 +36,7 @@ class Settings:
         roles: names of the sample's and the timestep's parameter, where they were given.
         on_error: what a network or call that cannot be captured or compiled does.
         program_memory: bytes that captured and compiled code may take.
+        channels_last: whether the weights of convolutions are laid out channels-last.
     """
 
     schedule: Schedule
@@ -49,6 +50,7 @@ class Settings:
     roles: Roles = UNKNOWN
     on_error: Literal["uncached", "raise"] = "uncached"
     program_memory: int = DEFAULT_BUDGET
+    channels_last: bool | Literal["auto"] = "auto"
 
     @functools.cached_property
     def target(self) -> Target:

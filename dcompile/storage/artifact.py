@@ -68,7 +68,7 @@ class Artifact:
         network: name of the module's class.
         backend: its name and options.
         cuts: where the programs are cut.
-        dynamic, cuda_graphs: see ``cache_compile``.
+        dynamic, cuda_graphs, channels_last: see ``cache_compile``.
         schedule: None if it was a user's own class.
         forecasts: one for each cut; None in the place of a user's own class.
         structure: the module's, from ``structure.portable``.
@@ -81,6 +81,7 @@ class Artifact:
     cuts: ProgramSpec
     dynamic: Any
     cuda_graphs: Any
+    channels_last: Any
     schedule: Schedule | None
     forecasts: tuple[str | None, ...]
     structure: dict[str, dict[str, Any]]
@@ -136,6 +137,7 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
         "cuts": artifact.cuts._asdict(),
         "dynamic": artifact.dynamic,
         "cuda_graphs": artifact.cuda_graphs,
+        "channels_last": artifact.channels_last,
         "schedule": codec.to_json(artifact.schedule) if artifact.schedule else None,
         "forecasts": list(artifact.forecasts),
         "written": list(artifact.written),
@@ -236,7 +238,7 @@ def read(
     module: nn.Module,
     device: torch.device,
     backend_of: Callable[[str, dict[str, Any]], Backend],
-    structure_of_module: Callable[[Sequence[str]], dict[str, dict[str, Any]]],
+    structure_of_module: Callable[[Sequence[str], Any, Backend], dict[str, dict[str, Any]]],
 ) -> tuple[Artifact, Backend]:
     """Read an artefact for ``module``, and check that it was made for one like it.
 
@@ -245,7 +247,8 @@ def read(
         module: constants that are its attributes are compared and taken from it.
         device: where the module is.
         backend_of: a backend from its name and options.
-        structure_of_module: the module's portable structure, leaving out the attributes given.
+        structure_of_module: the module's portable structure, leaving out the attributes given,
+            with its weights laid out as ``channels_last`` and the backend want them.
 
     Raises:
         ArtifactError: missing, damaged, or made for another torch, machine or module; names the
@@ -257,14 +260,15 @@ def read(
     compare("machine", manifest["machine"], machine(device))
     with _as_damage(folder):
         structure = json.loads(unzipped(files["structure.json.zip"])["structure.json"])
-    compare_structures(structure, structure_of_module(manifest["written"]))
+    name, options = manifest["backend"]["name"], manifest["backend"]["options"]
+    backend = backend_of(name, options)
+    here = structure_of_module(manifest["written"], manifest["channels_last"], backend)
+    compare_structures(structure, here)
     with _as_damage(folder):
         libraries = unzipped(files["libraries.zip"])
         constants = read_tensors(files["constants.safetensors"])
     for key, value in constants.items():
         constants[key] = _checked_constant(module, key.rpartition("#")[0], value, device)
-    name, options = manifest["backend"]["name"], manifest["backend"]["options"]
-    backend = backend_of(name, options)
     assert isinstance(backend, Saveable)
     with _as_damage(folder):
         programs = tuple(
@@ -295,6 +299,7 @@ def read(
             ),
             dynamic=manifest["dynamic"],
             cuda_graphs=manifest["cuda_graphs"],
+            channels_last=manifest["channels_last"],
             schedule=codec.from_json(manifest["schedule"]) if manifest["schedule"] else None,
             forecasts=tuple(manifest["forecasts"]),
             structure=structure,
