@@ -242,6 +242,61 @@ print(before, after, weights, dcompile.handle(network).stats.cache_bytes)
 """
 
 
+PROGRAMS = """
+import ctypes, gc, sys
+from pathlib import Path
+
+sys.path.insert(0, "../tests/support")
+import torch, dcompile, shapes, seam
+
+
+def resident():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+network, call = shapes.sdxl()
+steps = iter(torch.arange(2000, 0, -1))
+dcompile.cache_compile(network, interval=3, backend="eager", verbose=False)
+
+
+def run(width):
+    wider = {**call, "sample": torch.randn(2, 4, 8, width)}
+    for t in torch.arange(9, 0, -1)[:2]:
+        network(timestep=t, **wider)
+
+
+run(8)  # imports, caches of torch
+before = resident()
+for width in (12, 16, 20, 24):
+    run(width)
+grown = resident() - before
+captured = seam.networks_of(network)[-1]
+print(grown // 4, len(captured.graph_module.graph.nodes))
+"""
+
+
+@pytest.mark.benchmark(group="overhead")
+def test_memory_of_a_program(benchmark: Any) -> None:
+    """Growth of the process with each further size of an SDXL-shaped network."""
+    found: list[str] = []
+
+    def run() -> None:
+        process = subprocess.run(
+            [sys.executable, "-c", PROGRAMS],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=os.path.dirname(__file__),
+        )
+        found.extend(process.stdout.split()[-2:])
+
+    benchmark.pedantic(run, rounds=1)
+    grown, nodes = map(int, found)
+    benchmark.extra_info.update(program_bytes=grown, nodes=nodes, bytes_per_node=grown / nodes)
+
+
 @pytest.mark.benchmark(group="overhead")
 def test_resident_memory(benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Growth of the process from uncached steps to cached ones, in a process of its own."""

@@ -14,9 +14,19 @@ def clear_cublas_workspaces() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 
 
+def current_stream_number(device: torch.device) -> int:
+    """What identifies the current stream: in 0.2 us, where ``current_stream`` takes 17."""
+    number: int = torch._C._cuda_getCurrentRawStream(device.index or 0)
+    return number
+
+
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source into its target, with as few kernels as possible."""
-    torch._foreach_copy_(list(targets), list(sources))
+    """Copy each source into its target: many with few kernels, few without lists of them."""
+    if len(targets) > 2:
+        torch._foreach_copy_(list(targets), list(sources))
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def abandon_pool(device: torch.device, pool: Any) -> None:

@@ -3,8 +3,9 @@
 Our own recording, not Inductor's CUDA graph trees: those free what an earlier run returned, which
 is just what a cache must keep. Who owns which buffer:
 
-- **Inputs** live in static buffers of the ``RecordedProgram``, one set for each call signature;
-  every step copies the call's tensors into them.
+- **Inputs** live in static buffers of the ``RecordedProgram``, one set for each call signature.
+  A refresh copies all of the call's tensors into them, a reuse step those that are not what the
+  latest step has copied: mostly the sample and the timestep.
 - **Boundaries** are outputs of the full graph at one address, and the smaller graphs read them
   there: nothing is copied between them. They hold the features of one run's lane, their
   owner. When another lane comes to use the buffers, the owner's features are first copied out to
@@ -32,6 +33,7 @@ import torch
 
 from dcompile.compat import cuda as compat_cuda
 from dcompile.compat.storages import storage_of
+from dcompile.compat.tensors import version_of
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program import BoundProgram, CacheLayout, Program, graph_label
 from dcompile.notices import logger, warn
@@ -163,12 +165,31 @@ class HeldBoundary:
             yield self.tensors
 
 
-class _Input(NamedTuple):
+class _Input:
     """A static input: where it is among the call's leaves, and the elements it has of its own."""
 
-    leaf: int
-    buffer: torch.Tensor
-    expanded: tuple[int, ...]
+    __slots__ = ("_address", "_source", "_version", "buffer", "expanded", "leaf")
+
+    def __init__(self, leaf: int, buffer: torch.Tensor, expanded: tuple[int, ...]) -> None:
+        self.leaf = leaf
+        self.buffer = buffer
+        self.expanded = expanded
+        self._source: Callable[[], torch.Tensor | None] = lambda: None
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the buffer certainly has the tensor's values, which nobody has written since."""
+        return (
+            self._source() is tensor
+            and self._version is not None
+            and version_of(tensor) == self._version
+            and tensor.data_ptr() == self._address
+        )
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """The tensor's values are copied into the buffer now."""
+        self._source = weakref.ref(tensor)
+        self._version = version_of(tensor)
+        self._address = tensor.data_ptr()
 
 
 class _Graph(NamedTuple):
@@ -194,6 +215,7 @@ class RecordedProgram:
         # One set of buffers: calls from several threads take turns while they launch.
         self._turn = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
+        self._stream_number: int | None = None
         self._failed = False
         self._static: dict[int, Any] = {}
         self._inputs: dict[int, _Input] = {}
@@ -320,23 +342,35 @@ class RecordedProgram:
         """Buffers are used again only after the stream that used them last is done with them."""
         if self._device.type != "cuda":
             return
+        number = compat_cuda.current_stream_number(self._device)
+        if number == self._stream_number:
+            return
         stream = torch.cuda.current_stream(self._device)
-        if self._stream is not None and self._stream != stream:
+        if self._stream is not None:
             stream.wait_stream(self._stream)
-        self._stream = stream
+        self._stream, self._stream_number = stream, number
 
     def _run(self, graph: _Graph, leaves: Sequence[Any], coefficients: Any = None) -> Tensors:
         assert self._recorder is not None
+        reuses = graph is self._graphs.get(0)
         given = materialize([leaves[item.leaf] for item in graph.inputs])
-        buffers = [item.buffer for item in graph.inputs]
-        values = [
-            _narrowed(value, item.expanded) for value, item in zip(given, graph.inputs, strict=True)
+        # What writes to a tensor without being counted, such as a CUDA graph of the user's, is
+        # expected between runs only; a run begins with a refresh.
+        changed = [
+            (item, value)
+            for item, value in zip(graph.inputs, given, strict=True)
+            if not (reuses and item.holds(value))
         ]
+        buffers = [item.buffer for item, _ in changed]
+        values = [_narrowed(value, item.expanded) for item, value in changed]
         if graph.coefficients is not None:
-            buffers, values = [*buffers, graph.coefficients], [*values, coefficients]
+            buffers.append(graph.coefficients)
+            values.append(coefficients)
         compat_cuda.copy_all(buffers, values)
+        for item, value in changed:
+            item.note(value)
         self._recorder.replay(graph.recording)
-        if graph is self._graphs.get(0):
+        if reuses:
             return tuple(map(_copy, graph.outputs))
         return tuple(map(_copy, graph.outputs[: self._bound.results]))
 

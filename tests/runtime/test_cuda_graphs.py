@@ -13,6 +13,8 @@ from plain import Plain, compiled, picture, plain, sampled, steps_of, timesteps
 from simulated_graphs import SimulatedRecorder
 
 import dcompile
+from dcompile.compat import cuda as compat_cuda
+from dcompile.compat.cuda import copy_all
 from dcompile.errors import BackendError
 from dcompile.runtime import cuda_graphs
 from dcompile.runtime.cuda_graphs import RECORDERS, RecordedProgram
@@ -74,6 +76,60 @@ def test_the_boundary_is_copied_only_when_its_owner_changes(
                 last = next(run)  # type: ignore[call-overload]
     assert copies == 4  # a run that is over leaves nothing to be copied
     assert torch.equal(last, unrecorded(picture(2), timesteps(9)))
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many inputs each step copied."""
+    counts: list[int] = []
+
+    def counted(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        counts.append(len(targets))
+        copy_all(targets, sources)
+
+    monkeypatch.setattr(compat_cuda, "copy_all", counted)
+    return counts
+
+
+def test_a_reuse_step_copies_what_changed(copied: list[int]) -> None:
+    network, prompt = compiled(), torch.ones(2, 4, device=plain_module.DEVICE)
+    sampled(network, picture(), timesteps(), prompt)
+    assert copied == [3, 2, 2, 3, 2, 2, 3]
+
+
+EDITS = {
+    "in place": lambda prompt: prompt.mul_(2),
+    "through a view": lambda prompt: prompt[0].zero_(),
+    "its data": lambda prompt: setattr(prompt, "data", prompt.data * 2),
+}
+
+
+@pytest.mark.parametrize("how", EDITS)
+@pytest.mark.parametrize("between", range(1, 6))
+def test_a_prompt_edited_between_steps(how: str, between: int) -> None:
+    results = []
+    for graphs in ("auto", False):
+        network, x = compiled(cuda_graphs=graphs), picture()
+        prompt = torch.ones(2, 4, device=plain_module.DEVICE)
+        for number, t in enumerate(timesteps()):
+            if number == between:
+                EDITS[how](prompt)
+            x = sampled(network, x, [t], prompt)
+        results.append(x)
+    assert torch.equal(*results)
+
+
+def test_lanes_with_prompts_of_their_own(copied: list[int]) -> None:
+    results = []
+    for graphs in ("auto", False):
+        network, x = compiled(cuda_graphs=graphs), picture()
+        prompts = [torch.full((2, 4), value, device=plain_module.DEVICE) for value in (1.0, -1.0)]
+        for t in timesteps():
+            for prompt in prompts:
+                x = sampled(network, x, [t], prompt)
+        results.append(x)
+    assert torch.equal(*results)
+    assert set(copied) == {2, 3}  # the second lane has the timestep of the first
 
 
 def test_earlier_results_are_never_overwritten() -> None:
