@@ -58,7 +58,7 @@ SETTINGS: dict[str, Any] = {
     "verbose": False,
     "program_memory": 96 << 20,  # so little that programs come and go
 }
-MEMORY_EVERY = 20.0  # seconds between measurements
+MEMORY_EVERY = 60.0  # seconds between measurements
 WARM_UP = 0.2  # of the time: whatever is captured once is captured by then
 
 
@@ -197,6 +197,10 @@ class Subject:
         elif what == "reset":
             dcompile.handle(unet).reset(programs=chance.random() < 0.2)
 
+    def drop_programs(self) -> None:
+        for base in self.bases:
+            dcompile.handle(base).reset(programs=True)
+
     def _hook(self, what: str, module: Any, hook: Any) -> None:
         if what in self.hooks:
             self.hooks.pop(what).remove()
@@ -325,6 +329,8 @@ class Soak:
                 elapsed = time.monotonic() - self.started
                 if elapsed - measured > MEMORY_EVERY:
                     measured = elapsed
+                    for subject in (self.shared, self.twin):
+                        subject.drop_programs()  # kept on purpose, and more or less of them
                     self.memory.append((elapsed, megabytes()))
 
     def _report(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .canonicalize import Canonicalize
 from .cost import Cost, node_cost, total_cost
 from .forecast import with_forecast
 from .probe import with_drift
+from .regions import OutlineRegions
 from .skips import SkipConnection, find_skip_connections
 from .split import SplitGraphs, split_at, split_levels, with_outputs
 
@@ -19,6 +20,7 @@ __all__ = [
     "Canonicalize",
     "Cost",
     "GraphPass",
+    "OutlineRegions",
     "PassError",
     "PostconditionError",
     "PreconditionError",

@@ -13,6 +13,9 @@ from torch.fx import GraphModule
 
 from dcompile.compat import inductor
 from dcompile.errors import BackendError
+from dcompile.passes import OutlineRegions
+
+_REGIONS = "regions"
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Inductor:
         options: Inductor settings (``torch._inductor.config``), e.g. ``{"max_autotune": True}``;
             ``{"freezing": True}`` folds weights into the code, which is fastest on CPUs, takes
             their memory once more, and means compiling again when a weight has changed.
+            One option is dcompile's own: ``{"regions": True}`` compiles what recurs in a graph,
+            such as the blocks of a transformer, once.
     """
 
     options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -32,11 +37,17 @@ class Inductor:
 
     def __post_init__(self) -> None:
         known = inductor.known_options()
-        unknown = [option for option in self.options if option.replace("-", "_") not in known]
+        names = self.options.keys() - {_REGIONS}
+        unknown = [option for option in names if option.replace("-", "_") not in known]
         if unknown:
             raise BackendError(
                 f"Inductor has no option {', '.join(map(repr, unknown))}; "
                 "`torch._inductor.list_options()` lists them"
+            )
+        if self.compiles_regions and self.folds_weights:
+            raise BackendError(
+                "options: regions and freezing exclude each other: regions that differ in nothing "
+                "but their weights are compiled once, and freezing folds the weights into the code"
             )
 
     @property
@@ -44,11 +55,24 @@ class Inductor:
         return bool(self.options.get("freezing", False))
 
     @property
+    def compiles_regions(self) -> bool:
+        """Whether what recurs in a graph is compiled once."""
+        return bool(self.options.get(_REGIONS, False))
+
+    @property
     def records_cuda_graphs(self) -> bool:
         return bool(self.options.get("triton.cudagraphs", False))
 
     def compile(self, graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        patches = {option.replace("-", "_"): value for option, value in self.options.items()}
+        patches = {
+            option.replace("-", "_"): value
+            for option, value in self.options.items()
+            if option != _REGIONS
+        }
+        if self.compiles_regions:
+            outlined = OutlineRegions()(graph_module)
+            if outlined.modified:
+                graph_module = inductor.call_regions(outlined.graph_module)
         if self.folds_weights:
             return inductor.compile_with_weights(graph_module, inputs, patches)
         return _noted(inductor.compile_standalone(graph_module, inputs, patches))

@@ -68,6 +68,25 @@ def compile_standalone(
         )
 
 
+def call_regions(graph_module: GraphModule) -> GraphModule:
+    """Calls of submodules become calls of subgraphs, each of which Inductor compiles once.
+
+    ``invoke_subgraph`` is what ``torch.compiler.nested_compile_region`` leaves in a graph.
+    """
+    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_module"):
+        with graph.inserting_before(node):
+            body = graph.get_attr(node.target)
+            called = graph.call_function(invoke_subgraph, (body, node.target, *node.args))
+        called.meta = dict(node.meta)
+        node.replace_all_uses_with(called)
+        graph.erase_node(node)
+    graph_module.recompile()
+    return graph_module
+
+
 def callable_of(artifact: Any) -> Callable[..., Any]:
     """The function that the artefact's own ``__call__`` passes its arguments on to."""
     return cast(Callable[..., Any], getattr(artifact, "_compiled_fn", artifact))

@@ -168,7 +168,7 @@ class HeldBoundary:
 class _Input:
     """A static input: where it is among the call's leaves, and the elements it has of its own."""
 
-    __slots__ = ("_address", "_source", "_version", "buffer", "expanded", "leaf")
+    __slots__ = ("_address", "_source", "_written", "buffer", "expanded", "leaf")
 
     def __init__(self, leaf: int, buffer: torch.Tensor, expanded: tuple[int, ...]) -> None:
         self.leaf = leaf
@@ -180,15 +180,15 @@ class _Input:
         """Whether the buffer certainly has the tensor's values, which nobody has written since."""
         return (
             self._source() is tensor
-            and self._version is not None
-            and version_of(tensor) == self._version
+            and self._written is not None
+            and version_of(tensor) == self._written
             and tensor.data_ptr() == self._address
         )
 
     def note(self, tensor: torch.Tensor) -> None:
         """The tensor's values are copied into the buffer now."""
         self._source = weakref.ref(tensor)
-        self._version = version_of(tensor)
+        self._written = version_of(tensor)
         self._address = tensor.data_ptr()
 
 
