@@ -1,12 +1,14 @@
 """Threads around shared networks, for half an hour: is any result wrong, does memory grow?
 
-    python bench/soak.py --minutes 30
+    MALLOC_ARENA_MAX=1 python bench/soak.py --minutes 30
 
+One arena: with one for each thread, memory that a thread has freed is not given back.
 Every thread draws random pictures with pipelines of its own around two networks that all share:
 sizes, samplers, step counts, text to image and image to image at random; some runs end
 in an exception, some are interrupted. Now and then, while nobody draws, something is done to the
 networks: adapters are weighted anew, fused, switched off; hooks come and go; attributes change;
-``cache_compile`` and ``reset`` are called. Each result is compared bit for bit with that of a twin
+``cache_compile`` and ``reset`` are called. Before memory is measured all programs are dropped: how
+many are kept varies. Each result is compared bit for bit with that of a twin
 of the network on which the same request runs alone, right after a ``reset``. Writes
 bench/results/soak.json.
 """

@@ -5,7 +5,7 @@ None of these attributes is documented. Seen in accelerate 1.2 to 1.12, diffuser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,3 +109,16 @@ def spread_parameter(module: nn.Module) -> str | None:
         if spread or "_flat_param" in name.rpartition(".")[2]:
             return name
     return None
+
+
+def global_hooks() -> dict[str, dict[int, Any]]:
+    """The forward hooks that torch calls for all modules, by kind."""
+    names = ("_global_forward_pre_hooks", "_global_forward_hooks")
+    return {name: vars(nn.modules.module)[name] for name in names}
+
+
+def ways_of_hooks(module: nn.Module, table: str, hooks: Iterable[int]) -> tuple[Any, ...]:
+    """For each hook whether it takes keyword arguments, and whether it is called in any case."""
+    takes_keywords = getattr(module, f"{table}_with_kwargs", {})
+    always = getattr(module, f"{table}_always_called", {})
+    return tuple((number in takes_keywords, number in always) for number in hooks)

@@ -86,6 +86,8 @@ def _class_digest(kind: type, code: Any) -> str:
         if is_library(base.__module__):
             continue
         for name, member in sorted(vars(base).items()):
+            if type(member) in PLAIN and not name.startswith("__"):
+                digest.update(f"{name} {member!r}".encode())
             member = function_behind(member)
             while isinstance(member, types.FunctionType):  # and what a decorator has wrapped
                 digest.update(f"{name} {code_of(member.__code__)}".encode())

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_unflatten
 
 from dcompile.compat.export import one_at_a_time
+from dcompile.compat.hooks import global_hooks
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork, capture, require_all_weights
 from dcompile.compiler.side_effects import (
@@ -57,6 +58,7 @@ class ObservedCapture:
             (call.leaves, "the arguments"),
             (forward, self._name),
             (module, self._name),
+            (global_hooks(), "torch's hooks of all modules"),
         ]
 
     def captured(self) -> CapturedNetwork:

@@ -12,12 +12,18 @@ Numbers, strings and the like that a call assigns are taken for counters and lef
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import collections
 import contextlib
+import contextvars
 import functools
+import queue
 import random
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -35,8 +41,35 @@ from dcompile.compiler.introspection import (
     names_in,
     slots_of,
 )
+from dcompile.compiler.states import (
+    Opaque,
+    address_of,
+    fill_cell,
+    members,
+    opaque_state,
+    refill,
+    refill_dict,
+    reset_set,
+    set_all,
+    set_data,
+    set_globals,
+    set_members,
+    set_variable,
+)
 
-_STDLIB_CONTAINERS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
+_STDLIB_CONTAINERS = (
+    argparse.Namespace,
+    asyncio.Queue,
+    collections.ChainMap,
+    collections.UserDict,
+    collections.UserList,
+    queue.Queue,
+    threading.local,
+    types.SimpleNamespace,
+    weakref.WeakKeyDictionary,
+    weakref.WeakSet,
+    weakref.WeakValueDictionary,
+)
 # How what is in a module's own tables is called.
 _MODULE_TABLES = {
     "_modules": "{where}.{name}",
@@ -135,16 +168,27 @@ class Snapshot:
         kind = type(thing)
         if isinstance(thing, torch.Tensor):
             self._hold(thing, where, "tensor", version_of(thing), None)
+            self._hold_memory(thing, where)
+            if isinstance(thing, nn.Parameter):
+                self._hold(
+                    thing,
+                    where,
+                    "gradient",
+                    {"grad": thing.grad},
+                    functools.partial(set_all, thing),
+                )
             self._attributes(thing, where)
         elif isinstance(thing, torch.Generator):
             self._hold(thing, where, "generator", thing.get_state(), thing.set_state)
+        elif isinstance(thing, contextvars.ContextVar):
+            self._hold(thing, where, "cell", {"": thing.get(EMPTY)}, set_variable(thing))
         elif isinstance(thing, dict):
             self._dictionary(thing, where)
         elif isinstance(thing, (list, collections.deque)):
-            self._hold(thing, where, "items", list(thing), functools.partial(_refill, thing))
+            self._hold(thing, where, "items", list(thing), functools.partial(refill, thing))
             self._items(thing, where)
         elif isinstance(thing, set):
-            self._hold(thing, where, "items", set(thing), functools.partial(_reset_set, thing))
+            self._hold(thing, where, "items", set(thing), functools.partial(reset_set, thing))
             self._items(thing, where)
         elif isinstance(thing, (tuple, frozenset)):
             self._items(thing, where)
@@ -152,6 +196,9 @@ class Snapshot:
             self._function(thing, where)
         elif isinstance(thing, types.MethodType):
             self._pending += [(thing.__self__, where), (thing.__func__, where)]
+        elif isinstance(thing, types.BuiltinFunctionType):  # such as ``found.append``
+            if not isinstance(thing.__self__, (types.ModuleType, type)):
+                self._pending.append((thing.__self__, where))
         elif isinstance(thing, functools.partial):
             self._pending += [(part, where) for part in (thing.func, thing.args, thing.keywords)]
         elif isinstance(thing, (staticmethod, classmethod)) or kind is _CACHED:
@@ -162,6 +209,11 @@ class Snapshot:
             self._pending += [(part, where) for part in (thing.fget, thing.fset) if part]
         elif isinstance(thing, type):
             self._class(thing)
+        elif kind is types.ModuleType and thing.__name__ not in sys.modules:
+            self._dictionary(vars(thing), where)
+        elif (opaque := opaque_state(thing)) is not None:
+            state, write = opaque
+            self._hold(thing, where, "opaque", Opaque(state), write)
         elif isinstance(thing, nn.Module) or _is_looked_into(kind):  # type: ignore[arg-type]
             self._attributes(thing, where)
             self._pending.append((kind, kind.__name__))
@@ -172,10 +224,17 @@ class Snapshot:
         self._held[id(thing), aspect] = _Held(thing, where, state, write)
         self._seen.setdefault(id(thing), thing)  # alive as long as its identity is used
 
+    def _hold_memory(self, tensor: torch.Tensor, where: str) -> None:
+        """Which memory a tensor has: ``.data = ...`` gives it another, and counts as no write."""
+        address = address_of(tensor)
+        data = tensor.data
+        write = functools.partial(set_data, tensor, data)
+        self._hold(tensor, where, "memory", Opaque(address), write)
+
     def _table(self, table: dict[Any, Any], where: str, form: str) -> None:
         """One of the tables in which a module keeps its submodules, tensors and hooks."""
         self._seen[id(table)] = table
-        write = functools.partial(_refill_dict, table)
+        write = functools.partial(refill_dict, table)
         self._hold(table, where, "mapping", dict(table), write)
         for name, value in table.items():
             self._pending.append((value, form.format(where=where, name=name)))
@@ -185,7 +244,7 @@ class Snapshot:
 
     def _dictionary(self, thing: dict[Any, Any], where: str) -> None:
         state = dict(dict.items(thing))
-        self._hold(thing, where, "mapping", state, functools.partial(_refill_dict, thing))
+        self._hold(thing, where, "mapping", state, functools.partial(refill_dict, thing))
         self._pending += [(value, f"{where}[{key!r}]") for key, value in state.items()]
         self._pending += [(key, where) for key in state if type(key) not in PLAIN]
 
@@ -193,24 +252,24 @@ class Snapshot:
         attributes = getattr(thing, "__dict__", None)
         if type(attributes) is dict and id(attributes) not in self._seen:
             self._seen[id(attributes)] = attributes
-            if attributes or not isinstance(thing, torch.Tensor):
-                write = functools.partial(_refill_dict, attributes)
-                self._hold(attributes, where, "attributes", dict(attributes), write)
+            write = functools.partial(refill_dict, attributes)
+            self._hold(attributes, where, "attributes", dict(attributes), write)
             for name, value in attributes.items():
                 if isinstance(thing, nn.Module) and name in _MODULE_TABLES and value:
                     self._table(value, where, _MODULE_TABLES[name])
                 else:
                     self._pending.append((value, f"{where}.{name}"))
         slots = {
-            name: getattr(thing, name)
+            name: getattr(thing, name, EMPTY)
             for base in type(thing).__mro__
             if not is_library(base.__module__)
             for name in slots_of(base)
-            if hasattr(thing, name)
         }
         if slots and not isinstance(thing, torch.Tensor):
-            self._hold(thing, where, "attributes", slots, functools.partial(_set_all, thing))
-            self._pending += [(value, f"{where}.{name}") for name, value in slots.items()]
+            self._hold(thing, where, "slots", slots, functools.partial(set_all, thing))
+            self._pending += [
+                (value, f"{where}.{name}") for name, value in slots.items() if value is not EMPTY
+            ]
 
     def _function(self, function: types.FunctionType, where: str) -> None:
         if is_library(function.__module__):
@@ -225,7 +284,9 @@ class Snapshot:
             (value, f"a default of {name}")
             for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         ]
-        self._pending += [(value, f"{name}.{key}") for key, value in vars(function).items()]
+        own = vars(function)
+        self._hold(function, name, "attributes", dict(own), functools.partial(refill_dict, own))
+        self._pending += [(value, f"{name}.{key}") for key, value in own.items()]
         self._globals(function)
 
     def _cell(self, cell: types.CellType, where: str) -> None:
@@ -233,7 +294,7 @@ class Snapshot:
             return
         self._seen[id(cell)] = cell
         content = contents_of(cell)
-        self._hold(cell, where, "cell", {"": content}, functools.partial(_fill_cell, cell))
+        self._hold(cell, where, "cell", {"": content}, functools.partial(fill_cell, cell))
         if content is not EMPTY:
             self._pending.append((content, where))
 
@@ -241,8 +302,10 @@ class Snapshot:
         """The globals that its code names; of modules, what it may take from them."""
         names = names_in(function.__code__)
         scope = function.__globals__
-        state = {name: scope[name] for name in names if name in scope}
+        state = {name: scope.get(name, EMPTY) for name in names}
         for name, value in state.items():
+            if value is EMPTY:
+                continue
             if isinstance(value, types.ModuleType):
                 if not is_library(value.__name__):
                     inside = vars(value)
@@ -254,25 +317,17 @@ class Snapshot:
         plain = {name: v for name, v in state.items() if not isinstance(v, types.ModuleType)}
         if plain:
             self._held[id(function), "globals"] = _Held(
-                function, "the global", plain, functools.partial(_set_globals, scope)
+                function, "the global", plain, functools.partial(set_globals, scope)
             )
 
     def _class(self, kind: type) -> None:
         if not _is_looked_into(kind):
             return
-        members = dict(vars(kind))
-        code = (types.FunctionType, staticmethod, classmethod, property, type)
-        values = {
-            name: value
-            for name, value in members.items()
-            if not isinstance(value, code) and not name.startswith("__")
-        }
-        if values:
-            write = functools.partial(_set_all, kind)
-            self._hold(kind, kind.__name__, "attributes", values, write)
+        write = functools.partial(set_members, kind)
+        self._hold(kind, kind.__name__, "members", members(kind), write)
         self._pending += [
             (value, f"{kind.__name__}.{name}")
-            for name, value in members.items()
+            for name, value in vars(kind).items()
             if name not in ("__dict__", "__weakref__")
         ]
         self._pending += [(base, base.__name__) for base in kind.__bases__]
@@ -287,6 +342,9 @@ def _differences(held: _Held, now: Any) -> Iterator[tuple[Key, Change]]:
                 place = where if key == "" else _place(held, key)
                 harmless = (_is_plain(one) and _is_plain(other)) or _is_copy(one, other)
                 yield (id(held.thing), key), Change(place, in_place=False, harmless=harmless)
+    elif isinstance(before, Opaque):
+        if before != now:
+            yield (id(held.thing), None), Change(where, in_place=False, harmless=False)
     elif isinstance(held.thing, torch.Tensor):
         if before != now:
             yield (id(held.thing), None), Change(where, in_place=True, harmless=False)
@@ -342,47 +400,7 @@ def _is_plain(value: Any) -> bool:
 def _is_looked_into(kind: type) -> bool:
     if issubclass(kind, _STDLIB_CONTAINERS):
         return True
-    return not is_library(kind.__module__)
-
-
-# Putting states back
-
-
-def _refill(items: Any, state: list[Any]) -> None:
-    items.clear()
-    items.extend(state)
-
-
-def _reset_set(items: set[Any], state: set[Any]) -> None:
-    items.clear()
-    items.update(state)
-
-
-def _refill_dict(items: dict[Any, Any], state: dict[Any, Any]) -> None:
-    if list(items) == list(state):  # others may read it meanwhile
-        for key, value in state.items():
-            dict.__setitem__(items, key, value)
-        return
-    dict.clear(items)
-    for key, value in state.items():
-        dict.__setitem__(items, key, value)
-
-
-def _set_all(thing: Any, state: dict[str, Any]) -> None:
-    for name, value in state.items():
-        if getattr(thing, name, EMPTY) is not value:
-            setattr(thing, name, value)
-
-
-def _set_globals(scope: dict[str, Any], state: dict[str, Any]) -> None:
-    scope.update(state)
-
-
-def _fill_cell(cell: types.CellType, state: dict[str, Any]) -> None:
-    if state[""] is EMPTY:
-        del cell.cell_contents
-    else:
-        cell.cell_contents = state[""]
+    return kind.__module__ == "unittest.mock" or not is_library(kind.__module__)
 
 
 class RandomStates:

@@ -8,6 +8,7 @@ compared by name, shape, dtype and device only: their values are inputs of the g
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import types
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dcompile.compat.hooks import global_hooks, ways_of_hooks
 from dcompile.compat.tensors import is_wrapper, parts_of, version_of
 from dcompile.compiler.introspection import (
     EMPTY,
@@ -29,6 +31,7 @@ from dcompile.compiler.introspection import (
     names_in,
     slots_of,
 )
+from dcompile.compiler.states import address_of
 from dcompile.compiler.watch import Watch
 
 MAX_DEPTH = 8  # levels of containers and objects within an attribute
@@ -66,8 +69,9 @@ def structure_of(
         path, _, name = where.rpartition(":")
         positions = tuple(map(int, place.split("."))) if place else ()
         ignored.setdefault((path, name), []).append(positions)
-    describer = _Describer(watch)
-    structure = {
+    describer = _Describer(watch, map(id, module.modules()))
+    structure: Structure = {"global hooks": describer.global_hooks()}
+    structure |= {
         path: describer.module(submodule, path)
         for path, submodule in module.named_modules(remove_duplicate=False)
     }
@@ -88,9 +92,11 @@ def kind_of(kind: type) -> Any:
 class _Describer:
     """Describes what it is given, and tells ``watch`` what it looked into."""
 
-    def __init__(self, watch: Watch | None) -> None:
+    def __init__(self, watch: Watch | None, modules: Iterable[int] = ()) -> None:
+        self._modules = set(modules)  # of the network, by identity
         self._watch = Watch(nn.Module()) if watch is None else watch
         self._kinds: dict[type, Any] = {}
+        self._functions: set[types.FunctionType] = set()
         self._first_names: dict[int, str] = {}  # of parameters, by identity
 
     def module(self, module: nn.Module, path: str) -> dict[str, Any]:
@@ -114,35 +120,69 @@ class _Describer:
                 entry[table_name] = tuple(
                     Identity((id(hook),), name_of(hook)) for hook in hooks.values()
                 )
+                entry[f"kinds of {table_name}"] = ways_of_hooks(module, table_name, hooks)
                 entry[f"inside {table_name}"] = tuple(
                     self.value(hook, MAX_DEPTH) for hook in hooks.values()
                 )
         return entry
 
+    def global_hooks(self) -> dict[str, Any]:
+        """Those that torch calls for all modules."""
+        found = {}
+        for name, hooks in global_hooks().items():
+            self._watch.mapping(hooks)
+            found[name] = tuple(Identity((id(hook),), name_of(hook)) for hook in hooks.values())
+        return found
+
     def kind(self, kind: type) -> Any:
         """A class, and the code it has at present: methods may be replaced on the class itself."""
-        if kind not in self._kinds:
-            code: list[Any] = []
-            for base in kind.__mro__:
-                if not is_library(base.__module__):
-                    self._watch.mapping(vars(base))
-                    for member in vars(base).values():
-                        code += self._functions_of(member)
-            self._kinds[kind] = Identity((kind, *code), kind) if code else kind
+        if kind in self._kinds:
+            return self._kinds[kind]
+        self._kinds[kind] = kind  # while it is looked into, which may lead back here
+        self._watch.kind(kind)
+        parts: list[Any] = []
+        for base in kind.__mro__:
+            if is_library(base.__module__):
+                continue
+            self._watch.mapping(vars(base))
+            for name, member in vars(base).items():
+                function = function_behind(member)
+                if isinstance(function, types.FunctionType):
+                    parts += self._code(function, _LEVELS)
+                elif not name.startswith("__") and not _is_of_a_slot(member):
+                    parts.append((name, self.value(function, MAX_DEPTH - 2)))
+        if issubclass(kind, nn.Module):
+            parts.append(kind.forward)  # of a library's class, it may have been replaced
+        self._kinds[kind] = Identity((kind, *kind.__mro__, *parts), kind) if parts else kind
         return self._kinds[kind]
 
-    def _functions_of(self, member: Any) -> Iterator[Any]:
-        """The function behind a class's member; of what is called, functions it names, too."""
-        member = function_behind(member)
-        if not isinstance(member, types.FunctionType):
+    def _code(self, function: types.FunctionType, levels: int) -> Iterator[Any]:
+        """A function, and what its code names: functions in turn, numbers, parts of modules."""
+        if function in self._functions:
             return
-        yield member
-        if member.__name__ in _CALLED:
-            for name in names_in(member.__code__):
-                named = member.__globals__.get(name)
-                if isinstance(named, types.FunctionType):
-                    self._watch.named(member.__globals__, name)
-                    yield named
+        self._functions.add(function)
+        self._watch.function(function)
+        yield function
+        yield function.__code__
+        yield self.value((function.__defaults__, function.__kwdefaults__), 3)
+        if is_library(function.__module__):
+            return
+        names = names_in(function.__code__)
+        for name in names:
+            scope = function.__globals__
+            named = scope.get(name)
+            if isinstance(named, types.FunctionType) and levels:
+                self._watch.named(scope, name)
+                yield from self._code(named, levels - 1)
+            elif type(named) in PLAIN and name in scope:
+                self._watch.named(scope, name)
+                yield name, named
+            elif isinstance(named, types.ModuleType):
+                for part in names:
+                    value = vars(named).get(part)
+                    if isinstance(value, _CODE):
+                        self._watch.named(vars(named), part)
+                        yield part, value
 
     def _wrapper(self, tensor: Any) -> Any:
         self._watch.possible = False
@@ -155,26 +195,30 @@ class _Describer:
         if kind in PLAIN:
             return value
         if isinstance(value, torch.Tensor):  # a constant of the graph: its values matter
-            self._watch.constant(value)
-            version = version_of(value) or 0
-            return Identity((id(value), version), ("tensor", tuple(value.shape), value.dtype))
-        if isinstance(value, nn.Module):  # its weights are constants of the graph
-            return Identity((id(value),), ("module", kind))
+            self._watch.described(value, state_of)
+            return Identity((id(value), *state_of(value)), ("tensor", *_form_of(value)))
+        if isinstance(value, nn.Module):
+            return self._module_in_attribute(value, depth)
         if depth == 0:
             return kind
         if isinstance(value, types.ModuleType):
             return kind, value.__name__
-        if isinstance(value, Mapping) and not isinstance(value, dict):  # may read from a disk
+        if isinstance(value, types.MappingProxyType):
+            self._watch.mapping(value)
+            return kind, self._container(dict(value), depth - 1)
+        if isinstance(value, (dict, list, tuple, set, frozenset, collections.deque)):
+            inside = self._container(value, depth - 1)
+            own = self._object(value, depth - 1) if hasattr(value, "__dict__") else None
+            return (kind, inside) if own is None else (kind, inside, own)
+        if isinstance(value, Mapping) and not hasattr(value, "__dict__"):  # may read from a disk
             return Identity((id(value),), ("mapping", kind))
-        if isinstance(value, (dict, list, tuple, set, frozenset)):
-            return kind, self._container(value, depth - 1)
         if isinstance(value, types.FunctionType):
             return self._function(value, depth - 1)
         if isinstance(value, functools.partial):
+            self._watch.partial(value)
             return kind, self.value((value.func, value.args, value.keywords), depth - 1)
         if isinstance(value, types.MethodType):
-            owner = value.__self__
-            inside = type(owner) if isinstance(owner, nn.Module) else self.value(owner, depth - 1)
+            inside = self.value(value.__self__, depth - 1)
             return kind, self.value(value.__func__, depth - 1), inside
         if isinstance(value, (type, types.BuiltinFunctionType)):
             return getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
@@ -183,6 +227,26 @@ class _Describer:
             return _array(value)
         return self._object(value, depth - 1)
 
+    def _module_in_attribute(self, module: nn.Module, depth: int) -> Any:
+        """A module that an attribute holds: one of the network's, or one beside it.
+
+        The weights of the latter are constants of the graph.
+        """
+        same = Identity((id(module),), ("module", type(module)))
+        if id(module) in self._modules or depth <= 0:
+            return same
+        self._modules.add(id(module))
+        self._watch.mapping(vars(module))
+        parts = []
+        for table in (module._parameters, module._buffers, module._modules):
+            self._watch.mapping(table)
+            parts += [(name, self.value(held, depth - 1)) for name, held in table.items()]
+        parts += [
+            (name, self.value(vars(module)[name], depth - 1))
+            for name in attributes_of(module, "of it")
+        ]
+        return same, self.kind(type(module)), module.training, tuple(parts)
+
     def _container(self, value: Any, depth: int) -> Any:
         if isinstance(value, dict):
             self._watch.mapping(value)
@@ -190,7 +254,7 @@ class _Describer:
         if isinstance(value, (set, frozenset)):
             self._watch.elements(value)
             return frozenset(Counter(self.value(item, depth) for item in value).items())
-        if isinstance(value, list):
+        if isinstance(value, (list, collections.deque)):
             self._watch.sequence(value)
         return tuple(self.value(item, depth) for item in value)
 
@@ -199,7 +263,10 @@ class _Describer:
         cells = [
             held for cell in value.__closure__ or () if (held := contents_of(cell)) is not EMPTY
         ]
-        inside = self.value((*cells, value.__defaults__, value.__kwdefaults__), depth)
+        self._watch.mapping(vars(value))
+        own = [*self._code(value, _LEVELS), *vars(value).values()] if depth > 0 else []
+        own = [item for item in own if item is not value and item is not value.__code__]
+        inside = self.value((*cells, value.__defaults__, value.__kwdefaults__, *own), depth)
         return value.__module__, value.__qualname__, code_of(value.__code__), inside
 
     def _object(self, value: Any, depth: int) -> Any:
@@ -223,7 +290,21 @@ class _Describer:
         return self.kind(kind)
 
 
-_CALLED = frozenset({"forward", "__call__"})
+_CODE = (types.FunctionType, types.BuiltinFunctionType, type)
+_LEVELS = 3  # of functions that functions name
+
+
+def state_of(tensor: torch.Tensor) -> tuple[int, int | None]:
+    """Changes whenever a tensor is written to, or is given other memory."""
+    return version_of(tensor) or 0, address_of(tensor)
+
+
+def _form_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _is_of_a_slot(member: Any) -> bool:
+    return isinstance(member, (types.MemberDescriptorType, types.GetSetDescriptorType))
 
 
 def _array(value: Any) -> Any:

@@ -9,9 +9,10 @@ from torch import nn
 
 
 class ToggleSnapshot:
-    """All switches (attributes that are bools) and scales (dicts of numbers) in a module.
+    """All switches (bools), scales (dicts of numbers) and names (strings, lists) in a module.
 
-    To compare during a run: adapters keep their weights in such dicts.
+    To compare during a run: adapters keep their weights in such dicts, and which are merged or
+    active in such lists.
 
     Some pipelines turn parts of a network off while they draw, or change an adapter's weight.
     Comparing the whole structure takes too long for that.
@@ -30,7 +31,7 @@ class ToggleSnapshot:
             (submodule.__dict__, name)
             for submodule in module.modules()
             for name, value in submodule.__dict__.items()
-            if _are_numbers(value)
+            if _are_numbers(value) or _are_names(value)
         ]
         self._seen = self._now()
 
@@ -42,8 +43,13 @@ class ToggleSnapshot:
         found = [where.get(name) for where, names in self._switches for name in names]
         for where, name in self._scales:
             value = where.get(name)
-            found.append(dict(value) if isinstance(value, dict) else value)
+            found.append(value.copy() if isinstance(value, (dict, list)) else value)
         return found
+
+
+def _are_names(value: Any) -> bool:
+    """A string, or a list of strings, such as the adapters that are active or merged."""
+    return type(value) is str or (type(value) is list and all(type(item) is str for item in value))
 
 
 def _are_numbers(value: Any) -> bool:
@@ -56,17 +62,18 @@ def _are_numbers(value: Any) -> bool:
 
 
 class WeightIdentities:
-    """A module's parameters, to notice that others were put in their places.
+    """A module's parameters, buffers and submodules, to notice that others are in their places.
 
     ``torch.func.functional_call`` does so for the time of one call. Held weakly.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._all = [
-            (submodule._parameters, name, weakref.ref(parameter))
+            (table, name, weakref.ref(value))
             for submodule in module.modules()
-            for name, parameter in submodule._parameters.items()
-            if parameter is not None
+            for table in (submodule._modules, submodule._buffers, submodule._parameters)
+            for name, value in table.items()
+            if value is not None
         ]
         self._some = self._all[-1:]  # a reuse step reads it too: it is in the processor's cache
 

@@ -7,6 +7,7 @@ all that was looked into is still made of the very same objects.
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
 import weakref
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcompile.compat.tensors import TensorProperties, version_of
+from dcompile.compat.tensors import TensorProperties
 from dcompile.compiler.introspection import attributes_of, contents_of
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -48,7 +49,7 @@ class Watch:
         self._modules = [weakref.ref(module) for _, module in named]
         self._spaces = [vars(module) for _, module in named]
         self._getters = [
-            operator.itemgetter(*attributes_of(module, path), "training", *_TABLES)
+            operator.itemgetter(*attributes_of(module, path), "training", *_TABLES, *_HOOKS)
             for path, module in named
         ]
         tables = [[space[name] for space in self._spaces] for name in _TABLES]
@@ -69,12 +70,20 @@ class Watch:
 
     # What else is looked into
 
+    def kind(self, kind: type) -> None:
+        """A class: what it inherits from, and what is called of it."""
+        self._watch(kind, lambda kind: (*kind.__mro__, getattr(kind, "forward", None)))
+
+    def partial(self, partial: functools.partial[Any]) -> None:
+        """What a partial calls, and with what."""
+        self._watch(partial, operator.attrgetter("func", "args", "keywords"))
+
     def mapping(self, mapping: Mapping[Any, Any]) -> None:
         """A dict, or the members of a class."""
         self._watch(mapping, _keys_and_values)
 
-    def sequence(self, values: list[Any]) -> None:
-        """A list."""
+    def sequence(self, values: Iterable[Any]) -> None:
+        """A list or deque."""
         self._watch(values, iter)
 
     def function(self, function: types.FunctionType) -> None:
@@ -82,16 +91,19 @@ class Watch:
         self._watch(function, _code_and_closure)
 
     def instance(self, value: Any, slots: Sequence[str]) -> None:
-        """An object: its class, and what it holds without a dict."""
-        self._watch(value, lambda value: (type(value), *(getattr(value, n, None) for n in slots)))
+        """An object: its class, its dict, and what it holds without one."""
+        self._watch(
+            value,
+            lambda value: (
+                type(value),
+                getattr(value, "__dict__", None),
+                *(getattr(value, name, None) for name in slots),
+            ),
+        )
 
     def named(self, scope: dict[str, Any], name: str) -> None:
         """A global name that code mentions."""
         self._watch(scope, lambda scope: (scope.get(name),))
-
-    def constant(self, tensor: torch.Tensor) -> None:
-        """A tensor whose values matter."""
-        self.described(tensor, version_of)
 
     def elements(self, values: Collection[Any]) -> None:
         """A set, whose elements are not looked into."""
@@ -134,6 +146,7 @@ class Watch:
         """Classes and attributes of the modules, and the names in their tables."""
         return chain(
             map(type, map(operator.call, self._modules)),
+            map(vars, map(operator.call, self._modules)),
             chain.from_iterable(map(operator.call, self._getters, self._spaces)),
             chain.from_iterable(chain(*self._tables)),
         )

@@ -10,6 +10,7 @@ from torch import nn
 
 from dcompile.backends import Backend
 from dcompile.compat.export import one_at_a_time
+from dcompile.compat.storages import storage_of
 from dcompile.compat.tensors import is_wrapper
 
 
@@ -47,7 +48,7 @@ class WeightLayout:
         """Lay out those weights that are not laid out yet, such as new ones."""
         if not self._wanted:
             return
-        with one_at_a_time:
+        with one_at_a_time, torch.inference_mode(False), torch.no_grad():
             for submodule in self._module.modules():
                 if not isinstance(submodule, (nn.Conv2d, nn.ConvTranspose2d)):
                     continue
@@ -58,7 +59,7 @@ class WeightLayout:
 
     def restore(self) -> None:
         """Lay out as before what ``apply`` has changed."""
-        with one_at_a_time:
+        with one_at_a_time, torch.inference_mode(False), torch.no_grad():
             for reference in self._changed.values():
                 weight = reference()
                 if weight is not None:
@@ -72,7 +73,14 @@ class WeightLayout:
             and weight.is_contiguous()
             and not weight.is_inference()
             and not is_wrapper(weight)
+            and _has_memory_of_its_own(weight)
         )
+
+
+def _has_memory_of_its_own(weight: torch.Tensor) -> bool:
+    """Not a view of a larger buffer, nor shared with another process."""
+    whole = storage_of(weight).nbytes() == weight.nbytes
+    return whole and not weight.is_shared()  # type: ignore[no-untyped-call]
 
 
 __all__ = ["WeightLayout"]

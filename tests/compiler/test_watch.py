@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import seam
 import torch
+import torch.nn.functional as F
 from plain import Plain, picture, plain, sampled, timesteps
 from torch import nn
 
@@ -29,16 +31,38 @@ class Slotted:
         self.inside = {"a": [1, 2]}
 
 
+class Settings:
+    def __init__(self) -> None:
+        self.heads = 4
+
+
+class Named(list[int]):
+    name = "one"
+
+
 class Activation(nn.Module):
+    slope = 1.0
+    table = MappingProxyType({"a": 1})
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return activation(x) * self.factor()
 
-    def factor(self) -> float:
-        return 1.0
+    def factor(self, value: float = 1.0) -> float:
+        return value * self.slope
+
+
+class OtherModule(nn.Module): ...
+
+
+BIAS = 1.0
 
 
 def activation(x: torch.Tensor) -> torch.Tensor:
-    return x.relu()
+    return inner(x) + BIAS
+
+
+def inner(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x)
 
 
 def closure(held: Any) -> Callable[[], Any]:
@@ -67,6 +91,12 @@ def of_all_kinds() -> Any:
     network.up.function = scaled
     network.up.act = Activation()
     network.up.register_forward_hook(closure([1]))
+    network.up.others = [nn.Linear(2, 2)]
+    network.up.settings = Settings()
+    network.up.bound = nn.Linear(2, 2).forward
+    network.up.named = Named([1, 2])
+    network.up.proxied = {"a": 1}
+    network.up.proxy = MappingProxyType(network.up.proxied)
     return network.eval()
 
 
@@ -93,6 +123,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "object in an object": lambda n: n.up.processor.inner.flags.append(False),
     "object that had nothing": lambda n: put(n.up.bare, "anything", 1),
     "another object": lambda n: put(n.up, "processor", SimpleNamespace(heads=4)),
+    "dict of an object replaced": lambda n: put(n.up.settings, "__dict__", {"heads": 8}),
+    "dict of a submodule replaced": lambda n: put(n.up, "__dict__", {**vars(n.up), "scale": 2.0}),
     "class of an object": lambda n: put(n.up.slotted, "__class__", OtherSlotted),
     "slot": lambda n: put(n.up.slotted, "scale", 2.0),
     "dict in a slot": lambda n: n.up.slotted.inside["a"].append(3),
@@ -106,6 +138,15 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "first hook": lambda n: n.enter.register_forward_pre_hook(closure(1)),
     "what a hook holds": lambda n: next(iter(n.up._forward_hooks.values()))().append(2),
     "hook removed": lambda n: n.up._forward_hooks.clear(),
+    "table of hooks replaced": lambda n: put(n.up, "_forward_hooks", OrderedDict()),
+    "table of no hooks replaced": lambda n: put(n.enter, "_forward_hooks", {1: closure(1)}),
+    "partial": lambda n: n.up.partial.__setstate__((scaled, (), {"scale": 5.0}, {})),
+    "weight of a module in a list": lambda n: put(n.up.others[0].weight, "data", torch.ones(2, 2)),
+    "attribute of a module in a list": lambda n: put(n.up.others[0], "more", 1),
+    "owner of a method that is a module": lambda n: put(n.up.bound.__self__, "more", 1),
+    "items of a list that has attributes": lambda n: put(n.up.named, "name", "other"),
+    "item of a proxy": lambda n: n.up.proxied.update(a=2),
+    "attribute of a function": lambda n: put(scaled, "more", len(vars(scaled))),
     "submodule": lambda n: put(n, "up", nn.Sequential(n.up)),
     "submodule added": lambda n: put(n.enter, "more", nn.Identity()),
     "submodule renamed": lambda n: n._modules.update(above=n._modules.pop("up")),
@@ -141,17 +182,44 @@ def test_changes(name: str) -> None:
     assert not watch.unchanged()
 
 
-@pytest.mark.parametrize("name", ["forward", "factor"])
-def test_code_of_a_class(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, _ = watched(of_all_kinds())
-    monkeypatch.setattr(Activation, name, lambda self, *_: 2.0)
+def code_changes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], Any]]:
+    return {
+        "method": lambda: monkeypatch.setattr(Activation, "forward", lambda self, x: x),
+        "helper method": lambda: monkeypatch.setattr(Activation, "factor", lambda self: 2.0),
+        "number of a class": lambda: monkeypatch.setattr(Activation, "slope", 2.0),
+        "defaults": lambda: monkeypatch.setattr(Activation.factor, "__defaults__", (3.0,)),
+        "function": lambda: monkeypatch.setitem(globals(), "activation", torch.sigmoid),
+        "function that it names": lambda: monkeypatch.setitem(globals(), "inner", torch.tanh),
+        "number that it names": lambda: monkeypatch.setitem(globals(), "BIAS", 2.0),
+        "part of a library": lambda: monkeypatch.setattr(F, "relu", torch.tanh),
+        "forward of a library's class": lambda: monkeypatch.setattr(
+            nn.SiLU, "forward", lambda self, x: x
+        ),
+        "hook of all modules": lambda: monkeypatch.setitem(
+            nn.modules.module._global_forward_hooks, 10**9, closure(1)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", code_changes(pytest.MonkeyPatch()))
+def test_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = of_all_kinds()
+    watch, before = watched(network)
+    code_changes(monkeypatch)[name]()
+    assert structure_of(network) != before
     assert not watch.unchanged()
 
 
-def test_a_function_that_forward_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, _ = watched(of_all_kinds())
-    monkeypatch.setitem(globals(), "activation", torch.sigmoid)
-    assert not watch.unchanged()
+def test_what_a_class_inherits_from() -> None:
+    network = of_all_kinds()
+    watch, before = watched(network)
+    own = Activation.__bases__
+    try:
+        Activation.__bases__ = (OtherModule,)
+        assert structure_of(network) != before
+        assert not watch.unchanged()
+    finally:
+        Activation.__bases__ = own
 
 
 def test_values_of_weights_do_not_matter() -> None:

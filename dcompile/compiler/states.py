@@ -1,0 +1,140 @@
+"""Mutable state that is no attribute or container: how to read it, and how to put it back."""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import random
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from dcompile.compiler.introspection import EMPTY
+
+
+class Opaque(NamedTuple):
+    """The state of what cannot be looked into, as something to compare."""
+
+    state: Any
+
+
+def members(kind: type) -> dict[str, Any]:
+    """A class's own attributes that are no code."""
+    code = (types.FunctionType, staticmethod, classmethod, property, type)
+    slots = (types.MemberDescriptorType, types.GetSetDescriptorType)
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if not isinstance(value, (*code, *slots)) and not name.startswith("__")
+    }
+
+
+def opaque_state(thing: Any) -> tuple[Any, Callable[[Any], Any] | None] | None:
+    """The state of a random number generator, an array or a queue; and what puts it back."""
+    if isinstance(thing, random.Random):
+        return thing.getstate(), lambda opaque: thing.setstate(opaque.state)
+    if isinstance(thing, queue.SimpleQueue):
+        return thing.qsize(), None
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(thing, numpy.ndarray):
+        if thing.dtype == object:
+            return [*map(id, thing.flat)], None
+        kept = thing.copy()
+        return thing.tobytes(), lambda _: numpy.copyto(thing, kept)
+    if isinstance(thing, numpy.random.RandomState):
+        kept = thing.get_state(legacy=False)
+        return repr(kept), lambda _: thing.set_state(kept)
+    if isinstance(thing, numpy.random.Generator):
+        bits = thing.bit_generator
+        kept = bits.state
+        return repr(kept), lambda _: setattr(bits, "state", kept)
+    return None
+
+
+def set_variable(variable: contextvars.ContextVar[Any]) -> Callable[[Any], Any]:
+    """What puts a context variable's value back, if it had one."""
+
+    def write(state: dict[str, Any]) -> None:
+        if state[""] is not EMPTY:
+            variable.set(state[""])
+
+    return write
+
+
+# Putting states back
+
+
+def address_of(tensor: torch.Tensor) -> int | None:
+    """Of a tensor's values; None if it has none, as while tracing."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
+
+
+def set_data(tensor: torch.Tensor, data: torch.Tensor, address: Opaque) -> None:
+    """Give a tensor its memory back."""
+    if tensor.device != data.device or address_of(tensor) != address.state:
+        tensor.data = data
+
+
+def set_members(kind: type, state: dict[str, Any]) -> None:
+    """Put a class's attributes back."""
+    for name in members(kind).keys() - state.keys():
+        delattr(kind, name)
+    set_all(kind, state)
+
+
+def refill(items: Any, state: list[Any]) -> None:
+    """Put a list's or deque's items back."""
+    items.clear()
+    items.extend(state)
+
+
+def reset_set(items: set[Any], state: set[Any]) -> None:
+    """Put a set's items back."""
+    items.clear()
+    items.update(state)
+
+
+def refill_dict(items: dict[Any, Any], state: dict[Any, Any]) -> None:
+    """Put a dict's items back."""
+    if list(items) == list(state):  # others may read it meanwhile
+        for key, value in state.items():
+            dict.__setitem__(items, key, value)
+        return
+    dict.clear(items)
+    for key, value in state.items():
+        dict.__setitem__(items, key, value)
+
+
+def set_all(thing: Any, state: dict[str, Any]) -> None:
+    """Put an object's attributes back."""
+    for name, value in state.items():
+        if getattr(thing, name, EMPTY) is not value:
+            if value is EMPTY:
+                delattr(thing, name)
+            else:
+                setattr(thing, name, value)
+
+
+def set_globals(scope: dict[str, Any], state: dict[str, Any]) -> None:
+    """Put some global names back."""
+    for name, value in state.items():
+        if value is not EMPTY:
+            scope[name] = value
+        elif name in scope:
+            del scope[name]
+
+
+def fill_cell(cell: types.CellType, state: dict[str, Any]) -> None:
+    """Put a closure's value back."""
+    if state[""] is EMPTY:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = state[""]
