@@ -101,10 +101,7 @@ class Shape:
         self, device: torch.device, dtype: torch.dtype, tiny: bool = False
     ) -> tuple[torch.nn.Module, Call]:
         """The network with random weights, made on the device, and a call without timestep."""
-        with torch.device("meta"):
-            network = self.network(**{**self.config, **(self.tiny if tiny else {})})
-        torch.nn.Module.to(network, dtype)  # diffusers' own to() warns about what does not apply
-        network = network.to_empty(device=device).eval().requires_grad_(False)
+        network = self.unfilled(device, dtype, tiny)
         assert not list(network.buffers()), "a buffer's values would be lost"
         _random(network)
         with torch.no_grad():
@@ -113,12 +110,29 @@ class Shape:
                     parameter.add_(1)
         generator = torch.Generator(device).manual_seed(1)
 
-        def noise(size: Any) -> Any:
-            if isinstance(size, dict):
-                return {name: noise(inner) for name, inner in size.items()}
+        def noise(size: Any) -> torch.Tensor:
             return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
-        return network, {**noise(self.tiny_sizes if tiny else self.sizes), "return_dict": False}
+        return network, self.call(noise, tiny)
+
+    def unfilled(
+        self, device: torch.device, dtype: torch.dtype, tiny: bool = False
+    ) -> torch.nn.Module:
+        """The network; memory for its weights is reserved, or not even that on the meta device."""
+        with torch.device("meta"):
+            network = self.network(**{**self.config, **(self.tiny if tiny else {})})
+        torch.nn.Module.to(network, dtype)  # diffusers' own to() warns about what does not apply
+        return network.to_empty(device=device).eval().requires_grad_(False)
+
+    def call(self, tensor: Callable[[Any], torch.Tensor], tiny: bool = False) -> Call:
+        """A call without timestep, of tensors that are made from their sizes."""
+
+        def made(size: Any) -> Any:
+            if isinstance(size, dict):
+                return {name: made(inner) for name, inner in size.items()}
+            return tensor(size)
+
+        return {**made(self.tiny_sizes if tiny else self.sizes), "return_dict": False}
 
 
 _STABLE_DIFFUSION = {
