@@ -172,7 +172,7 @@ class _Bench:
         clock = StepClock(self.device, counters or (lambda: None))
         _, cold = self.subject.run(SHORT_RUN, clock)
         if counters is not None:
-            one.memory["cached_bytes"] = max(stats.cache_bytes for stats in clock.seen)
+            one.memory["cached_bytes"] = max((stats.cache_bytes for stats in clock.seen), default=0)
         until = time.monotonic() + (0.0 if self.device.type == "cpu" else WARM_SECONDS)
         while True:
             _, warm = self.subject.run(SHORT_RUN)

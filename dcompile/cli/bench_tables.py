@@ -102,8 +102,8 @@ def _legend(result: BenchResult) -> Iterator[str]:
         yield "peak: reserved on the device, with weights and pools of CUDA graphs."
     yield "cached: features kept between steps. steps: calls in all timed runs."
     yield (
-        f"compile: at the first run; –: under {LEAST_SHOWN} s, as with graphs of a row above. "
-        f"Capturing\ntook {result.capture_seconds:.1f} s, once for all rows."
+        f"compile: at the first run; –: under {LEAST_SHOWN} s. "
+        f"Capturing took {result.capture_seconds:.1f} s, for all rows."
     )
 
 

@@ -285,25 +285,28 @@ def test_what_did_not_go_as_planned_is_in_the_row(
     assert "a warning" in uncached.notices
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_a_bare_network_runs_on_random_inputs(ddpm: Path, tmp_path: Path, trained: bool) -> None:
-    folder = ddpm / "unet"
-    if not trained:
-        folder = tmp_path / "net"
-        folder.mkdir()
-        (folder / "config.json").write_text((ddpm / "unet" / "config.json").read_text())
+def test_a_bare_network_runs_on_random_inputs(ddpm: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((ddpm / "unet" / "config.json").read_text())
     file = tmp_path / "numbers.json"
-    result = run(folder, *QUICK, "--interval", 3, "--size", 8, "--count", 2, "--json", file)
+    result = run(tmp_path, *QUICK, "--interval", 3, "--size", 8, "--count", 2, "--json", file)
     assert result.exit_code == 0, result.output
     assert "2 samples, 6 steps" in result.output
     assert "note: a bare network on random inputs" in result.output
-    assert ("random weights" in result.output) is not trained
+    assert "note: random weights" in result.output
     assert "PSNR" not in result.output
+    assert json.loads(file.read_text())["kind"] == "network"
     row = rows(file)["eager N=3"]
     assert (row["psnr"], row["identical"]) == (None, None)
     assert (row["refresh_steps"], row["reuse_steps"]) == (2, 4)
     assert row["cached_bytes"] == 2 * 8 * 8 * 8 * 4
-    assert "takes no prompt and no guidance" in refused(folder, "--prompt", "a cat")
+    assert "takes no prompt and no guidance" in refused(tmp_path, "--prompt", "a cat")
+
+
+def test_a_bare_network_has_the_weights_in_its_folder(ddpm: Path) -> None:
+    subject = NetworkSubject(BenchSettings(str(ddpm / "unet")), torch.device("cpu"))
+    expected = UNet2DModel.from_pretrained(ddpm / "unet")
+    assert torch.equal(subject.network.conv_in.weight, expected.conv_in.weight)
+    assert len(subject.remarks) == 1
 
 
 def test_a_bare_network_with_text(tmp_path: Path) -> None:
