@@ -1,4 +1,4 @@
-"""The command line: ``dcompile demo``, ``explain``, ``profile`` and ``tune``."""
+"""The command line: ``dcompile demo``, ``explain``, ``bench``, ``profile`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -106,20 +106,9 @@ def demo(
 
 @app.command()
 def explain(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help=f"{options.MODEL_HELP} Or a bare network's folder.", show_default=False
-        ),
-    ],
+    model: options.ModelOrNetwork,
     depth: Annotated[int, typer.Option(help="The skip connection to cut at.")] = 0,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Height and width: of the picture in pixels; of the sample for a bare network.",
-        ),
-    ] = None,
+    size: options.SizeOfAny = None,
     svg: Annotated[
         Path | None,
         typer.Option(help="Write a drawing of the cut network to this file.", show_default=False),
@@ -159,6 +148,60 @@ def explain(
 
 
 @app.command()
+def bench(
+    model: options.ModelOrNetwork,
+    prompt: options.Prompts = None,
+    prompts_file: options.PromptsFile = None,
+    steps: options.Steps = 30,
+    interval: options.Intervals = None,
+    depth: Annotated[int, typer.Option(help="The skip connection to cut at; see explain.")] = 0,
+    backend: options.Backends = None,
+    peer: options.Peers = None,
+    count: options.CountForPrompts = None,
+    size: options.SizeOfAny = None,
+    guidance: options.Guidance = None,
+    seed: options.Seed = 0,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each way, in turns.")] = 3,
+    budget: options.Budget = None,
+    device: options.Device = "auto",
+    data: options.Numbers = None,
+) -> None:
+    """Measure speed, fidelity and memory of your own model, uncached and cached."""
+    with errors_in_one_line(), quiet_libraries():
+        if data is not None:
+            require_writable(data)
+        from dcompile.cli.bench import run_bench
+        from dcompile.cli.bench_result import MEASURED
+        from dcompile.cli.bench_tables import bench_tables
+        from dcompile.cli.settings import BenchSettings, read_prompts
+
+        settings = BenchSettings(
+            model=model,
+            prompts=(*(prompt or ()), *(read_prompts(prompts_file) if prompts_file else ())),
+            steps=steps,
+            intervals=tuple(interval or (2, 3, 5)),
+            depth=depth,
+            backends=tuple(backend or ()),
+            peers=tuple(peer or ()),
+            count=count,
+            size=size,
+            guidance=guidance,
+            seed=seed,
+            repeat=repeat,
+            budget=budget,
+            device=device,
+        )
+        with progress_bar() as progress:
+            result = run_bench(settings, progress)
+        console().print(bench_tables(result))
+        if data is not None:
+            result.save(data)
+            note(f"wrote {data}")
+        if result.uncached.status != MEASURED:
+            raise typer.Exit(1)  # nothing to compare with
+
+
+@app.command()
 def profile(
     model: options.Model,
     prompt: options.Prompts = None,
@@ -172,10 +215,7 @@ def profile(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("dcompile-profile.png"),
-    data: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the numbers to this file, too.", show_default=False),
-    ] = None,
+    data: options.Numbers = None,
 ) -> None:
     """Measure how similar deep features are from step to step, at each depth."""
     with errors_in_one_line(), quiet_libraries():

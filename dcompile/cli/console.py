@@ -79,9 +79,11 @@ def require_writable(file: Path) -> None:
     """Check before the work, not after it, that a file can be written.
 
     Raises:
-        DcompileError: it is a folder, or its folder does not exist.
+        DcompileError: it is a folder, its folder does not exist, or it is not allowed.
     """
     if file.is_dir():
         raise DcompileError(f"{file} is a folder; expected a file to write")
     if not file.absolute().parent.is_dir():
         raise DcompileError(f"cannot write {file}: there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise DcompileError(f"cannot write {file}: no permission")

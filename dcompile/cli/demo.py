@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dcompile import models
-from dcompile.api import handle
+from dcompile.api import cache_compile, handle
 from dcompile.cli.loading import load_pipeline, resolve_device
 from dcompile.cli.sampling import Progress, Sampler
 from dcompile.cli.settings import DemoSettings
@@ -87,7 +87,7 @@ def run_demo(
     progress("loading", 0, 1)
     sampler = Sampler(load_pipeline(settings.model, device), settings)
     first, *_ = settings.intervals or (1,)
-    sampler.compile(first)
+    _compile(sampler, settings, first)
     sampler.run(WARM_UP_STEPS, "compiling", progress)
     found = handle(sampler.pipeline)
     explanation = found.explain()
@@ -95,15 +95,15 @@ def run_demo(
 
     found.disable()
     sampler.run(WARM_UP_STEPS, "uncached: warming up", progress)
-    pictures, seconds = sampler.best_run("uncached", progress)
+    pictures, seconds = _best_run(sampler, settings, "uncached", progress)
     uncached = Run(None, seconds, pictures, 0, 0)
     runs = [uncached]
     for interval in dict.fromkeys(settings.intervals):
-        runs.append(_cached_run(sampler, interval, uncached, ratio, settings.repeat, progress))
+        runs.append(_cached_run(sampler, settings, interval, uncached, ratio, progress))
     found.remove()
     title = (
-        f"{_short_name(settings.model)}: {_counted(settings.pictures, 'picture')}, "
-        f"{_counted(settings.steps, 'step')}"
+        f"{short_name(settings.model)}: {counted(settings.pictures, 'picture')}, "
+        f"{counted(settings.steps, 'step')}"
     )
     if len(set(sampler.prompts)) == 1:
         title += f', "{one_line(sampler.prompts[0])}"'
@@ -122,30 +122,50 @@ def run_demo(
 def _check(settings: DemoSettings) -> None:
     for interval in settings.intervals:
         Uniform(interval)  # raises before the uncached run instead of after it
-    if settings.pictures < len(settings.prompts):
-        raise DcompileError(
-            f"count: expected at least {len(settings.prompts)}, a picture for each prompt, "
-            f"got {settings.pictures}"
-        )
-    _require_torchmetrics()
+    settings.require_a_picture_for_each_prompt()
+    require_torchmetrics()
+
+
+def _compile(sampler: Sampler, settings: DemoSettings, interval: int) -> None:
+    """Cache at this interval, with counters at 0; compiled programs are kept."""
+    cache_compile(
+        sampler.pipeline,
+        interval=interval,
+        depth=settings.depth,
+        backend=settings.backend,
+        verbose=False,
+    )
+
+
+def _best_run(
+    sampler: Sampler, settings: DemoSettings, stage: str, progress: Progress
+) -> tuple[torch.Tensor, float]:
+    """Pictures, the same in every run, and the time of the fastest run in seconds."""
+    runs = [sampler.run(settings.steps, stage, progress) for _ in range(settings.repeat)]
+    return runs[-1][0], min(seconds for _, seconds in runs)
 
 
 def _cached_run(
-    sampler: Sampler, interval: int, uncached: Run, ratio: float, repeat: int, progress: Progress
+    sampler: Sampler,
+    settings: DemoSettings,
+    interval: int,
+    uncached: Run,
+    ratio: float,
+    progress: Progress,
 ) -> Run:
     """Warm up and time one interval, and compare its pictures with the uncached ones."""
-    sampler.compile(interval)
+    _compile(sampler, settings, interval)
     sampler.run(WARM_UP_STEPS, f"interval {interval}: warming up", progress)
-    sampler.compile(interval)  # resets the counters
-    pictures, seconds = sampler.best_run(f"interval {interval}", progress)
+    _compile(sampler, settings, interval)  # resets the counters
+    pictures, seconds = _best_run(sampler, settings, f"interval {interval}", progress)
     stats = handle(sampler.pipeline).stats
     psnr, ssim = fidelity(pictures, uncached.pictures)
     return Run(
         interval=interval,
         seconds=seconds,
         pictures=pictures,
-        refresh_steps=stats.refresh_steps // repeat,
-        reuse_steps=stats.reuse_steps // repeat,
+        refresh_steps=stats.refresh_steps // settings.repeat,
+        reuse_steps=stats.reuse_steps // settings.repeat,
         speed_limit=interval / (1 + (interval - 1) * ratio),
         speed_up=uncached.seconds / seconds,
         psnr=psnr,
@@ -159,7 +179,7 @@ def fidelity(pictures: torch.Tensor, reference: torch.Tensor) -> tuple[float, fl
     Raises:
         DcompileError: torchmetrics is not installed.
     """
-    _require_torchmetrics()
+    require_torchmetrics()
     from torchmetrics.functional.image import (
         peak_signal_noise_ratio,
         structural_similarity_index_measure,
@@ -171,7 +191,8 @@ def fidelity(pictures: torch.Tensor, reference: torch.Tensor) -> tuple[float, fl
     return psnr, float(structural_similarity_index_measure(pictures, reference, data_range=1.0))
 
 
-def _require_torchmetrics() -> None:
+def require_torchmetrics() -> None:
+    """Raises DcompileError if torchmetrics is not installed."""
     try:
         import torchmetrics  # noqa: F401
     except ImportError as error:
@@ -180,11 +201,13 @@ def _require_torchmetrics() -> None:
         ) from error
 
 
-def _counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, in the plural where it has to be."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _short_name(model: str) -> str:
+def short_name(model: str) -> str:
+    """A bundled model's name, the last part of a folder or of an id on the hub."""
     return models.ALIASES.get(model) or Path(model).name or model
 
 

@@ -72,6 +72,16 @@ def locate(model: str) -> str | Path:
     )
 
 
+def is_network(model: str) -> bool:
+    """Whether this is the folder of a bare network, not of a pipeline.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    source = locate(model)
+    return isinstance(source, Path) and not (source / PIPELINE_FILE).is_file()
+
+
 def load_pipeline(model: str, device: torch.device | None = None) -> Any:
     """A diffusers pipeline, without progress bars, on ``device``.
 
@@ -81,7 +91,7 @@ def load_pipeline(model: str, device: torch.device | None = None) -> Any:
         ModelError: there is no such model, it cannot be loaded, or transformers is missing.
     """
     source = locate(model)
-    if isinstance(source, Path) and not (source / PIPELINE_FILE).is_file():
+    if is_network(model):
         raise ModelError(
             f"{model} is a network, not a pipeline: expected a folder with a {PIPELINE_FILE}"
         )
@@ -104,7 +114,7 @@ def load_pipeline(model: str, device: torch.device | None = None) -> Any:
     except _LOAD_ERRORS as error:
         origin = "" if isinstance(source, Path) else ", no folder here, from the Hugging Face hub"
         hint = f" (without transformers: {_INSTALL_TRANSFORMERS})" if without_transformers else ""
-        raise ModelError(f"cannot load {model}{origin}: {_first_line(error)}{hint}") from error
+        raise ModelError(f"cannot load {model}{origin}: {first_line(error)}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
 
@@ -129,7 +139,7 @@ def example_call(
         ModelError: there is no such model, or no example call can be made of it.
     """
     source = locate(model)
-    if isinstance(source, Path) and not (source / PIPELINE_FILE).is_file():
+    if isinstance(source, Path) and is_network(model):
         return _network_call(model, source, size)
     return _first_call(load_pipeline(model), size)
 
@@ -177,7 +187,7 @@ def _first_call(
         pass
     except _LOAD_ERRORS as error:
         raise ModelError(
-            f"cannot make an example call of {type(pipeline).__name__}: {_first_line(error)}"
+            f"cannot make an example call of {type(pipeline).__name__}: {first_line(error)}"
         ) from error
     finally:
         del network.__dict__["forward"]
@@ -221,18 +231,56 @@ def _pipeline_arguments(pipeline: Any, size: int | None) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in parameters}
 
 
+def load_network(
+    model: str, device: torch.device, size: int | None = None
+) -> tuple[nn.Module, dict[str, Any], bool]:
+    """A bare network on ``device``, half precision on CUDA, otherwise float32.
+
+    Args:
+        model: its folder.
+        device: where to put it.
+        size: height and width of the sample.
+
+    Returns:
+        The network; the arguments of one call of batch size 1, on the meta device; and whether its
+        weights were in the folder, rather than random ones.
+
+    Raises:
+        ModelError: it cannot be loaded, or its configuration does not say how to call it.
+    """
+    folder = Path(model).expanduser()
+    trained = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    try:
+        config, network_class = _network_class(folder)
+        if trained:
+            with _without_bars():
+                network = network_class.from_pretrained(folder)
+        else:
+            torch.manual_seed(0)
+            network = network_class.from_config(config)
+        network = network.to(device, dtype).eval()
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"cannot load {model}: {first_line(error)}") from error
+    return network, _network_arguments(model, network, size), trained
+
+
+def _network_class(folder: Path) -> tuple[dict[str, Any], Any]:
+    import diffusers
+
+    config = json.loads((folder / NETWORK_FILE).read_text())
+    return config, getattr(diffusers, config["_class_name"])
+
+
 def _network_call(
     model: str, folder: Path, size: int | None
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    import diffusers
-
     try:
-        config = json.loads((folder / NETWORK_FILE).read_text())
-        network_class = getattr(diffusers, config["_class_name"])
+        config, network_class = _network_class(folder)
         with torch.device("meta"):
             network = network_class.from_config(config).eval()
     except _LOAD_ERRORS as error:
-        raise ModelError(f"cannot build a network from {model}: {_first_line(error)}") from error
+        raise ModelError(f"cannot build a network from {model}: {first_line(error)}") from error
     return network, (), _network_arguments(model, network, size)
 
 
@@ -320,6 +368,7 @@ def _without_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dcompile import models
-from dcompile.api import cache_compile
+from dcompile.cli.clock import StepClock, at_each_step
 from dcompile.cli.loading import is_unconditional, set_sample_size
-from dcompile.cli.settings import DemoSettings
+from dcompile.cli.settings import SampleSettings
 from dcompile.errors import DcompileError, ModelError
 
 Progress = Callable[[str, int, int], None]
@@ -37,7 +37,7 @@ class Sampler:
         ModelError: the pipeline is of another kind, or does not take these settings.
     """
 
-    def __init__(self, pipeline: Any, settings: DemoSettings) -> None:
+    def __init__(self, pipeline: Any, settings: SampleSettings) -> None:
         self.settings = settings
         self.prompts: tuple[str, ...] = ()
         parameters = inspect.signature(pipeline.__call__).parameters
@@ -78,34 +78,20 @@ class Sampler:
         self.pipeline = pipeline
         self.scheduler = type(pipeline.scheduler).__name__
 
-    def compile(self, interval: int) -> None:
-        """Cache at this interval, with counters at 0; compiled programs are kept."""
-        settings = self.settings
-        cache_compile(
-            self.pipeline,
-            interval=interval,
-            depth=settings.depth,
-            backend=settings.backend,
-            verbose=False,
-        )
-
-    def best_run(self, stage: str, progress: Progress) -> tuple[torch.Tensor, float]:
-        """Pictures, the same in every run, and the time of the fastest run in seconds."""
-        settings = self.settings
-        runs = [self.run(settings.steps, stage, progress) for _ in range(settings.repeat)]
-        return runs[-1][0], min(seconds for _, seconds in runs)
-
     def pictures(self) -> torch.Tensor:
         """Pictures of one run, always the same, without progress."""
         return self.run(self.settings.steps, "", lambda stage, done, of: None)[0]
 
-    def run(self, steps: int, stage: str, progress: Progress) -> tuple[torch.Tensor, float]:
+    def run(
+        self, steps: int, stage: str, progress: Progress, clock: StepClock | None = None
+    ) -> tuple[torch.Tensor, float]:
         """Call the pipeline, always with the same seeds.
 
         Args:
             steps: number of denoising steps.
             stage: name of the run for ``progress``.
             progress: called after every step.
+            clock: times every step, from one update of the sample to the next.
 
         Returns:
             Pictures, ``(count, channels, height, width)``, float32 in [0, 1] on the CPU, and the
@@ -115,17 +101,19 @@ class Sampler:
             ModelError: the pipeline refuses its arguments.
         """
         progress(stage, 0, steps)
-        self.pipeline.progress_bar = _step_bar(lambda done: progress(stage, done, steps))
+        begin = (lambda: None) if clock is None else clock.begin
+        self.pipeline.progress_bar = _step_bar(begin, lambda done: progress(stage, done, steps))
         seeds = range(self.settings.seed, self.settings.seed + self.settings.pictures)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         started = time.perf_counter()
         try:
-            output = self.pipeline(
-                **self._arguments,
-                generator=generators,
-                num_inference_steps=steps,
-                output_type="pt",
-            )
+            with at_each_step(self.pipeline.scheduler, clock):
+                output = self.pipeline(
+                    **self._arguments,
+                    generator=generators,
+                    num_inference_steps=steps,
+                    output_type="pt",
+                )
         except DcompileError:
             raise
         except (TypeError, ValueError) as error:  # how pipelines refuse arguments
@@ -136,8 +124,9 @@ class Sampler:
         return pictures, seconds
 
 
-def _step_bar(tick: Callable[[int], None]) -> Callable[..., _StepBar]:
+def _step_bar(begin: Callable[[], None], tick: Callable[[int], None]) -> Callable[..., _StepBar]:
     def progress_bar(iterable: Iterable[Any] = (), total: int | None = None) -> _StepBar:
+        begin()
         return _StepBar(iterable, tick)
 
     return progress_bar

@@ -14,7 +14,9 @@ from dcompile.report.plots import pareto_front
 from dcompile.tuning.profile import Profile
 
 
-def _table(*numbers: str, title: str, caption: str, name: str | None = None) -> Table:
+def empty_table(
+    *numbers: str, title: str | None = None, caption: str | None = None, name: str | None = None
+) -> Table:
     """An empty table: a column of names if ``name`` is its heading, then columns of numbers."""
     table = Table(
         title=title,
@@ -32,7 +34,7 @@ def _table(*numbers: str, title: str, caption: str, name: str | None = None) -> 
 
 def profile_table(found: Profile) -> Table:
     """How much features change, one row for each depth."""
-    table = _table(
+    table = empty_table(
         *("depth", "r", "mean change", "largest", "at step", "3 apart"),
         title=f"{found.network}: change of deep features in {found.steps} steps",
         caption="change: since the step before, relative L2.  3 apart: least cosine similarity.",
@@ -53,7 +55,7 @@ def profile_table(found: Profile) -> Table:
 
 def tuned_table(tuned: Tuned) -> Table:
     """The Pareto front of the schedules that were tried, and DeepCache's."""
-    table = _table(
+    table = empty_table(
         *("speed-up", "PSNR", "refreshes", "depth", "forecast"),
         title=f"{tuned.network[0]}, {tuned.steps} steps: the best of {len(tuned.trials)} tried",
         caption="speed-up: in FLOPs.  PSNR (dB): against the uncached pictures.\n"
@@ -80,7 +82,7 @@ def tuned_table(tuned: Tuned) -> Table:
 
 def demo_table(result: DemoResult) -> Table:
     """Time and fidelity, one row for each method."""
-    table = _table(
+    table = empty_table(
         *("seconds", "speed-up", "limit", "reached", "PSNR", "SSIM", "refresh", "reuse"),
         title=f"{escape(result.title)}\n[dim]{escape(result.subtitle)}[/dim]",
         caption=(
