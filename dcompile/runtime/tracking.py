@@ -95,12 +95,21 @@ class _ValueTrack:
 
     A new run that begins just where an interrupted one would have gone on cannot be distinguished
     from it by values; its conditioning does, where there is any.
+
+    Attributes:
+        run: the run.
+        value: of the latest step.
+        step: its number.
+        gap: from the value before.
+        shared: a value came twice, and nothing told the two calls apart: two runs may be under way
+            in turns, whose values are taken for those of one.
     """
 
     run: Run
     value: float
     step: int = 0
     gap: float | None = None
+    shared: bool = False
 
     def misfit(self, value: float) -> float | None:
         """How far ``value`` is from this track's next one; None if it cannot be that."""
@@ -275,6 +284,10 @@ class StepTracker:
             # A first gap proves little, and so does a track that others were called in between, or
             # one of several that the call fits equally well.
             if track.gap is None or track is not self._by_value[-1] or others:
+                track.run.doubt(BY_VALUE)
+            if value == track.value and not track.run.takes_another(conditioning, signature):
+                track.shared = True
+            elif track.shared and value != track.value:
                 track.run.doubt(BY_VALUE)
             track.move_to(value)
             self._by_value.remove(track)

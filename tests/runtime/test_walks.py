@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import compiled, picture
+from plain import compiled, picture, plain
 
 import dcompile
 
@@ -120,3 +120,24 @@ def test_what_is_reused_is_this_run_s(name: str) -> None:
             x = x - 0.2 * network(x, t)[0]
             y = y - 0.2 * expected(y, element.expand(value.shape))[0]
     assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("kind", [float, int, torch.tensor])
+def test_two_runs_in_turns_that_nothing_tells_apart(kind: Callable[[Any], Any]) -> None:
+    """Their values go one way, as those of one run do: nothing is reused."""
+    schedules = [[999, 750, 500, 250, 1], [999, 666, 334, 1]]
+    network = compiled(interval=3)
+    pictures = [picture(1), picture(2)]
+    with torch.no_grad():
+        for step in range(5):
+            for number, schedule in enumerate(schedules):
+                if step < len(schedule):
+                    x = pictures[number]
+                    pictures[number] = x - 0.2 * network(x, kind(schedule[step]))[0]
+    for number, schedule in enumerate(schedules):
+        x = picture(number + 1)
+        with torch.no_grad():
+            for value in schedule:
+                x = x - 0.2 * plain()(x, kind(value))[0]
+        assert torch.equal(pictures[number], x)
+    assert dcompile.handle(network).stats.reuse_steps == 0
