@@ -15,6 +15,13 @@ no_torch_function: Any = torch._C._disabled_torch_function_impl
 """As a class's ``__torch_function__``: operators are not intercepted before dispatch."""
 
 
+def overrides_functions(kind: type[torch.Tensor]) -> bool:
+    """Whether a tensor subclass intercepts operators before they are dispatched."""
+    own: Any = kind.__torch_function__
+    default: Any = torch.Tensor.__torch_function__
+    return own is not no_torch_function and getattr(own, "__func__", own) is not default.__func__
+
+
 def version_of(tensor: torch.Tensor) -> int | None:
     """Changes whenever the tensor is written to in place; None for inference tensors.
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dcompile.compat.tensors import overrides_functions
 from dcompile.compiler.call import LEAF_TYPES, CallForm, CallForms
 from dcompile.compiler.lazy import LazyTensor
 from dcompile.compiler.signature import (
@@ -203,6 +204,9 @@ def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
         return "the timestep is neither a tensor nor a number"
     if sample.numel() == 0:
         return "the sample is empty"
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and overrides_functions(type(leaf)):
+            return f"{type(leaf).__name__} tensors override torch's functions, and graphs do not"
     return None
 
 

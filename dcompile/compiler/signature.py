@@ -18,6 +18,10 @@ Signature = tuple[Any, ...]
 and autocast's state."""
 
 
+# Subclasses may compute something else, and have programs of their own.
+_ORDINARY = (torch.Tensor, torch.nn.Parameter, LazyTensor)
+
+
 def is_number(leaf: Any) -> bool:
     """Whether a leaf is a number, of Python or NumPy."""
     return isinstance(leaf, Real) and not isinstance(leaf, bool)
@@ -66,7 +70,8 @@ def signature_of(
     sample, timestep = leaves[form.sample], leaves[form.timestep]
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            parts += (leaf.shape, leaf.dtype, leaf.device, leaf.is_contiguous() or leaf.stride())
+            where = leaf.device if type(leaf) in _ORDINARY else (leaf.device, type(leaf))
+            parts += (leaf.shape, leaf.dtype, where, leaf.is_contiguous() or leaf.stride())
             own = leaf is sample or leaf is timestep or place in numbers
             if not own and type(leaf) is not LazyTensor:
                 conditioning.append(leaf)

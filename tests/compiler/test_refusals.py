@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from heard import heard
-from plain import Plain, compiled, picture, sampled, timesteps
+from plain import Plain, compiled, picture, plain, sampled, timesteps
 
 import dcompile
 
@@ -70,3 +71,30 @@ def test_refused_in_a_sentence(kind: type[Plain], capfd: pytest.CaptureFixture[s
     assert len(messages) == 1
     assert "dcompile/" not in reason
     assert "def forward" not in "".join(capfd.readouterr())
+
+
+class Doubling(torch.Tensor):
+    """Convolutions of such tensors are something else."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return result * 2 if function is F.conv2d else result
+
+
+class Renamed(torch.Tensor):
+    """Overrides nothing."""
+
+
+@pytest.mark.parametrize(("kind", "uncached"), [(Doubling, 7), (Renamed, 0)])
+def test_samples_of_a_tensor_subclass(kind: type[torch.Tensor], uncached: int) -> None:
+    network = compiled(interval=1)
+    sampled(network, picture(), timesteps())
+    x = picture().as_subclass(kind)
+    found = sampled(network, x, timesteps())
+    expected = sampled(plain(), x, timesteps())
+    assert type(found) is type(expected)
+    assert torch.equal(found.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
+    assert dcompile.handle(network).stats.uncached_calls == uncached
