@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 import types
@@ -84,7 +85,7 @@ def contents_of(cell: types.CellType) -> Any:
         return EMPTY
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16384)
 def names_in(code: types.CodeType) -> tuple[str, ...]:
     """All global names and attributes that code mentions, in functions within it, too."""
     names = dict.fromkeys(code.co_names)
@@ -92,6 +93,21 @@ def names_in(code: types.CodeType) -> tuple[str, ...]:
         if isinstance(constant, types.CodeType):
             names.update(dict.fromkeys(names_in(constant)))
     return tuple(names)
+
+
+_STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
+
+
+@functools.lru_cache(maxsize=16384)
+def globals_set_by(code: types.CodeType) -> tuple[str, ...]:
+    """The global names that code assigns, in functions within it, too."""
+    names = set()
+    if _STORE_GLOBAL in code.co_code[::2]:
+        names = {i.argval for i in dis.get_instructions(code) if i.opcode == _STORE_GLOBAL}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(globals_set_by(constant))
+    return tuple(sorted(names))
 
 
 def function_behind(member: Any) -> Any:

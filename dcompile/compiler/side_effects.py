@@ -37,6 +37,7 @@ from dcompile.compiler.introspection import (
     PLAIN,
     contents_of,
     function_behind,
+    globals_set_by,
     is_library,
     names_in,
     slots_of,
@@ -240,12 +241,18 @@ class Snapshot:
             self._pending.append((value, form.format(where=where, name=name)))
 
     def _items(self, things: Iterable[Any], where: str) -> None:
-        self._pending += [(item, f"{where}[{number}]") for number, item in enumerate(things)]
+        self._pending += [
+            (item, f"{where}[{number}]")
+            for number, item in enumerate(things)
+            if type(item) not in PLAIN
+        ]
 
     def _dictionary(self, thing: dict[Any, Any], where: str) -> None:
         state = dict(dict.items(thing))
         self._hold(thing, where, "mapping", state, functools.partial(refill_dict, thing))
-        self._pending += [(value, f"{where}[{key!r}]") for key, value in state.items()]
+        self._pending += [
+            (value, f"{where}[{key!r}]") for key, value in state.items() if type(value) not in PLAIN
+        ]
         self._pending += [(key, where) for key in state if type(key) not in PLAIN]
 
     def _attributes(self, thing: Any, where: str) -> None:
@@ -302,7 +309,9 @@ class Snapshot:
         """The globals that its code names; of modules, what it may take from them."""
         names = names_in(function.__code__)
         scope = function.__globals__
-        state = {name: scope.get(name, EMPTY) for name in names}
+        state = {name: scope[name] for name in names if name in scope}
+        for name in globals_set_by(function.__code__):
+            state.setdefault(name, EMPTY)
         for name, value in state.items():
             if value is EMPTY:
                 continue

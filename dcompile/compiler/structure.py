@@ -141,6 +141,7 @@ class _Describer:
         self._kinds[kind] = kind  # while it is looked into, which may lead back here
         self._watch.kind(kind)
         parts: list[Any] = []
+        called = _called_members(kind)
         for base in kind.__mro__:
             if is_library(base.__module__):
                 continue
@@ -148,7 +149,9 @@ class _Describer:
             for name, member in vars(base).items():
                 function = function_behind(member)
                 if isinstance(function, types.FunctionType):
-                    parts += self._code(function, _LEVELS)
+                    parts += (function, function.__code__)
+                    if name in called:
+                        parts += self._code(function, _LEVELS)
                 elif not name.startswith("__") and not _is_of_a_slot(member):
                     parts.append((name, self.value(function, MAX_DEPTH - 2)))
         if issubclass(kind, nn.Module):
@@ -288,6 +291,28 @@ class _Describer:
             self._watch.described(value, repr)
             return self.kind(kind), repr(value)
         return self.kind(kind)
+
+
+_CALLED = ("forward", "__call__")
+
+
+def _called_members(kind: type) -> set[str]:
+    """Names of the methods that a call of an object leads to; of all if it cannot be called."""
+    members = {
+        name: function
+        for base in reversed(kind.__mro__)
+        if not is_library(base.__module__)
+        for name, member in vars(base).items()
+        if isinstance(function := function_behind(member), types.FunctionType)
+    }
+    pending = [name for name in _CALLED if name in members] or [*members]
+    found = set(pending)
+    while pending:
+        for name in names_in(members[pending.pop()].__code__):
+            if name in members and name not in found:
+                found.add(name)
+                pending.append(name)
+    return found
 
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType, type)
