@@ -31,7 +31,7 @@ from shapes import GPU_SHAPES, Call, Shape
 
 import dcompile
 from dcompile.backends.inductor import Inductor
-from dcompile.runtime.cuda_graphs import RECORDERS
+from dcompile.runtime.cuda_recorder import RECORDERS
 
 WARM_SECONDS = 0.6  # until clocks are up, apart from everything lazy
 TIMED_SECONDS = 1.0  # at least one whole run

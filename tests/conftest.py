@@ -28,7 +28,7 @@ def graphs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     import plain
     from simulated_graphs import SimulatedRecorder
 
-    from dcompile.runtime.cuda_graphs import RECORDERS
+    from dcompile.runtime.cuda_recorder import RECORDERS
 
     if request.param == "cuda":
         if not torch.cuda.is_available():

@@ -15,14 +15,9 @@ from dcompile.compat.export import one_at_a_time
 from dcompile.compat.hooks import global_hooks
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork, capture, require_all_weights
-from dcompile.compiler.side_effects import (
-    Change,
-    FunctionCaches,
-    Key,
-    RandomStates,
-    Snapshot,
-    undone,
-)
+from dcompile.compiler.function_caches import FunctionCaches
+from dcompile.compiler.random_states import RandomStates
+from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import CaptureError
 

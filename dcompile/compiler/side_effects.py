@@ -19,7 +19,6 @@ import contextlib
 import contextvars
 import functools
 import queue
-import random
 import sys
 import threading
 import types
@@ -36,13 +35,14 @@ from dcompile.compiler.introspection import (
     EMPTY,
     PLAIN,
     contents_of,
-    function_behind,
     globals_set_by,
     is_library,
     names_in,
     slots_of,
 )
+from dcompile.compiler.random_states import RandomStates
 from dcompile.compiler.states import (
+    Memory,
     Opaque,
     address_of,
     fill_cell,
@@ -227,10 +227,8 @@ class Snapshot:
 
     def _hold_memory(self, tensor: torch.Tensor, where: str) -> None:
         """Which memory a tensor has: ``.data = ...`` gives it another, and counts as no write."""
-        address = address_of(tensor)
-        data = tensor.data
-        write = functools.partial(set_data, tensor, data)
-        self._hold(tensor, where, "memory", Opaque(address), write)
+        memory = Memory(address_of(tensor), tensor.data)
+        self._hold(tensor, where, "memory", memory, functools.partial(set_data, tensor))
 
     def _table(self, table: dict[Any, Any], where: str, form: str) -> None:
         """One of the tables in which a module keeps its submodules, tensors and hooks."""
@@ -351,6 +349,10 @@ def _differences(held: _Held, now: Any) -> Iterator[tuple[Key, Change]]:
                 place = where if key == "" else _place(held, key)
                 harmless = (_is_plain(one) and _is_plain(other)) or _is_copy(one, other)
                 yield (id(held.thing), key), Change(place, in_place=False, harmless=harmless)
+    elif isinstance(before, Memory):
+        if before.address != now.address:  # layerwise casting moves weights, there and back
+            moved = Change(where, in_place=False, harmless=before.equals(now))
+            yield (id(held.thing), "memory"), moved
     elif isinstance(before, Opaque):
         if before != now:
             yield (id(held.thing), None), Change(where, in_place=False, harmless=False)
@@ -412,44 +414,6 @@ def _is_looked_into(kind: type) -> bool:
     return kind.__module__ == "unittest.mock" or not is_library(kind.__module__)
 
 
-class RandomStates:
-    """The states of the random number generators that a call may draw from."""
-
-    def __init__(self) -> None:
-        self._python = random.getstate()
-        self._cpu = torch.get_rng_state()
-        self._devices = (
-            {i: torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-            if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-            else {}
-        )
-        self._numpy = _numpy_state()
-
-    def drawn_outside_of_torch(self) -> str | None:
-        """Which random numbers have been drawn since that a graph cannot draw."""
-        if random.getstate() != self._python:
-            return "Python's random numbers"
-        if self._numpy is not None and str(_numpy_state()) != str(self._numpy):
-            return "NumPy's random numbers"
-        return None
-
-    def restore(self) -> None:
-        """Draw the same numbers again."""
-        drawn = self.drawn_outside_of_torch()  # other threads draw from them, too
-        if drawn is not None:
-            random.setstate(self._python)
-            if self._numpy is not None:
-                sys.modules["numpy"].random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for device, state in self._devices.items():
-            torch.cuda.set_rng_state(state, device)
-
-
-def _numpy_state() -> Any:
-    numpy = sys.modules.get("numpy")
-    return None if numpy is None else numpy.random.get_state()
-
-
 @contextlib.contextmanager
 def undone(*roots: Any) -> Iterator[None]:
     """At the end put back what was changed inside: what these can reach, and random numbers.
@@ -464,38 +428,6 @@ def undone(*roots: Any) -> Iterator[None]:
             before.restore(before.changes(before.again()))
             before.restore_generators()
             numbers.restore()
-
-
-class FunctionCaches:
-    """The ``functools`` caches of all code but the libraries that tracing itself runs.
-
-    What they hold cannot be looked at, and a tensor of a trace in one of them would come out of it
-    for the rest of the process. Those in modules, in their classes, and those a snapshot came by:
-    to ask the garbage collector for all objects would disturb threads that are building some.
-
-    Args:
-        reached: from ``Snapshot.caches``.
-    """
-
-    def __init__(self, reached: Iterable[Any]) -> None:
-        found = {id(cached): cached for cached in reached}
-        for module in list(sys.modules.values()):
-            if not isinstance(module, types.ModuleType) or is_library(module.__name__):
-                continue
-            for member in list(vars(module).values()):
-                members = [member]
-                if isinstance(member, type) and member.__module__ == module.__name__:
-                    members = list(vars(member).values())
-                for one in map(function_behind, members):
-                    if type(one) is _CACHED:
-                        found[id(one)] = one
-        self._misses = [(cached, cached.cache_info().misses) for cached in found.values()]
-
-    def forget_new(self) -> None:
-        """Clear those that something was added to; they fill again."""
-        for cached, misses in self._misses:
-            if cached.cache_info().misses != misses:
-                cached.cache_clear()
 
 
 _CACHED = functools._lru_cache_wrapper

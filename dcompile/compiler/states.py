@@ -21,6 +21,29 @@ class Opaque(NamedTuple):
     state: Any
 
 
+class Memory(NamedTuple):
+    """Where a tensor's values are.
+
+    Attributes:
+        address: None if there are none, as while tracing.
+        data: shares the memory.
+    """
+
+    address: int | None
+    data: torch.Tensor
+
+    def equals(self, other: Memory) -> bool:
+        """Whether both hold the same values, bit for bit."""
+        one, two = self.data, other.data
+        if None in (self.address, other.address) or type(one) is not type(two):
+            return False
+        if (one.dtype, one.shape, one.device) != (two.dtype, two.shape, two.device):
+            return False
+        if type(one) is not torch.Tensor or one.layout is not torch.strided:
+            return False
+        return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, two)))
+
+
 def members(kind: type) -> dict[str, Any]:
     """A class's own attributes that are no code."""
     code = (types.FunctionType, staticmethod, classmethod, property, type)
@@ -77,10 +100,10 @@ def address_of(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def set_data(tensor: torch.Tensor, data: torch.Tensor, address: Opaque) -> None:
+def set_data(tensor: torch.Tensor, memory: Memory) -> None:
     """Give a tensor its memory back."""
-    if tensor.device != data.device or address_of(tensor) != address.state:
-        tensor.data = data
+    if tensor.device != memory.data.device or address_of(tensor) != memory.address:
+        tensor.data = memory.data
 
 
 def set_members(kind: type, state: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from dcompile.compiler.call import StandardCall
 from dcompile.compiler.program import BoundProgram, Program, weights_of
 from dcompile.compiler.signature import Signature, signature_of
 from dcompile.notices import Notices
-from dcompile.runtime.cuda_graphs import RECORDERS, RecordedProgram, Reordered
+from dcompile.runtime.cuda_graphs import RecordedProgram, Reordered
+from dcompile.runtime.cuda_recorder import RECORDERS
 from dcompile.runtime.settings import Settings
 
 # Call signatures whose CUDA graphs are kept; each has buffers and a memory pool of its own.

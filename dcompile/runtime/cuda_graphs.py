@@ -27,7 +27,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,114 +36,8 @@ from dcompile.compat.storages import storage_of
 from dcompile.compat.tensors import version_of
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program import BoundProgram, CacheLayout, Program, graph_label
-from dcompile.notices import logger, warn
-
-Tensors = tuple[Any, ...]
-Runs = Callable[[Sequence[Any]], Sequence[Any]]
-
-WARM_UPS = 2  # runs before recording: autotuning, lazy handles and workspaces come first
-
-
-class Recorder(Protocol):
-    """Records what a function launches, and launches it again.
-
-    A recording reads its inputs and weights from the addresses they had, and writes its outputs
-    to the addresses they were given while recording. All recordings of one recorder share memory
-    for what they do not return.
-    """
-
-    def capture(self, run: Runs, reads: Sequence[Any]) -> tuple[Any, Tensors]:
-        """Record ``run(reads)``: the recording, and its output tensors (filled by replays only)."""
-        ...
-
-    def replay(self, recording: Any) -> None:
-        """Launch it again, after all that was launched before."""
-        ...
-
-
-_capturing = threading.Lock()
-"""CUDA allows one capture at a time into a memory pool, and other captures disturb it."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs, all in one memory pool and on one side stream.
-
-    One stream, because the caching allocator keeps free blocks apart by stream: temporaries of one
-    graph are the next one's only if both are captured on the same stream.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            self._pool: Any = torch.cuda.graph_pool_handle()
-            # Not the stream of the caller: what a graph holds must not be ordered after the
-            # legacy default stream (PyTorch, "CUDA semantics", whole-network capture).
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def capture(self, run: Runs, reads: Sequence[Any]) -> tuple[Any, Tensors]:
-        with _capturing, torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream()
-            try:
-                self._side.wait_stream(stream)
-                with torch.cuda.stream(self._side):
-                    for _ in range(WARM_UPS):
-                        run(reads)
-                stream.wait_stream(self._side)
-                try:
-                    return self._captured(run, reads)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:  # another thread may have disturbed it
-                    logger.info("dcompile: recording failed, trying again: %s", error)
-                torch.cuda.set_stream(stream)
-                torch.cuda.synchronize()  # raises if the device itself has failed
-                return self._captured(run, reads)
-            finally:
-                torch.cuda.set_stream(stream)  # a capture that fails stays on the side stream
-
-    def _captured(self, run: Runs, reads: Sequence[Any]) -> tuple[Any, Tensors]:
-        graph = torch.cuda.CUDAGraph()
-        # cuBLAS keeps a workspace for each stream, and somebody may free it (Inductor's CUDA
-        # graph trees do). One that is made while capturing lives in the graph's own pool.
-        compat_cuda.clear_cublas_workspaces()
-        begun, cause = False, None
-        try:
-            # Other threads may go on launching and allocating meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
-            ):
-                begun = True
-                try:
-                    outputs = tuple(run(reads))
-                except RuntimeError as error:
-                    cause = error
-                    raise
-        except BaseException:
-            if begun and not _has_ended(graph):
-                compat_cuda.abandon_pool(self._device, self._pool)
-                self._pool = torch.cuda.graph_pool_handle()
-            if cause is not None:  # not that the capture could not be ended then
-                raise cause from None
-            raise
-        compat_cuda.clear_cublas_workspaces()
-        return graph, outputs
-
-    def replay(self, recording: Any) -> None:
-        recording.replay()
-
-
-def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
-    """Whether a capture came to its end."""
-    try:
-        graph.pool()
-    except RuntimeError:
-        return False
-    return True
-
-
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
-"""What records graphs, by type of device."""
-
+from dcompile.notices import warn
+from dcompile.runtime.cuda_recorder import RECORDERS, Recorder, Tensors
 
 class HeldBoundary:
     """What a lane caches: the static boundary while the lane owns it, else a copy.
@@ -192,6 +86,32 @@ class _Input:
         self._address = tensor.data_ptr()
 
 
+class _LastStream:
+    """The stream that used the buffers last: another uses them only after it is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._number: int | None = None
+
+    def follow(self) -> None:
+        """The current stream will use the buffers now."""
+        if self._device.type != "cuda":
+            return
+        number = compat_cuda.current_stream_number(self._device)
+        if number == self._number:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._stream, self._number = stream, number
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Do not reuse the tensor's memory before the stream has read it."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
+
+
 class _Graph(NamedTuple):
     recording: Any
     inputs: tuple[_Input, ...]
@@ -214,8 +134,7 @@ class RecordedProgram:
         self._recorder: Recorder | None = None
         # One set of buffers: calls from several threads take turns while they launch.
         self._turn = threading.Lock()
-        self._stream: torch.cuda.Stream | None = None
-        self._stream_number: int | None = None
+        self._last_stream = _LastStream(device)
         self._failed = False
         self._static: dict[int, Any] = {}
         self._inputs: dict[int, _Input] = {}
@@ -258,7 +177,7 @@ class RecordedProgram:
             if not self._graphs and not self._failed:
                 self._record(self._levels, leaves)
             if self._graphs:
-                self._follow_last_stream()
+                self._last_stream.follow()
                 if level < self._levels:
                     self._take(previous)
                 if level not in self._graphs:
@@ -284,7 +203,7 @@ class RecordedProgram:
             return self._bound.reuse(leaves, cached, coefficients)
         with self._turn:
             if self._graphs:
-                self._follow_last_stream()
+                self._last_stream.follow()
                 self._take(cached)
                 if 0 not in self._graphs:
                     self._record(0, leaves)
@@ -298,7 +217,7 @@ class RecordedProgram:
     def turn(self) -> Iterator[None]:
         """Nobody else uses the buffers meanwhile."""
         with self._turn:
-            self._follow_last_stream()
+            self._last_stream.follow()
             yield
 
     def _refresh_all(self, leaves: Sequence[Any], previous: Tensors) -> Tensors:
@@ -335,20 +254,7 @@ class RecordedProgram:
             if isinstance(static, torch.Tensor):
                 expanded = _expanded(static)
                 _narrowed(static, expanded).copy_(_narrowed(own, expanded))
-                if self._stream is not None:
-                    own.record_stream(self._stream)
-
-    def _follow_last_stream(self) -> None:
-        """Buffers are used again only after the stream that used them last is done with them."""
-        if self._device.type != "cuda":
-            return
-        number = compat_cuda.current_stream_number(self._device)
-        if number == self._stream_number:
-            return
-        stream = torch.cuda.current_stream(self._device)
-        if self._stream is not None:
-            stream.wait_stream(self._stream)
-        self._stream, self._stream_number = stream, number
+                self._last_stream.keep(own)
 
     def _run(self, graph: _Graph, leaves: Sequence[Any], coefficients: Any = None) -> Tensors:
         assert self._recorder is not None
@@ -517,4 +423,4 @@ def _addresses(bound: BoundProgram) -> tuple[Any, ...]:
     )
 
 
-__all__ = ["RECORDERS", "CudaRecorder", "HeldBoundary", "RecordedProgram", "Recorder", "Reordered"]
+__all__ = ["HeldBoundary", "RecordedProgram", "Reordered"]

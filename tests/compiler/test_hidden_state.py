@@ -156,6 +156,14 @@ def test_memory_that_another_module_is_given() -> None:
     assert torch.equal(other.weight, twin.weight)
 
 
+def test_memory_that_moves_and_keeps_its_values() -> None:
+    """As when weights are stored in 8 bits, and converted while their layer runs."""
+    network = plain()
+    weight = network.down.weight
+    network.down.register_forward_hook(lambda m, i, o: setattr(weight, "data", weight.data.clone()))
+    assert tried(network).reuse_steps > 0
+
+
 def test_a_gradient() -> None:
     other, network = nn.Linear(2, 2), plain()
     network.down.register_forward_hook(

@@ -33,7 +33,7 @@ from torch import nn
 import dcompile
 from dcompile import Adaptive, MultiLevel
 from dcompile.compiler.lazy import LazyTensor, PendingCall, materialize
-from dcompile.runtime.cuda_graphs import RECORDERS
+from dcompile.runtime.cuda_recorder import RECORDERS
 from dcompile.runtime.lazy_network import LazyNetwork
 from dcompile.runtime.partial_programs import PartialPrograms
 

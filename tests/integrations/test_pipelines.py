@@ -1,5 +1,6 @@
 """Whole pipeline runs: exact at interval 1, equal to DeepCache at any other, and nothing leaks."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ import dcompile
 from dcompile import GainWeighted
 from dcompile.policy.placement import by_load
 from dcompile.policy.sampler import error_gains
-from dcompile.runtime.cuda_graphs import RECORDERS
+from dcompile.runtime.cuda_recorder import RECORDERS
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEPTHS = 6  # two levels of three skip connections
@@ -423,8 +424,12 @@ def test_a_pipeline_can_be_tuned(pipes: tuple[Any, Any]) -> None:
 
 
 def sharing(pipe: Any, scheduler: Any) -> Any:
-    """A pipeline around the same network, with a scheduler of its own."""
+    """A pipeline around the same network, with a scheduler of its own.
+
+    And with its own tokenizer: those of transformers mix up prompts of several threads.
+    """
     other = stable_diffusion()
+    other.tokenizer = copy.deepcopy(other.tokenizer)
     other.unet, other.scheduler = pipe.unet, scheduler
     return other
 

@@ -16,8 +16,8 @@ import dcompile
 from dcompile.compat import cuda as compat_cuda
 from dcompile.compat.cuda import copy_all
 from dcompile.errors import BackendError
-from dcompile.runtime import cuda_graphs
-from dcompile.runtime.cuda_graphs import RECORDERS, RecordedProgram
+from dcompile.runtime.cuda_graphs import RecordedProgram
+from dcompile.runtime.cuda_recorder import RECORDERS
 
 
 @pytest.fixture(autouse=True)
@@ -377,7 +377,7 @@ def test_asked_for_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_asked_for_with_a_sample_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delitem(cuda_graphs.RECORDERS, "cpu", raising=False)
+    monkeypatch.delitem(RECORDERS, "cpu", raising=False)
     network = compiled(cuda_graphs=True).cpu()
     x, ts = picture().cpu(), timesteps().cpu()
     with noticed("the sample is on cpu") as seen:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mocked_cuda import MockedCuda, cuda
 
-from dcompile.runtime.cuda_graphs import WARM_UPS, CudaRecorder
+from dcompile.runtime.cuda_recorder import WARM_UPS, CudaRecorder
 
 __all__ = ["cuda"]  # a fixture
 

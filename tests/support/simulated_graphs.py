@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dcompile.runtime.cuda_graphs import Runs
+from dcompile.runtime.cuda_recorder import Runs
 
 
 @dataclass
