@@ -39,6 +39,7 @@ from dcompile.compiler.program import BoundProgram, CacheLayout, Program, graph_
 from dcompile.notices import warn
 from dcompile.runtime.cuda_recorder import RECORDERS, Recorder, Tensors
 
+
 class HeldBoundary:
     """What a lane caches: the static boundary while the lane owns it, else a copy.
 
