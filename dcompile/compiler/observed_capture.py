@@ -19,6 +19,7 @@ from dcompile.compiler.function_caches import FunctionCaches
 from dcompile.compiler.random_states import RandomStates
 from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
 from dcompile.compiler.sizes import DynamicSizes
+from dcompile.compiler.verification import reason_to_refuse
 from dcompile.errors import CaptureError
 
 
@@ -73,10 +74,11 @@ class ObservedCapture:
         after = before.again()
         try:
             effects = before.changes(after)
-            self._refuse_tensors_written_to(effects)
+            self._refuse_what_cannot_be_undone(effects)
             self._refuse_random_numbers(numbers)
             network, traced = self._traced(after)
             self._refuse_what_repeats(effects, traced, after)
+            self._refuse_another_result(network, result, before, numbers)
         except CaptureError as error:
             error.uncached_result = (result,)
             raise
@@ -101,8 +103,8 @@ class ObservedCapture:
             caches.forget_new()
         return network, traced
 
-    def _refuse_tensors_written_to(self, effects: Mapping[Key, Change]) -> None:
-        """Tracing would write to them itself. Of weights and arguments torch.export says so."""
+    def _refuse_what_cannot_be_undone(self, effects: Mapping[Key, Change]) -> None:
+        """Tracing would do it again. Of weights and arguments torch.export says so."""
         weights = (*self._module.parameters(), *self._module.buffers())
         own = {id(tensor) for tensor in (*weights, *self._call.leaves)}
         for (identity, _), change in effects.items():
@@ -133,6 +135,25 @@ class ObservedCapture:
                 repeated = _repeated(effects, after.changes(after.again()))
         if repeated is not None:
             raise self._side_effect(repeated)
+
+    def _refuse_another_result(
+        self, network: CapturedNetwork, result: Any, before: Snapshot, numbers: RandomStates
+    ) -> None:
+        """What the network takes from elsewhere than its arguments is a constant of the graph."""
+
+        def replayed() -> None:
+            before.restore_generators()
+            numbers.restore()
+
+        def again() -> Any:
+            replayed()
+            with undone(*(root for root, _ in self._roots)):
+                return self._run()
+
+        replayed()
+        reason = reason_to_refuse(network, self._module, self._call.leaves, result, again)
+        if reason is not None:
+            raise SideEffectError(reason)
 
     def _side_effect(self, where: str) -> SideEffectError:
         return SideEffectError(

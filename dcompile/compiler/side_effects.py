@@ -18,6 +18,7 @@ import collections
 import contextlib
 import contextvars
 import functools
+import io
 import queue
 import sys
 import threading
@@ -46,6 +47,7 @@ from dcompile.compiler.states import (
     Opaque,
     address_of,
     fill_cell,
+    is_builtin_iterator,
     members,
     opaque_state,
     refill,
@@ -89,7 +91,7 @@ class Change(NamedTuple):
 
     Attributes:
         where: for a person.
-        in_place: a tensor was written to.
+        in_place: a tensor or file was written to, or an iterator advanced: nothing undoes that.
         harmless: only plain values were assigned, as a counter does, or an equal copy.
     """
 
@@ -355,7 +357,8 @@ def _differences(held: _Held, now: Any) -> Iterator[tuple[Key, Change]]:
             yield (id(held.thing), "memory"), moved
     elif isinstance(before, Opaque):
         if before != now:
-            yield (id(held.thing), None), Change(where, in_place=False, harmless=False)
+            final = is_builtin_iterator(held.thing) or isinstance(held.thing, io.IOBase)
+            yield (id(held.thing), None), Change(where, in_place=final, harmless=False)
     elif isinstance(held.thing, torch.Tensor):
         if before != now:
             yield (id(held.thing), None), Change(where, in_place=True, harmless=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import io
+import itertools
+import operator
 import queue
 import random
 import sys
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dcompile.compiler.introspection import EMPTY
+from dcompile.compiler.introspection import EMPTY, PLAIN
 
 
 class Opaque(NamedTuple):
@@ -56,11 +59,18 @@ def members(kind: type) -> dict[str, Any]:
 
 
 def opaque_state(thing: Any) -> tuple[Any, Callable[[Any], Any] | None] | None:
-    """The state of a random number generator, an array or a queue; and what puts it back."""
+    """The state of what cannot be looked into; and what puts it back.
+
+    Random number generators, arrays, queues, iterators, open files.
+    """
     if isinstance(thing, random.Random):
         return thing.getstate(), lambda opaque: thing.setstate(opaque.state)
     if isinstance(thing, queue.SimpleQueue):
         return thing.qsize(), None
+    if is_builtin_iterator(thing):
+        return _position(thing), None
+    if isinstance(thing, io.IOBase):
+        return _offset(thing), None
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
@@ -77,6 +87,48 @@ def opaque_state(thing: Any) -> tuple[Any, Callable[[Any], Any] | None] | None:
         kept = bits.state
         return repr(kept), lambda _: setattr(bits, "state", kept)
     return None
+
+
+def is_builtin_iterator(thing: Any) -> bool:
+    """Whether it is a generator, or an iterator of Python's own: ``next`` cannot be undone."""
+    kind = type(thing)
+    if kind.__module__ not in ("builtins", "itertools") or isinstance(thing, io.IOBase):
+        return False
+    return hasattr(kind, "__next__")
+
+
+def _position(iterator: Any) -> Any:
+    """Something that ``next`` changes; None if that cannot be known."""
+    if isinstance(iterator, types.GeneratorType):
+        frame = iterator.gi_frame
+        if frame is None:
+            return "finished"
+        inside = frame.f_locals.items()
+        held = tuple((k, v if type(v) in PLAIN else id(v)) for k, v in inside)
+        nested = tuple(_position(v) for _, v in inside if is_builtin_iterator(v))
+        hint = iterator.gi_yieldfrom
+        return frame.f_lasti, held, nested, _position(hint) if is_builtin_iterator(hint) else None
+    if isinstance(iterator, (itertools.count, itertools.repeat)):
+        return repr(iterator)
+    try:
+        kind, *rest = iterator.__reduce__()
+    except TypeError:  # of Python 3.14 on, those of itertools; some have a length
+        return operator.length_hint(iterator)
+    return repr(kind), repr(rest[1:]), _parts(rest[0])
+
+
+def _parts(arguments: Any) -> Any:
+    return tuple(
+        _position(item) if is_builtin_iterator(item) else item if type(item) in PLAIN else id(item)
+        for item in arguments
+    )
+
+
+def _offset(file: Any) -> Any:
+    try:
+        return file.tell()
+    except (OSError, ValueError):  # a terminal, a pipe; it is closed
+        return file.closed
 
 
 def set_variable(variable: contextvars.ContextVar[Any]) -> Callable[[Any], Any]:

@@ -1,0 +1,116 @@
+"""Whether a captured graph computes what the network computes.
+
+What a network takes from elsewhere than its arguments and weights is a constant of its graph: the
+time of day, an iterator's next item, how often it was called. Nothing in the graph shows that, but
+its result does: it was traced after a call that is known, with the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dcompile.compiler.capture import CapturedNetwork
+from dcompile.compiler.lazy import materialize
+from dcompile.compiler.program import convention_of, weights_of
+
+# Shares of the largest value. Two calls of one network differ by less, if at all; its graph may
+# also round differently where operators were decomposed.
+SAME_CALL = 1e-5
+SAME_COMPUTATION = 1e-3
+
+
+def run_graph(network: CapturedNetwork, module: nn.Module, leaves: Sequence[Any]) -> list[Any]:
+    """What the graph returns for a call, with the module's weights; operator by operator."""
+    convention = convention_of(network.graph_module, network)
+    tensors = iter(convention.weight_tensors(weights_of(module)))
+    inputs = iter(materialize([leaves[i] for i in convention.inputs]))
+    weights = network.parameters.keys() | network.constants.keys()
+    arguments = [
+        next(tensors if str(node.target) in weights else inputs)
+        for node in network.graph_module.graph.find_nodes(op="placeholder")
+    ]
+    with torch.no_grad():
+        return list(network.graph_module(*arguments))
+
+
+def difference_of_results(one: Any, other: Any) -> float:
+    """The largest difference as a share of the largest value; 0 only if they are equal.
+
+    Infinite if they have different structures, shapes, dtypes, or other values that are no tensors.
+    """
+    ones, others = tree_leaves(one), tree_leaves(other)
+    if len(ones) != len(others):
+        return float("inf")
+    return max(map(_difference, ones, others), default=0.0)
+
+
+def _difference(one: Any, other: Any) -> float:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return 0.0 if type(one) is type(other) and one == other else float("inf")
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return float("inf")
+    if torch.equal(one, other):
+        return 0.0
+    kind = torch.complex128 if one.is_complex() else torch.float64
+    one, other = one.detach().to(kind), other.detach().to(kind)
+    same = (one == other) | (one.isnan() & other.isnan())  # infinities are equal
+    if bool(same.all()):
+        return 0.0
+    apart = torch.where(same, 0, (one - other).abs())
+    largest = torch.where(one.isfinite(), one, 0).abs().max()
+    share = float(apart.max() / largest.clamp(min=torch.finfo(torch.float64).tiny))
+    return share if share == share else float("inf")
+
+
+def tolerance_of(result: Any, share: float) -> float:
+    """``share``, or what half precision leaves of it."""
+    coarsest = max(
+        (
+            torch.finfo(leaf.dtype).eps
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, torch.Tensor) and leaf.dtype.is_floating_point
+        ),
+        default=0.0,
+    )
+    return max(share, 16 * coarsest)
+
+
+def reason_to_refuse(
+    network: CapturedNetwork,
+    module: nn.Module,
+    leaves: Sequence[Any],
+    result: Any,
+    again: Callable[[], Any],
+) -> str | None:
+    """Why the graph must not be used, if it computes something else than the network.
+
+    Args:
+        leaves, result: of a real call, before which random numbers were as they are now.
+        again: makes the same call once more, with the same random numbers.
+    """
+    name = type(module).__name__
+    found = difference_of_results(result, run_graph(network, module, leaves))
+    if found == 0.0:
+        return None
+    repeated = difference_of_results(result, again())
+    if repeated > tolerance_of(result, SAME_CALL):
+        return (
+            f"{name} returns something else each time it is called with the same arguments: its "
+            "result depends on a clock, a counter, an iterator or the like, which would be a "
+            "constant of a graph. It runs uncached"
+        )
+    if found > tolerance_of(result, SAME_COMPUTATION):
+        return (
+            f"the graph captured of {name} computes something else than the network itself (they "
+            f"differ by {found:.1e} of the largest value): its code takes another path while it is "
+            "traced. It runs uncached"
+        )
+    return None
+
+
+__all__ = ["difference_of_results", "reason_to_refuse", "run_graph"]
