@@ -11,12 +11,14 @@ from .base import GraphPass, PassError, PostconditionError, PreconditionError
 from .canonicalize import Canonicalize
 from .cost import Cost, node_cost, total_cost
 from .forecast import with_forecast
+from .hoist import HOISTED, find_step_invariant, mark_step_invariant, prologue_of, without_hoisted
 from .probe import with_drift
 from .regions import OutlineRegions
 from .skips import SkipConnection, find_skip_connections
 from .split import SplitGraphs, split_at, split_levels, with_outputs
 
 __all__ = [
+    "HOISTED",
     "Canonicalize",
     "Cost",
     "GraphPass",
@@ -27,11 +29,15 @@ __all__ = [
     "SkipConnection",
     "SplitGraphs",
     "find_skip_connections",
+    "find_step_invariant",
+    "mark_step_invariant",
     "node_cost",
+    "prologue_of",
     "split_at",
     "split_levels",
     "total_cost",
     "with_drift",
     "with_forecast",
     "with_outputs",
+    "without_hoisted",
 ]

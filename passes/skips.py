@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import PreconditionError, argument, has_argument, is_pure
+from .base import PreconditionError, argument, has_argument, is_pure, is_view
 from .cost import Cost, node_cost, tensor_bytes, total_cost
 
 # The same operation under the names that capture leaves in a graph.
@@ -256,7 +256,7 @@ class _Dependencies:
         while waiting:
             node = waiting.pop()
             size = tensor_bytes(node.meta.get("val"))
-            kept = {"capacity": size} if size and not _is_view(node) else {}
+            kept = {"capacity": size} if size and not is_view(node) else {}
             flow.add_edge((node, "in"), (node, "out"), **kept)
             expensive = node_cost(node).flops > CHEAP * size
             if node.op != "call_function" or expensive or not is_pure(node):
@@ -316,13 +316,6 @@ _READ_NO_VALUES = frozenset(
         torch.ops.aten.zeros_like,
     }
 )
-
-
-def _is_view(node: Node) -> bool:
-    """Whether the result shares an operand's storage: kept, it would keep all of that."""
-    return isinstance(node.target, torch._ops.OpOverload) and any(
-        result.alias_info is not None for result in node.target._schema.returns
-    )
 
 
 def _reads_values(node: Node) -> bool:

@@ -29,9 +29,11 @@ from dcompile.errors import BackendError, DepthError, NoSkipConnectionError, Sch
 from dcompile.passes import (
     SkipConnection,
     find_skip_connections,
+    prologue_of,
     split_levels,
     with_drift,
     with_forecast,
+    without_hoisted,
 )
 from dcompile.passes.base import is_floating
 from dcompile.progress import Display
@@ -72,9 +74,12 @@ def gains_little(network: CapturedNetwork) -> bool:
 
 
 def graphs_of(
-    network: CapturedNetwork, cuts: ProgramSpec
+    network: CapturedNetwork, cuts: ProgramSpec, hoist: bool
 ) -> tuple[tuple[GraphModule, ...], tuple[CacheLayout, ...], tuple[SkipConnection, ...]]:
     """Cut ``network``: its graphs, what each cut caches, and the cuts themselves.
+
+    Args:
+        hoist: have the graphs take ``network.hoisted`` as inputs, after the call's.
 
     Raises:
         NoSkipConnectionError, DepthError: see ``choose_skip``.
@@ -91,6 +96,8 @@ def graphs_of(
             )
     graphs = list(split_levels(network.graph_module, skips, probed))
     sizes = [len(skip.boundary) for skip in skips]
+    if hoist:
+        graphs = [*map(without_hoisted, graphs, (*sizes, 0))]
     if cuts.probe is not None:
         graphs[0] = with_drift(graphs[0], len(probed), cuts.probe)
         sizes[0] += len(probed)
@@ -107,20 +114,32 @@ def build(
     module: nn.Module,
     leaves: Sequence[Any],
     display: Display,
-    full: CompiledGraph | None = None,
+    earlier: Program | None = None,
 ) -> Program:
     """Cut ``network`` and compile all graphs for a call like ``leaves``.
 
     Args:
-        full: the full graph, if a program with other histories has it.
+        earlier: a program that has the full graph, if one with other histories does.
 
     Raises:
         NoSkipConnectionError, DepthError, ScheduleError: see ``graphs_of``.
         BackendError: the backend failed; the original error is its cause.
     """
     with display.stage("cutting"):
-        graphs, cached, skips = graphs_of(network, cuts)
+        hoist = hoists(network, backend)
+        graphs, cached, skips = graphs_of(network, cuts, hoist)
     weights = weights_of(module)
+    prologue = earlier.prologue if earlier is not None else None
+    if hoist:
+        if prologue is None:
+            graph_module = prologue_of(network.graph_module, network.hoisted)
+            prologue = compile_graph(
+                graph_module, network, backend, weights, leaves, (), "prologue", display
+            )
+        if backend.needs_examples:
+            with torch.no_grad():
+                leaves = [*leaves, *prologue.bind(weights)(leaves)]
+    full = earlier.full if earlier is not None else None
     if full is None:
         full = compile_graph(graphs[-1], network, backend, weights, leaves, (), "full", display)
     made: tuple[Any, ...] = ()
@@ -149,7 +168,16 @@ def build(
         cached,
         tuple(skip.ratio for skip in skips),
         cuts.probe is not None,
+        prologue,
     )
+
+
+def hoists(network: CapturedNetwork, backend: Backend) -> bool:
+    """Whether what is the same at every step is computed by a graph of its own.
+
+    Not for a backend that folds weights into its code: it may fold more if it sees all.
+    """
+    return bool(network.hoisted) and not backend.folds_weights
 
 
 def rebound(
@@ -167,7 +195,7 @@ def rebound(
         network, cuts: what ``program`` was built from.
     """
     for half in program.graphs:
-        inputs = [leaves[i] for i in half.convention.inputs]
+        inputs = [leaves[i] for i in half.convention.inputs if i >= 0]
         if isinstance(half.run, Refittable) and not half.run.accepts(inputs):
             display.note("other sizes than the backend compiled for")
             return None
@@ -179,7 +207,7 @@ def rebound(
     if not all(isinstance(half.run, Refittable) for half in program.graphs):
         display.note("weights changed that the backend had folded into its code")
         return None
-    graphs, cached, _ = graphs_of(network, cuts)
+    graphs, cached, _ = graphs_of(network, cuts, hoist=False)
     refitted: list[CompiledGraph] = []
     for number, (half, graph_module) in enumerate(zip(program.graphs, graphs, strict=True)):
         label = graph_label(number, len(cached))
@@ -225,11 +253,13 @@ def compile_graph(
         graph_module = with_weights(graph_module, network, weights)
         folded = FoldedWeights.of(convention, weights)
         convention = Convention((), convention.inputs)
-    tensors = convention.weight_tensors(weights)
-    inputs = [*tensors, *(leaves[i] for i in convention.inputs), *cached]
+    inputs: Sequence[Any] = ()
+    if backend.needs_examples:
+        tensors = convention.weight_tensors(weights)
+        inputs = [*tensors, *(leaves[i] for i in convention.inputs), *cached]
     with display.stage(f"compiling the {label} graph ({backend.name})"), torch.no_grad():
         try:
-            run = backend.compile(graph_module, inputs if backend.needs_examples else ())
+            run = backend.compile(graph_module, inputs)
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BackendError(

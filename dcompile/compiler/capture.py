@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.compat.export import (
@@ -32,7 +32,7 @@ from dcompile.compat.hooks import casts_in_graph, offload_hooks
 from dcompile.compiler.guards import SizeGuard, TensorPattern, autocast_dtype
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.errors import CaptureError
-from dcompile.passes import Canonicalize
+from dcompile.passes import Canonicalize, mark_step_invariant
 from dcompile.passes.base import is_mutating
 
 
@@ -55,6 +55,8 @@ class CapturedNetwork:
         constant_names: placeholder -> the attribute it was found in, or a made-up name.
         inputs: placeholder -> position of the input among the call's leaves.
         sample: the placeholder of the noisy sample.
+        hoisted: values that are the same at every step, marked in the graph (see
+            ``passes.hoist``); empty if the timestep is unknown.
         out_spec: the structure of what the network returns.
         in_spec: the structure of the call.
         guard: for a dynamic capture, the calls it is right for.
@@ -69,6 +71,7 @@ class CapturedNetwork:
     sample: str
     out_spec: TreeSpec
     in_spec: TreeSpec
+    hoisted: tuple[Node, ...] = ()
     guard: SizeGuard | None = None
     current_guard: Callable[[], SizeGuard] | None = None
 
@@ -134,6 +137,7 @@ def capture(
     spec: TreeSpec,
     sample_leaf: int,
     dynamic: DynamicSizes | None = None,
+    timestep_leaf: int | None = None,
 ) -> CapturedNetwork:
     """Capture one call of ``forward``, the original forward of ``module``.
 
@@ -145,6 +149,7 @@ def capture(
         sample_leaf: which of the leaves is the noisy sample.
         dynamic: let these sizes vary as far as the network's code allows (``Dim.AUTO``). If the
             conditions on them are not understood, the sizes are fixed.
+        timestep_leaf: which is the timestep; without it, nothing is hoisted.
 
     Raises:
         CaptureError: ``torch.export`` cannot follow the code; names the line.
@@ -182,11 +187,11 @@ def capture(
         capturing_threads.discard(threading.get_ident())
         _take_over_writes(module, network.network, before)
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
-    captured = _from_exported(exported, spec, sample_leaf, ranges)
+    captured = _from_exported(exported, spec, sample_leaf, timestep_leaf, ranges)
     forget_examples(exported)
     if captured.guard is not None and not captured.guard.understood:
         # Conditions on sizes that nothing here can check: capture these sizes alone.
-        return capture(module, forward, leaves, spec, sample_leaf)
+        return capture(module, forward, leaves, spec, sample_leaf, None, timestep_leaf)
     return captured
 
 
@@ -229,6 +234,7 @@ def _from_exported(
     exported: ExportedProgram,
     in_spec: TreeSpec,
     sample_leaf: int,
+    timestep_leaf: int | None,
     ranges: tuple[tuple[int, int, int, int], ...] | None,
 ) -> CapturedNetwork:
     for output in exported.graph_signature.output_specs:
@@ -264,6 +270,11 @@ def _from_exported(
     _strip_prefix(exported.graph_module)
     guard = _size_guard(exported, inputs, ranges) if ranges is not None else None
     graph_module = Canonicalize()(exported.graph_module).graph_module
+    hoisted: tuple[Node, ...] = ()
+    if timestep_leaf is not None:
+        present = {str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")}
+        steps = [name for name, leaf in inputs.items() if leaf in (sample_leaf, timestep_leaf)]
+        hoisted = mark_step_invariant(graph_module, present.intersection(steps))
     return CapturedNetwork(
         graph_module=graph_module,
         parameters=parameters,
@@ -273,6 +284,7 @@ def _from_exported(
         sample=sample,
         out_spec=exported.call_spec.out_spec,
         in_spec=in_spec,
+        hoisted=hoisted,
         guard=guard() if guard is not None else None,
         current_guard=guard,
     )

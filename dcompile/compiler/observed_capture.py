@@ -95,7 +95,13 @@ class ObservedCapture:
         caches = FunctionCaches(after.caches)
         try:
             network = capture(
-                self._module, self._forward, leaves, form.spec, form.sample, self._dynamic
+                self._module,
+                self._forward,
+                leaves,
+                form.spec,
+                form.sample,
+                self._dynamic,
+                form.timestep,
             )
         finally:
             traced = after.changes(after.again())

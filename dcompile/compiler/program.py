@@ -15,6 +15,7 @@ from dcompile.compat.storages import storage_of
 from dcompile.compat.tensors import is_wrapper, parts_by_name, version_of
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.lazy import LazyTensor, materialize
+from dcompile.passes import HOISTED
 
 
 class Constant(NamedTuple):
@@ -29,7 +30,7 @@ class Convention(NamedTuple):
 
     Attributes:
         weights: a parameter's or buffer's fully qualified name, or a constant.
-        inputs: positions among the call's leaves.
+        inputs: positions among the call's leaves; of hoisted values, which follow them, negative.
     """
 
     weights: tuple[str | Constant, ...]
@@ -53,6 +54,8 @@ def convention_of(graph_module: GraphModule, network: CapturedNetwork) -> Conven
             weights.append(Constant(network.constant_names[name], network.constants[name]))
         elif name in network.inputs:
             inputs.append(network.inputs[name])
+        elif HOISTED in node.meta:
+            inputs.append(node.meta[HOISTED])
     return Convention(tuple(weights), tuple(inputs))
 
 
@@ -122,7 +125,7 @@ class CompiledGraph:
         """With these weights, for leaves in this order (see ``StandardCall``)."""
         inputs = self.convention.inputs
         if order is not None:
-            inputs = tuple(order[position] for position in inputs)
+            inputs = tuple(order[i] if i >= 0 else i for i in inputs)
         return Bound(self.run, self.convention.weight_tensors(weights), inputs)
 
 
@@ -185,6 +188,8 @@ class Program:
         cached: one for each cut.
         ratios: of each cut, r: FLOPs of its graph over FLOPs of the full graph.
         probed: whether the first graph returns a drift.
+        prologue: computes what is the same at every step from the call's other leaves; the graphs
+            read its results after the call's leaves. None if there is no such thing.
     """
 
     out_spec: TreeSpec
@@ -192,6 +197,12 @@ class Program:
     cached: tuple[CacheLayout, ...]
     ratios: tuple[float, ...] = (0.0,)
     probed: bool = False
+    prologue: CompiledGraph | None = None
+
+    @property
+    def all_graphs(self) -> tuple[CompiledGraph, ...]:
+        """The graphs, and the prologue if there is one."""
+        return self.graphs if self.prologue is None else (*self.graphs, self.prologue)
 
     @property
     def full(self) -> CompiledGraph:
@@ -208,7 +219,7 @@ class Program:
 
     def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """Whether the weights folded into the code, if any were, are still the module's."""
-        return all(graph.folded is None or graph.folded.match(weights) for graph in self.graphs)
+        return all(graph.folded is None or graph.folded.match(weights) for graph in self.all_graphs)
 
     def bind(
         self, weights: Mapping[str, torch.Tensor], order: Sequence[int] | None = None
@@ -218,7 +229,9 @@ class Program:
         Args:
             order: where the program's leaves are among those it will be called with.
         """
-        return BoundProgram(self, tuple(graph.bind(weights, order) for graph in self.graphs))
+        prologue = None if self.prologue is None else self.prologue.bind(weights, order)
+        graphs = tuple(graph.bind(weights, order) for graph in self.graphs)
+        return BoundProgram(self, graphs, prologue)
 
 
 def cache_layouts(sizes: Sequence[int], histories: Sequence[int]) -> tuple[CacheLayout, ...]:
@@ -241,14 +254,27 @@ class BoundProgram:
 
     Attributes:
         graphs: as in the program.
+        prologue: as in the program. What it returns has to follow the leaves of each call.
         results: how many of a graph's outputs the module returns.
     """
 
-    __slots__ = ("_aliased", "_outermost", "_spec", "_tuple", "graphs", "program", "results")
+    __slots__ = (
+        "_aliased",
+        "_outermost",
+        "_spec",
+        "_tuple",
+        "graphs",
+        "program",
+        "prologue",
+        "results",
+    )
 
-    def __init__(self, program: Program, graphs: tuple[Bound, ...]) -> None:
+    def __init__(
+        self, program: Program, graphs: tuple[Bound, ...], prologue: Bound | None = None
+    ) -> None:
         self.program = program
         self.graphs = graphs
+        self.prologue = prologue
         self._outermost = program.cached[0].all
         self._aliased = False
         self._spec = program.out_spec

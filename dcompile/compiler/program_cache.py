@@ -16,7 +16,7 @@ from dcompile.compiler.call import CallForms, StandardCall
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.capture_cache import CaptureCache
 from dcompile.compiler.fingerprint import tensors_in_containers
-from dcompile.compiler.program import CompiledGraph, Constant, Program, ProgramSpec
+from dcompile.compiler.program import Constant, Program, ProgramSpec
 from dcompile.compiler.program_memory import bytes_of_graphs, bytes_of_networks
 from dcompile.compiler.saved import SavedProgram
 from dcompile.compiler.signature import portable_signature, signature_of
@@ -197,10 +197,10 @@ class ProgramCache:
         known = self._failed.get(key)
         if known is not None:
             raise type(known)(str(known))
-        full = self._full_graph_of(network, spec, backend)
+        earlier = self._with_full_graph(network, spec, backend)
         try:
             with forgotten_later():
-                return build(network, spec, backend, self._module, leaves, display, full)
+                return build(network, spec, backend, self._module, leaves, display, earlier)
         except DcompileError as error:
             self._failed[key] = type(error)(str(error))
             raise
@@ -248,12 +248,12 @@ class ProgramCache:
 
     def _nbytes(self) -> int:
         networks = bytes_of_networks(self.captures.networks())
-        return networks + sum(bytes_of_graphs(one.graphs) for one in self._programs.values())
+        return networks + sum(bytes_of_graphs(one.all_graphs) for one in self._programs.values())
 
-    def _full_graph_of(
+    def _with_full_graph(
         self, network: CapturedNetwork, wanted: ProgramSpec, backend: Backend
-    ) -> CompiledGraph | None:
-        """The compiled full graph, if a program with forecasts of other lengths has it."""
+    ) -> Program | None:
+        """A program with forecasts of other lengths, which has the full graph compiled."""
 
         def outputs(spec: ProgramSpec) -> tuple[tuple[int, ...], bool]:
             return spec.depths, spec.probe is not None
@@ -261,14 +261,14 @@ class ProgramCache:
         for (other, spec, compiler), program in self._programs.items():
             alike = outputs(spec) == outputs(wanted) and program.full.folded is None
             if other is network and compiler == backend and alike:
-                return program.full
+                return program
         return None
 
     def _refuse_unnamed_state(self, programs: Iterable[Program]) -> None:
         """A loaded program looks up weights by name; for all else it would use saved values."""
         loose = tensors_in_containers(self._module)
         for program in programs:
-            for weight in (w for graph in program.graphs for w in graph.convention.weights):
+            for weight in (w for graph in program.all_graphs for w in graph.convention.weights):
                 where = isinstance(weight, Constant) and loose.get(weight.value.data_ptr())
                 if where:
                     raise ArtifactError(

@@ -79,7 +79,9 @@ class Binder:
         while len(self._recorded) > MAX_RECORDED:
             del self._recorded[next(iter(self._recorded))]
         in_order = call.order == tuple(range(len(call.order)))
-        return recorded if in_order else Reordered(recorded, call.order)
+        if in_order:
+            return recorded
+        return Reordered(recorded, call.order, self._with_weights(program, call.order).prologue)
 
     def _with_weights(self, program: Program, order: tuple[int, ...] | None = None) -> BoundProgram:
         key = program, order

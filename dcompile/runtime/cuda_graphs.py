@@ -35,7 +35,7 @@ from dcompile.compat import cuda as compat_cuda
 from dcompile.compat.storages import storage_of
 from dcompile.compat.tensors import version_of
 from dcompile.compiler.lazy import materialize
-from dcompile.compiler.program import BoundProgram, CacheLayout, Program, graph_label
+from dcompile.compiler.program import Bound, BoundProgram, CacheLayout, Program, graph_label
 from dcompile.notices import warn
 from dcompile.runtime.cuda_recorder import RECORDERS, Recorder, Tensors
 
@@ -130,6 +130,7 @@ class RecordedProgram:
 
     def __init__(self, bound: BoundProgram, device: torch.device) -> None:
         self.program: Program = bound.program
+        self.prologue = bound.prologue  # not recorded: it runs once
         self._bound = bound
         self._device = device
         self._recorder: Recorder | None = None
@@ -372,10 +373,17 @@ class RecordedProgram:
 class Reordered:
     """A recorded program for calls that are written in another way."""
 
-    def __init__(self, recorded: RecordedProgram, order: tuple[int, ...]) -> None:
+    def __init__(
+        self, recorded: RecordedProgram, order: tuple[int, ...], prologue: Bound | None
+    ) -> None:
         self.program = recorded.program
+        self.prologue = prologue
         self._recorded = recorded
-        self._order = order
+        # What is hoisted follows the leaves of a call, however that is written.
+        hoisted = max(
+            (-i for graph in self.program.graphs for i in graph.convention.inputs), default=0
+        )
+        self._order = (*order, *range(-hoisted, 0))
 
     def refresh(
         self,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.compiler import is_compiling
-from torch.utils._pytree import tree_leaves
 
 from dcompile.compat.functorch import innermost_transformation
 from dcompile.compiler.capture import capturing_in_this_thread
@@ -117,18 +116,19 @@ class Dispatcher(ForwardWrapper):
     ) -> Any:
         """Run one graph from what the lane has cached, and cache what it computed."""
         layouts = bound.program.cached
+        leaves = lane.leaves(bound, call.leaves, refreshes=level > 0)
         coefficients = None
         if level < len(layouts) and layouts[level].history > 1:
             coefficients = lane.coefficients(
                 run.forecasts[level], level, layouts[level].history, step, call.device
             )
         if level == 0:
-            result, drift = bound.reuse(call.leaves, lane.cached, coefficients)
+            result, drift = bound.reuse(leaves, lane.cached, coefficients)
             if drift is not None and run.plan is not None:
                 run.plan.observe(step, Readback(drift))
             return result
         result = lane.refresh(
-            lambda: bound.refresh(call.leaves, lane.cached, level, coefficients),
+            lambda: bound.refresh(leaves, lane.cached, level, coefficients),
             run.forecasts,
             layouts,
             level,
@@ -139,7 +139,7 @@ class Dispatcher(ForwardWrapper):
         lane.program, lane.signature, lane.bound = bound.program, call.signature, bound
         if state.observer is not None:
             held = getattr(lane.cached, "tensors", lane.cached)
-            record = RefreshRecord(step, run.steps, lane, bound, call.leaves, result, held)
+            record = RefreshRecord(step, run.steps, lane, bound, leaves, result, held)
             state.observer(record)
         return result
 
@@ -227,8 +227,7 @@ class Dispatcher(ForwardWrapper):
     def stats(self) -> Stats:
         """Counts since the last ``configure``."""
         tracker = self.state.tracker
-        cached = tree_leaves([getattr(held, "tensors", held) for held in tracker.cached()])
-        held = {id(t): t.nbytes for t in cached if isinstance(t, torch.Tensor)}
+        held = {id(t): t.nbytes for lane in tracker.lanes() for t in lane.tensors()}
         reason = self.programs.captures.last_reason
         return self.state.counters.stats(tracker.runs, sum(held.values()), reason)
 

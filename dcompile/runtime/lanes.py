@@ -22,6 +22,7 @@ from dcompile.compiler.program import CacheLayout, Program
 from dcompile.policy.forecast import Damped, Forecast, coefficients_of
 from dcompile.runtime.cuda_graphs import HeldBoundary
 from dcompile.runtime.damping import Damping
+from dcompile.runtime.hoisting import Hoisted, followed_by_hoisted
 from dcompile.runtime.memory import available_bytes
 from dcompile.runtime.readback import Readback
 
@@ -66,6 +67,7 @@ class Lane:
         refreshed: for each cut the steps that made what is cached, the latest first.
         damping: for each cut, of its damped forecast.
         finite: whether what is cached is finite, if that number is still on its way from a device.
+        hoisted: what the program's prologue computed; owned and freed as what is cached.
     """
 
     anchors: tuple[Anchor, ...]
@@ -77,6 +79,7 @@ class Lane:
     refreshed: tuple[tuple[int, ...], ...] = ()
     damping: tuple[Damping, ...] = ()
     finite: Readback | None = None
+    hoisted: Hoisted | None = None
 
     # Whose call is it?
 
@@ -106,12 +109,32 @@ class Lane:
 
     def is_more_than_there_is_room_for(self) -> bool:
         """Whether memory would get short if one more lane cached as much as this one."""
-        values = tree_leaves(getattr(self.cached, "tensors", self.cached))
-        held = [value for value in values if isinstance(value, torch.Tensor)]
+        held = self.tensors()
         taken = sum(tensor.nbytes for tensor in held)
         return taken > 0 and available_bytes(held[0].device) < 2 * taken
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it keeps."""
+        values = tree_leaves(getattr(self.cached, "tensors", self.cached))
+        hoisted = () if self.hoisted is None else self.hoisted.tensors
+        return [value for value in (*values, *hoisted) if isinstance(value, torch.Tensor)]
+
     # What does it take?
+
+    def leaves(self, bound: Any, leaves: Sequence[Any], *, refreshes: bool) -> Sequence[Any]:
+        """A call's leaves, with what is the same at every step after them if its program wants it.
+
+        Args:
+            bound: the program, with the module's weights.
+            leaves: of the call.
+            refreshes: a refresh step has the time to look at the weights, too.
+        """
+        if bound.prologue is None:
+            return leaves
+        given, self.hoisted = followed_by_hoisted(
+            leaves, bound.prologue, self.hoisted, thoroughly=refreshes
+        )
+        return given
 
     def required_level(self, wanted: int, due: Sequence[int]) -> int:
         """The level to run: the one wanted, raised by what is missing or stale.
@@ -214,6 +237,7 @@ class Lane:
     def release(self) -> None:
         """Free what is cached: the next call refreshes."""
         self.cached = ()
+        self.hoisted = None
 
     def _reading(self) -> AbstractContextManager[tuple[Any, ...]]:
         """The cached values, to be read: recorded graphs share their buffers between lanes."""

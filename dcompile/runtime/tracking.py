@@ -206,12 +206,12 @@ class StepTracker:
                 track.run.drop()
             self._by_value.clear()
 
-    def cached(self) -> list[Any]:
-        """What all lanes have cached at present."""
+    def lanes(self) -> list[Lane]:
+        """Those of all runs at present."""
         with self._lock:
             known = [track.run for track in list(self._by_storage.values())]
             known += [track.run for track in self._by_value]
-            return [lane.cached for run in known for lane in run.lanes]
+            return [lane for run in known for lane in run.lanes]
 
     def _step_by_storage(self, timestep: torch.Tensor, storage: Any) -> tuple[Run, int]:
         key = id(storage)

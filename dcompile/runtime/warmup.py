@@ -10,6 +10,7 @@ from dcompile.compiler.capture import CapturedNetwork
 from dcompile.errors import CaptureError
 from dcompile.progress import Display
 from dcompile.runtime.dispatcher import Dispatcher
+from dcompile.runtime.hoisting import followed_by_hoisted
 from dcompile.runtime.lanes import on_device
 
 
@@ -54,12 +55,13 @@ def warm_up(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any
         raise CaptureError(f"warmup: {reason}, so such a call runs uncached")
     runner = dispatcher.runners.runner_for(state, call)
     with torch.no_grad():
-        _, cached = runner.refresh(call.leaves)
+        leaves, _ = followed_by_hoisted(call.leaves, runner.prologue, None, thoroughly=False)
+        _, cached = runner.refresh(leaves)
         for level, layout in enumerate(runner.program.cached):
             latest = None
             if layout.history > 1:
                 latest = on_device((1.0,) + (0.0,) * (layout.history - 1), call.device)
             if level == 0:
-                runner.reuse(call.leaves, cached, latest)
+                runner.reuse(leaves, cached, latest)
             else:
-                _, cached = runner.refresh(call.leaves, cached, level, latest)
+                _, cached = runner.refresh(leaves, cached, level, latest)

@@ -173,8 +173,8 @@ def _program_entry(
     """The manifest's part about one program; its files are added to those given."""
     graphs = []
     cuts = len(saved.program.cached)
-    for graph_number, half in enumerate(saved.program.graphs):
-        label = graph_label(graph_number, cuts)
+    labels = [graph_label(graph, cuts) for graph in range(len(saved.program.graphs))]
+    for label, half in zip([*labels, "prologue"], saved.program.all_graphs, strict=False):
         try:
             dumped = backend.dump(half.run)
         except Exception as error:
@@ -208,7 +208,8 @@ def _program_entry(
         "cached": [list(cut) for cut in saved.program.cached],
         "ratios": list(saved.program.ratios),
         "probed": saved.program.probed,
-        "graphs": graphs,
+        "graphs": graphs[: cuts + 1],
+        "prologue": graphs[cuts + 1 :],
     }
 
 
@@ -285,6 +286,10 @@ def read(
                     tuple(CacheLayout(*cut) for cut in entry["cached"]),
                     tuple(entry["ratios"]),
                     entry["probed"],
+                    *(
+                        _graph_of(graph, backend, files, libraries, constants)
+                        for graph in entry["prologue"]
+                    ),
                 ),
             )
             for entry in manifest["programs"]

@@ -80,10 +80,10 @@ def test_the_cache_dies_with_the_timesteps() -> None:
     tracker = StepTracker()
     ts = timesteps()
     cached_by(tracker, ts, "x")
-    assert tracker.cached() == [("x",)]
+    assert [lane.cached for lane in tracker.lanes()] == [("x",)]
     del ts
     gc.collect()
-    assert tracker.cached() == []
+    assert tracker.lanes() == []
 
 
 @pytest.mark.parametrize("done", [1, 2, 5, 6])
@@ -199,7 +199,7 @@ def test_many_calls_at_one_timestep_are_all_served_while_memory_allows(
             for tensor in held:
                 _, lane, step = tracker.enter(t, [tensor])
                 lane.cached, lane.refreshed = (torch.zeros(16),), ((step,),)
-        return len(tracker.cached())
+        return len(tracker.lanes())
 
     assert kept() == 100
     monkeypatch.setattr(lanes, "available_bytes", lambda device: 100)
@@ -294,7 +294,7 @@ def test_forget_and_reset_drop_everything() -> None:
     assert call(tracker, ts[1], "x") == ""
     call(tracker, 999, "y")
     tracker.reset()
-    assert tracker.cached() == []
+    assert tracker.lanes() == []
     assert call(tracker, ts[2], "x") == ""
     assert call(tracker, 949, "y") == ""
 
@@ -324,4 +324,4 @@ def test_no_more_runs_are_kept_by_value_than_may_be_confused() -> None:
     tracker = StepTracker()
     for run in range(40):
         call(tracker, 10.0**run, str(run))
-    assert len(tracker.cached()) == MAX_VALUE_TRACKS
+    assert len(tracker.lanes()) == MAX_VALUE_TRACKS

@@ -60,7 +60,7 @@ def runs_of(module: Any) -> list[Run]:
 
 def cached_of(module: Any) -> list[Any]:
     """What all lanes have cached now."""
-    return dispatcher_of(module).state.tracker.cached()
+    return [lane.cached for lane in dispatcher_of(module).state.tracker.lanes()]
 
 
 def companions_of(module: Any) -> list[LazyNetwork]:
