@@ -170,7 +170,9 @@ class Handle:
         name = type(self.module).__name__
         return explain(network, dispatcher.settings.depths, name, companions)
 
-    def export_onnx(self, folder: str | os.PathLike[str], /, *args: Any, **kwargs: Any) -> Path:
+    def export_onnx(
+        self, folder: str | os.PathLike[str], /, *args: Any, prologue: bool = False, **kwargs: Any
+    ) -> Path:
         """Write both graphs for ONNX runtimes and TensorRT: a folder that needs no Python.
 
         ``full.onnx`` and ``shallow.onnx``, cut at the current depth, read their weights from one
@@ -186,6 +188,10 @@ class Handle:
 
         Args:
             folder: where to write.
+            prologue: write what is the same at every step, such as projections of the text, as a
+                graph of its own, ``prologue.onnx``, to be run once for a picture: its results,
+                ``hoisted_0`` and so on, are inputs of the other two. Left out where there is
+                nothing of the kind.
             args, kwargs: an example call of the network; only shapes matter. Without one, the
                 network as it was called first.
 
@@ -227,6 +233,7 @@ class Handle:
             dispatcher.original,
             settings.depths[0],
             settings.schedule,
+            prologue,
             target,
             Display(type(self.module).__name__, settings.verbose),
         )

@@ -132,10 +132,7 @@ def build(
     prologue = earlier.prologue if earlier is not None else None
     if hoist:
         if prologue is None:
-            graph_module = prologue_of(network.graph_module, network.hoisted)
-            prologue = compile_graph(
-                graph_module, network, backend, weights, leaves, (), "prologue", display
-            )
+            prologue = compile_prologue(network, backend, weights, leaves, display)
         if backend.needs_examples:
             with torch.no_grad():
                 leaves = [*leaves, *prologue.bind(weights)(leaves)]
@@ -178,6 +175,18 @@ def hoists(network: CapturedNetwork, backend: Backend) -> bool:
     Not for a backend that folds weights into its code: it may fold more if it sees all.
     """
     return bool(network.hoisted) and not backend.folds_weights
+
+
+def compile_prologue(
+    network: CapturedNetwork,
+    backend: Backend,
+    weights: Mapping[str, torch.Tensor],
+    leaves: Sequence[Any],
+    display: Display,
+) -> CompiledGraph:
+    """Compile the graph of what is the same at every step; see ``compile_graph``."""
+    graph_module = prologue_of(network.graph_module, network.hoisted)
+    return compile_graph(graph_module, network, backend, weights, leaves, (), "prologue", display)
 
 
 def rebound(

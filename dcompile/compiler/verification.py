@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program import convention_of, weights_of
+from dcompile.errors import CaptureError
 
 # Shares of the largest value. Two calls of one network differ by less, if at all; its graph may
 # also round differently where operators were decomposed.
@@ -54,7 +55,7 @@ def _difference(one: Any, other: Any) -> float:
         return 0.0 if type(one) is type(other) and one == other else float("inf")
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return float("inf")
-    if torch.equal(one, other):
+    if one.is_meta or other.is_meta or torch.equal(one, other):
         return 0.0
     kind = torch.complex128 if one.is_complex() else torch.float64
     one, other = one.detach().to(kind), other.detach().to(kind)
@@ -92,9 +93,19 @@ def reason_to_refuse(
     Args:
         leaves, result: of a real call, before which random numbers were as they are now.
         again: makes the same call once more, with the same random numbers.
+
+    Raises:
+        CaptureError: the graph cannot be run, for lack of memory, say.
     """
     name = type(module).__name__
-    found = difference_of_results(result, run_graph(network, module, leaves))
+    try:
+        computed = run_graph(network, module, leaves)
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise CaptureError(
+            f"the graph captured of {name} cannot be run: {type(error).__name__}: {first}"
+        ) from error
+    found = difference_of_results(result, computed)
     if found == 0.0:
         return None
     repeated = difference_of_results(result, again())

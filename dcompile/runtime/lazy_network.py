@@ -139,14 +139,14 @@ class LazyNetwork(ForwardWrapper):
             leaves, form.timestep, () if self._constant_numbers else others
         )
         signature, conditioning = signature_of(form, leaves, numbers)
-        run, _, _ = self._tracker.enter(leaves[form.timestep], conditioning)
+        run, _, step = self._tracker.enter(leaves[form.timestep], conditioning)
         bound = run.programs.get(signature)
         if bound is None:
             bound = self._bind(leaves, form, numbers.keys() - {form.timestep})
             if isinstance(bound, Refusal):  # in another way, or by its own forward
                 return bound.result[0] if bound.result else self(*args, **kwargs)
             run.programs[signature] = bound
-        pending = self._pending_call(bound, given, leaves, form)
+        pending = self._pending_call(bound, given, leaves, form, last=step + 1 == run.steps)
         results = bound.program.results
         outputs = [LazyTensor(like, pending, number) for number, like in enumerate(results)]
         return tree_unflatten(outputs, bound.program.network.out_spec)
@@ -168,7 +168,13 @@ class LazyNetwork(ForwardWrapper):
         )
 
     def _pending_call(
-        self, bound: BoundPartialProgram, given: list[Any], leaves: list[Any], form: CallForm
+        self,
+        bound: BoundPartialProgram,
+        given: list[Any],
+        leaves: list[Any],
+        form: CallForm,
+        *,
+        last: bool,
     ) -> PendingCall:
         """The call, to be computed when its results are read.
 
@@ -177,6 +183,7 @@ class LazyNetwork(ForwardWrapper):
             given: its leaves as they were given.
             leaves: the same, with numbers as tensors.
             form: which of them are what.
+            last: it is at the last step of its run.
         """
         program, versions = bound.program, _versions(given)
         home = leaves[form.sample].device
@@ -198,7 +205,9 @@ class LazyNetwork(ForwardWrapper):
                 own_args, own_kwargs = tree_unflatten(given, form.spec)
                 return self._call_directly(own_args, own_kwargs, numbers)
             with torch.no_grad(), autocast():
-                computed = graph(leaves)
+                computed = graph(bound.leaves(leaves))
+            if last:
+                bound.hoisted = []
             return [
                 _with_strides_of(program.results[number], value)
                 for number, value in zip(numbers, computed, strict=True)

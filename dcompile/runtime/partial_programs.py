@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -11,16 +11,20 @@ import torch
 from torch import nn
 
 from dcompile.backends import Backend
-from dcompile.compiler.build import compile_graph
+from dcompile.compiler.build import compile_graph, compile_prologue, hoists
 from dcompile.compiler.call import CallForm, StandardCall
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.capture_cache import CaptureCache
 from dcompile.compiler.program import Bound, CompiledGraph, weights_of
 from dcompile.compiler.program_memory import DEFAULT_BUDGET, bytes_of_graphs, bytes_of_networks
 from dcompile.errors import CaptureError
-from dcompile.passes import total_cost, with_outputs
+from dcompile.passes import total_cost, with_outputs, without_hoisted
 from dcompile.passes.base import is_random
 from dcompile.progress import Display
+from dcompile.runtime.hoisting import Hoisted
+
+# Calls of a step whose hoisted values are kept: both halves of guidance, say.
+MAX_HOISTED = 4
 
 
 class PartCost(NamedTuple):
@@ -47,20 +51,42 @@ class PartialProgram:
         network: as captured.
         results: shape, strides, dtype and device of each result, as tensors without data.
         graphs: one for each selection of results that was asked for.
+        prologue: computes what is the same at every step; None if it is not compiled yet.
     """
 
     network: CapturedNetwork
     results: tuple[torch.Tensor, ...]
     graphs: dict[tuple[int, ...], CompiledGraph] = field(default_factory=dict)
+    prologue: CompiledGraph | None = None
 
 
 @dataclass(eq=False)
 class BoundPartialProgram:
-    """A program with the module's weights, for one run."""
+    """A program with the module's weights, for one run.
+
+    Attributes:
+        hoisted: what the prologue computed for the run's latest calls; freed at its last step.
+    """
 
     program: PartialProgram
     weights: dict[str, torch.Tensor]
     graphs: dict[tuple[int, ...], Bound] = field(default_factory=dict)
+    prologue: Bound | None = None
+    hoisted: list[Hoisted] = field(default_factory=list)
+
+    def leaves(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """A call's leaves as the graphs read them."""
+        compiled = self.program.prologue
+        if compiled is None:
+            return leaves
+        if self.prologue is None:
+            self.prologue = compiled.bind(self.weights)
+        prologue = self.prologue
+        known = [h for h in self.hoisted if h.holds(prologue, leaves, thoroughly=True)]
+        if not known:
+            known = [Hoisted(prologue, leaves)]
+            self.hoisted = [*self.hoisted, *known][-MAX_HOISTED:]
+        return [*leaves, *known[0].tensors]
 
 
 class PartialPrograms:
@@ -154,6 +180,7 @@ class PartialPrograms:
 
     def _nbytes(self) -> int:
         graphs = [graph for one in self._programs.values() for graph in one.graphs.values()]
+        graphs += [one.prologue for one in self._programs.values() if one.prologue is not None]
         return bytes_of_networks(self._programs) + bytes_of_graphs(graphs)
 
     def graph(
@@ -180,12 +207,20 @@ class PartialPrograms:
     ) -> CompiledGraph:
         program, network = bound.program, bound.program.network
         assert self._backend is not None
+        graph_module, given = with_outputs(network.graph_module, numbers), leaves
+        if hoists(network, self._backend):
+            without_hoisted(graph_module)
+            if program.prologue is None:
+                program.prologue = compile_prologue(
+                    network, self._backend, bound.weights, leaves, self._display()
+                )
+            given = [*bound.leaves(leaves)]
         compiled = program.graphs[numbers] = compile_graph(
-            with_outputs(network.graph_module, numbers),
+            graph_module,
             network,
             self._backend,
             bound.weights,
-            leaves,
+            given,
             (),
             f"{len(numbers)}-of-{len(program.results)}-results",
             self._display(),

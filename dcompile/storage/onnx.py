@@ -1,8 +1,9 @@
-"""Write a captured network as two ONNX graphs, one file of weights and a manifest.
+"""Write a captured network as ONNX graphs, one file of weights and a manifest.
 
 The folder runs wherever ONNX does, without Python: ``full.onnx`` and ``shallow.onnx`` are the two
-halves of a program, ``weights.data`` holds every weight once for both, and ``manifest.json`` says
-what to feed them and in which order.
+halves of a program, ``prologue.onnx``, if asked for, computes what is the same at every step,
+``weights.data`` holds every weight once for all, and ``manifest.json`` says what to feed them and
+in which order.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from dcompile.compiler.build import choose_skip, with_weights
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.program import weights_of
 from dcompile.errors import ExportError
-from dcompile.passes import SkipConnection, split_at
+from dcompile.passes import HOISTED, SkipConnection, prologue_of, split_at, without_hoisted
 from dcompile.policy.schedule import Schedule
 from dcompile.progress import Display
 from dcompile.storage.onnx_folder import (
@@ -56,6 +57,7 @@ def export(
     forward: Callable[..., Any],
     depth: int,
     schedule: Schedule,
+    prologue: bool,
     folder: Path,
     display: Display,
 ) -> None:
@@ -67,6 +69,7 @@ def export(
         forward: the module's own forward; its parameters name the graphs' inputs.
         depth: where to cut.
         schedule: written to the manifest.
+        prologue: have a graph of its own compute what is the same at every step.
         folder: replaced if it holds an export, created if it does not exist.
         display: shows progress.
 
@@ -81,22 +84,32 @@ def export(
     with display.stage("cutting"):
         skip = choose_skip(network, depth)
         full_graph, shallow_graph = split_at(network.graph_module, skip)
-    names = Names.of(network, forward, len(skip.boundary), weights)
+        values = network.hoisted if prologue else ()
+        if values:
+            without_hoisted(full_graph)
+            without_hoisted(shallow_graph, len(skip.boundary))
+    names = Names.of(network, forward, len(skip.boundary), len(values), weights)
+    models, hoisted = [], ()
+    if values:
+        with display.stage("translating the prologue (ONNX)"):
+            first_graph = prologue_of(network.graph_module, values)
+            first = _translated("prologue", first_graph, network, weights, names, names.hoisted)
+            models, hoisted = [first.model], first.outputs
     with display.stage("translating the full graph (ONNX)"):
         outputs = (*names.results, *names.boundary)
-        full = _translated("full", full_graph, network, weights, names, outputs)
+        full = _translated("full", full_graph, network, weights, names, outputs, hoisted)
     with display.stage("translating the shallow graph (ONNX)"):
         boundary = full.outputs[-len(names.boundary) :]
         shallow = _translated(
-            "shallow", shallow_graph, network, weights, names, names.results, boundary
+            "shallow", shallow_graph, network, weights, names, names.results, hoisted, boundary
         )
-    models = [full.model, shallow.model]
+    models = [full.model, shallow.model, *models]
     with display.stage("writing"), replacing(folder) as draft:
         stored = WeightsFile(draft / WEIGHTS)
         with stored:
             for model in models:
                 move_weights_out(model, network, stored)
-        for model, file in zip(models, GRAPHS, strict=True):
+        for model, file in zip(models, GRAPHS, strict=False):
             write_model(model, draft / file)
         manifest = _manifest(type(module).__name__, skip, schedule, names, models, stored)
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -121,14 +134,19 @@ def _translated(
     weights: Mapping[str, torch.Tensor],
     names: Names,
     outputs: Sequence[str],
+    hoisted: Sequence[torch.Tensor] = (),
     boundary: Sequence[torch.Tensor] = (),
 ) -> _Translated:
     graph_module = with_weights(graph_module, network, weights).eval()
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    inputs = [names.inputs[str(node.target)] for node in placeholders if _is_input(node, network)]
-    # Metadata of the boundary may be of another dtype: what autocast made of it in the capture.
-    values = [node.meta["val"] for node in placeholders if _is_input(node, network)]
-    values += boundary
+    taken = [node for node in placeholders if str(node.target) in network.inputs]
+    inputs = [names.inputs[str(node.target)] for node in taken]
+    # Metadata of other graphs' results may be of another dtype: what autocast made of them in the
+    # capture.
+    values = [node.meta["val"] for node in taken]
+    marks = [node.meta[HOISTED] for node in placeholders if HOISTED in node.meta]
+    inputs += [names.hoisted[mark] for mark in marks]
+    values += [*(hoisted[mark] for mark in marks), *boundary]
     inputs += names.boundary[: len(boundary)]
     try:
         with _quiet(), torch.inference_mode(False), torch.no_grad(), without_autocast(values):
@@ -156,10 +174,6 @@ def _translated(
             "ONNX may not have: give an example call"
         ) from error
     return _Translated(model, tuple(results))
-
-
-def _is_input(placeholder: Node, network: CapturedNetwork) -> bool:
-    return str(placeholder.target) in network.inputs
 
 
 def _returned(graph: Graph) -> Sequence[Any]:
@@ -275,14 +289,14 @@ def _manifest(
     models: Sequence[Any],
     stored: WeightsFile,
 ) -> dict[str, Any]:
-    full, shallow = (
-        {
+    graphs = {
+        file.removesuffix(".onnx"): {
             "file": file,
             "inputs": [_described(value) for value in model.graph.inputs],
             "outputs": [_described(value) for value in model.graph.outputs],
         }
-        for model, file in zip(models, GRAPHS, strict=True)
-    )
+        for model, file in zip(models, GRAPHS, strict=False)
+    }
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -297,8 +311,7 @@ def _manifest(
         "boundary": [{"output": name, "input": name} for name in names.boundary],
         "schedule": _described_schedule(schedule),
         "weights": {"file": stored.path.name, "bytes": stored.size, "sha256": stored.sha256},
-        "full": full,
-        "shallow": shallow,
+        **graphs,
     }
 
 

@@ -1,4 +1,4 @@
-"""The folder of an export: one file of weights, two graphs, a manifest; replaced as a whole."""
+"""The folder of an export: one file of weights, graphs, a manifest; replaced as a whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = "dcompile-onnx"
 FORMAT_VERSION = 1
 WEIGHTS = "weights.data"
 MANIFEST = "manifest.json"
-GRAPHS = ("full.onnx", "shallow.onnx")
+GRAPHS = ("full.onnx", "shallow.onnx", "prologue.onnx")  # the last one if it was asked for
 
 _INLINE_BYTES = 1024  # Constants up to this size stay in the graph, where shape inference looks.
 _LARGE_BYTES = 1 << 20  # Tensors from this size begin where any system can map them into memory.

@@ -21,18 +21,22 @@ class Names(NamedTuple):
         results: one for each value that the network returns: ``out_0``, or ``out_sample`` where
             it returns named fields.
         boundary: the full graph's further outputs, and the shallow graph's further inputs.
+        sample: the name of the noisy sample.
+        hoisted: the prologue's outputs, and further inputs of the other graphs.
     """
 
     inputs: dict[str, str]
     results: tuple[str, ...]
     boundary: tuple[str, ...]
     sample: str
+    hoisted: tuple[str, ...]
 
     @staticmethod
     def of(
         network: CapturedNetwork,
         forward: Callable[..., Any],
         boundary: int,
+        hoisted: int,
         weights: Mapping[str, torch.Tensor],
     ) -> Names:
         taken = set(weights)  # a graph's values are one name space
@@ -53,6 +57,7 @@ class Names(NamedTuple):
             tuple(results),
             tuple(unique(f"boundary_{i}") for i in range(boundary)),
             inputs[network.sample],
+            tuple(unique(f"hoisted_{i}") for i in range(hoisted)),
         )
 
 

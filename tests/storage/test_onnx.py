@@ -44,15 +44,21 @@ class Sessions:
             for graph in ("full", "shallow")
         )
         self._cache: Arrays = {}
+        self._hoisted: Arrays = {}
+
+    def prologue(self, folder: Path, inputs: Arrays) -> None:
+        """Once for a picture."""
+        session = onnxruntime.InferenceSession(folder / self.manifest["prologue"]["file"])
+        self._hoisted = self._run("prologue", session, inputs)
 
     def full(self, inputs: Arrays) -> Any:
-        outputs = self._run("full", self._full, inputs)
+        outputs = self._run("full", self._full, {**inputs, **self._hoisted})
         boundary = self.manifest["boundary"]
         self._cache = {edge["input"]: outputs[edge["output"]] for edge in boundary}
         return outputs[self.manifest["results"][0]]
 
     def shallow(self, inputs: Arrays) -> Any:
-        outputs = self._run("shallow", self._shallow, {**inputs, **self._cache})
+        outputs = self._run("shallow", self._shallow, {**inputs, **self._hoisted, **self._cache})
         return outputs[self.manifest["results"][0]]
 
     def _run(self, graph: str, session: Any, inputs: Arrays) -> Arrays:
@@ -157,6 +163,39 @@ def test_a_whole_run(stable_diffusion: tuple[Path, UNet2DConditionModel]) -> Non
 
 
 @torch.no_grad()
+def test_what_is_the_same_at_every_step_in_a_graph_of_its_own(
+    stable_diffusion: tuple[Path, UNet2DConditionModel], tmp_path: Path
+) -> None:
+    unet, folder = stable_diffusion[1], tmp_path / "unet"
+    kwargs = {**text(), "return_dict": False}
+    example = (torch.randn(2, 4, 8, 8), torch.tensor(500))
+    handle(unet).export_onnx(folder, *example, prologue=True, **kwargs)
+    sessions = Sessions(folder)
+    assert {path.name for path in folder.iterdir()} == {
+        *("full.onnx", "shallow.onnx", "prologue.onnx", "weights.data", "manifest.json")
+    }
+    (given,) = sessions.manifest["prologue"]["inputs"]
+    assert given["name"] == "encoder_hidden_states"
+    for graph in ("full", "shallow"):  # nothing else reads the text
+        names = [value["name"] for value in sessions.manifest[graph]["inputs"]]
+        assert given["name"] not in names
+        assert any(name.startswith("hoisted_") for name in names)
+    sessions.prologue(folder, arrays(encoder_hidden_states=kwargs["encoder_hidden_states"]))
+    with torch.no_grad():
+        expected = seam.original_of(unet)(*example, **kwargs)[0]
+    given = arrays(sample=example[0], timestep=example[1])
+    assert_close(sessions.full(given), expected)
+    assert_close(sessions.shallow(given), expected)
+    handle(unet).export_onnx(folder, *example, **kwargs)  # replaced, without a third graph
+    assert not (folder / "prologue.onnx").exists()
+
+
+def test_no_third_graph_where_nothing_is_the_same(tmp_path: Path) -> None:
+    network = compiled()
+    folder = handle(network).export_onnx(tmp_path, picture(), timesteps()[0], prologue=True)
+    assert "prologue" not in json.loads((folder / "manifest.json").read_text())
+
+
 def test_a_plain_network(exported: Path) -> None:
     sessions = Sessions(exported)
     sample, timestep, condition = picture(3), timesteps()[2], torch.randn(2, 4)
