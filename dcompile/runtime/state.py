@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class RefreshRecord(NamedTuple):
     steps: int | None
     lane: Lane
     program: Runner
-    leaves: list[Any]
+    leaves: Sequence[Any]
     result: Any
     cached: Any
 
