@@ -10,22 +10,29 @@ ATen ``GraphModule`` as ``torch.export`` makes it and returns another.
 from .base import GraphPass, PassError, PostconditionError, PreconditionError
 from .canonicalize import Canonicalize
 from .cost import Cost, node_cost, total_cost
+from .cuts import Cut, find_cuts
 from .forecast import with_forecast
 from .probe import with_drift
 from .regions import OutlineRegions
+from .residual import ResidualCut, SkippedSegment, find_residual_cuts
 from .skips import SkipConnection, find_skip_connections
 from .split import SplitGraphs, split_at, split_levels, with_outputs
 
 __all__ = [
     "Canonicalize",
     "Cost",
+    "Cut",
     "GraphPass",
     "OutlineRegions",
     "PassError",
     "PostconditionError",
     "PreconditionError",
+    "ResidualCut",
     "SkipConnection",
+    "SkippedSegment",
     "SplitGraphs",
+    "find_cuts",
+    "find_residual_cuts",
     "find_skip_connections",
     "node_cost",
     "split_at",
