@@ -263,6 +263,8 @@ class _Streams(Dependencies):
             while at is not None:
                 chain.append(places[at])
                 at = links[at].earlier
+            while len(chain) > 1 and not self._between(chain[1].position, chain[0].position):
+                chain.pop(0)  # the stream ends where its last block leaves it
             chains.append(chain[::-1])
         chains.sort(key=lambda chain: (-self._span(chain), -len(chain)))
         kept: list[list[_Place]] = []
@@ -303,7 +305,7 @@ class _Streams(Dependencies):
         its values have moved since the start of the chain.
         """
         found = self._carried_at(place.stream, earlier)
-        if found is None or set(found) == set(earlier.stream):
+        if found is None or found == list(place.stream):
             return None
         followed = {self.bases[one] for one in found if self.on_sample >> one & 1}
         if len(followed) < len(earlier.stream):
