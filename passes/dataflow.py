@@ -26,6 +26,16 @@ _READ_NO_VALUES = frozenset(
     }
 )
 
+# They give the first operand the size or dtype of the second.
+_READ_FIRST_OPERAND = frozenset(
+    {
+        torch.ops.aten.expand_as,
+        torch.ops.aten.reshape_as,
+        torch.ops.aten.type_as,
+        torch.ops.aten.view_as,
+    }
+)
+
 
 class Dependencies:
     """Who depends on whom, as bit sets over node positions: one big integer per node."""
@@ -39,9 +49,9 @@ class Dependencies:
             cone = 1 << position
             for operand in node.all_input_nodes:
                 cone |= self.cones[self.index[operand]]
-                if self.depends_on_sample(operand) and reads_values(node):
-                    self.on_sample |= 1 << position
             self.cones.append(cone)
+            if any(map(self.depends_on_sample, operands_read(node))):
+                self.on_sample |= 1 << position
 
     def cone(self, node: Node) -> int:
         """The node and everything it depends on."""
@@ -92,12 +102,15 @@ def is_view(node: Node) -> bool:
     )
 
 
-def reads_values(node: Node) -> bool:
-    """Whether the values of its operands matter to a node, and not their sizes alone."""
+def operands_read(node: Node) -> list[Node]:
+    """The operands whose values matter to a node, and not their sizes alone."""
     target = node.target
-    return not (
-        isinstance(target, torch._ops.OpOverload) and target.overloadpacket in _READ_NO_VALUES
-    )
+    if isinstance(target, torch._ops.OpOverload):
+        if target.overloadpacket in _READ_NO_VALUES:
+            return []
+        if target.overloadpacket in _READ_FIRST_OPERAND:
+            return [operand for operand in node.args[:1] if isinstance(operand, Node)]
+    return node.all_input_nodes
 
 
 def needed_nodes(graph: Graph, exposed: Collection[Node], replaced: Collection[Node]) -> set[Node]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from .cost import Cost, tensor_bytes, total_cost
+from .cost import Cost, tensor_bytes, tensor_sizes, total_cost
 from .dataflow import needed_nodes, sample_placeholder
 from .stream import Segment, find_segments
 
@@ -135,7 +135,7 @@ def find_residual_cuts(
     cuts: list[ResidualCut] = []
     for running in range(1, blocks):
         skipped = tuple(_skipped(segments, running))
-        if not all(part.after for part in skipped):
+        if not skipped or not all(part.after for part in skipped):
             continue
         before = {node for part in skipped for node in part.before}
         after = {node for part in skipped for node in part.after}
@@ -155,13 +155,16 @@ def _skipped(segments: Sequence[Segment], running: int) -> list[SkippedSegment]:
         if runs == len(segment.paths):
             continue
         start, end = segment.boundaries[runs], segment.boundaries[-1]
-        replaced = [
-            (before, after, follows)
-            for before, after, follows in zip(
-                start.before, end.after, segment.follows_sample, strict=True
-            )
-            if before is not None and after is not None and before is not after
-        ]
+        replaced = []
+        for befores, afters, follows in zip(
+            start.before, end.after, segment.follows_sample, strict=True
+        ):
+            if not (befores and afters) or befores[0] is afters[0]:
+                continue
+            pair = _same_form(befores, afters)
+            if pair is None:
+                return []
+            replaced.append((*pair, follows))
         found.append(
             SkippedSegment(
                 before=tuple(before for before, _, _ in replaced),
@@ -171,3 +174,22 @@ def _skipped(segments: Sequence[Segment], running: int) -> list[SkippedSegment]:
             )
         )
     return found
+
+
+def _same_form(befores: Sequence[Node], afters: Sequence[Node]) -> tuple[Node, Node] | None:
+    """A stream before and after blocks, both in the shape and dtype of fewest bytes.
+
+    Either is computed without the other one's views: ``before`` comes first.
+    """
+    pairs = [
+        (before, after)
+        for after in afters
+        for before in befores
+        if before < after and _form(before) == _form(after)
+    ]
+    return min(pairs, key=lambda pair: tensor_bytes(pair[0].meta["val"]), default=None)
+
+
+def _form(node: Node) -> tuple[object, ...]:
+    value = node.meta["val"]
+    return value.dtype, tensor_sizes(value)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
-from .cost import node_cost, tensor_bytes, tensor_sizes
-from .dataflow import Dependencies, is_view, reads_values
+from .cost import node_cost, tensor_sizes
+from .dataflow import Dependencies, is_view, operands_read
 
 _aten = torch.ops.aten
 
@@ -24,6 +25,7 @@ _COPIES = frozenset(
         _aten.clone,
         _aten.lift_fresh_copy,
         _aten.permute_copy,
+        _aten.type_as,
         _aten.view_copy,
     }
 )
@@ -58,16 +60,16 @@ class Boundary:
 
     Attributes:
         position: the index in the graph of the last node before it.
-        before: the stream as what follows reads it, one entry for each tensor of the segment's
-            stream; None for one that has ended.
-        after: the stream as the block before leaves it. Another node than ``before`` where
-            something is applied in between that costs no FLOPs: a concatenation, a ControlNet's
-            residual.
+        before: the stream as what follows reads it: for each tensor of the segment's stream, the
+            nodes that hold all of it, in one layout or dtype or another. Empty if it has ended.
+        after: the stream as the block before leaves it: for each tensor, the nodes through which
+            all that follows reads it. Others than ``before`` where something is applied in between
+            that costs no FLOPs: a concatenation, a ControlNet's residual.
     """
 
     position: int
-    before: tuple[Node | None, ...]
-    after: tuple[Node | None, ...]
+    before: tuple[tuple[Node, ...], ...]
+    after: tuple[tuple[Node, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -214,15 +216,15 @@ class _Streams(Dependencies):
             if len(depending) == 1 and not divisor:
                 yield self.index[depending[0]]
         elif not self.flops[self.index[node]]:
-            depending = [operand for operand in operands if self.depends_on_sample(operand)]
-            if len(depending) == 1 and len(depending[0].users) == 1 and reads_values(node):
+            depending = [one for one in operands_read(node) if self.depends_on_sample(one)]
+            if len(depending) == 1 and len(depending[0].users) == 1:
                 yield self.index[depending[0]]
 
     def places(self) -> Iterator[_Place]:
         """Where the live values change and some are of the stream; each set of values once."""
         last_read: dict[int, int] = {}
         for position, node in enumerate(self.nodes):
-            for operand in node.all_input_nodes if reads_values(node) else ():
+            for operand in operands_read(node):
                 base = self.bases[self.index[operand]]
                 if self.bases[position] != base:
                     last_read[base] = position
@@ -285,17 +287,17 @@ class _Streams(Dependencies):
     def _link(
         self, place: _Place, earlier: Sequence[int], places: list[_Place], links: list[_Link]
     ) -> _Link:
-        """To the place before it in a chain: of as many tensors if there is one, and with most
-        blocks; of several such, the latest.
+        """To the place before it in the chain of most blocks; of several such, one of as many
+        tensors, and the latest.
         """
-        best, best_rank = _Link(), (0, -1)
+        best, best_rank = _Link(), (-1, 0)
         for number in reversed(earlier):
             moved = self._follows(place, places[number], links[number])
             if moved is None:
                 continue
             blocks = links[number].blocks
             blocks += self._between(places[number].position, place.position) > 0
-            rank = (int(len(place.stream) == len(places[number].stream)), blocks)
+            rank = (blocks, int(len(place.stream) == len(places[number].stream)))
             if rank > best_rank:
                 best, best_rank = _Link(blocks, number, moved), rank
         return best
@@ -337,17 +339,29 @@ class _Streams(Dependencies):
                 one = self._like(value, reversed(list(_positions(options))))
             if one is None:
                 return None
-            whole = tensor_bytes(self._value(one)) == tensor_bytes(self._value(self.bases[one]))
-            waiting &= ~(self.family[self.bases[one]] if whole else 1 << one)
-            found.append(one)
+            base = self.bases[one]
+            whole = self._is_whole(one, base)
+            waiting &= ~(self.family[base] if whole else 1 << one)
+            found.append(base if whole else one)
         return found if any(self.on_sample >> one & 1 for one in found) else None
 
+    def _is_whole(self, one: int, other: int) -> bool:
+        """Whether two values that show the same tensor show as much of it."""
+        first, second = self._value(one), self._value(other)
+        tensors = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+        return tensors and prod(tensor_sizes(first)) == prod(tensor_sizes(second))
+
+    def _showing(self, value: int) -> list[int]:
+        """A value and all that show the whole of it in other layouts and dtypes."""
+        base = self.bases[value]
+        if value != base:
+            return [value]
+        return [one for one in _positions(self.family[base]) if self._is_whole(one, base)]
+
     def _like(self, value: int, options: Iterable[int]) -> int | None:
-        """The first option of the same shape and dtype."""
-        wanted = _form(self._value(value))
-        if wanted is None:
-            return None
-        return next((one for one in options if _form(self._value(one)) == wanted), None)
+        """The first option with a shape and dtype that the value is shown in."""
+        wanted = {_form(self._value(one)) for one in self._showing(value)} - {None}
+        return next((one for one in options if _form(self._value(one)) in wanted), None)
 
     def _value(self, position: int) -> Any:
         return self.nodes[position].meta.get("val")
@@ -381,6 +395,16 @@ class _Streams(Dependencies):
                 groups.append(_Group(position, position, stream, stream))
         return groups
 
+    def _read_through(self, value: int) -> list[int]:
+        """A value and the views and copies through which alone it is read."""
+        found = [value]
+        while len(readers := list(self.nodes[value].users)) == 1:
+            reader = self.index[readers[0]]
+            if self.bases[reader] != self.bases[value] or not self._is_whole(reader, value):
+                break
+            found.append(value := reader)
+        return found
+
     def level(self, group: _Group) -> int:
         """How many module calls contain both what computes before a boundary and after it."""
         before, after = self._calls_around(group)
@@ -406,8 +430,11 @@ class _Streams(Dependencies):
     def segment(self, groups: list[_Group]) -> Segment:
         names = sorted({name for group in groups for name in (*group.first, *group.last)})
 
-        def nodes(stream: dict[int, int]) -> tuple[Node | None, ...]:
-            return tuple(self.nodes[stream[name]] if name in stream else None for name in names)
+        def nodes(
+            stream: dict[int, int], show: Callable[[int], list[int]]
+        ) -> tuple[tuple[Node, ...], ...]:
+            shown = [show(stream[name]) if name in stream else [] for name in names]
+            return tuple(tuple(self.nodes[one] for one in ones) for ones in shown)
 
         start, end = groups[0].last, groups[-1].first
         follows = [
@@ -416,7 +443,11 @@ class _Streams(Dependencies):
         ]
         return Segment(
             boundaries=tuple(
-                Boundary(group.end, before=nodes(group.last), after=nodes(group.first))
+                Boundary(
+                    group.end,
+                    before=nodes(group.last, self._showing),
+                    after=nodes(group.first, self._read_through),
+                )
                 for group in groups
             ),
             follows_sample=tuple(follows if any(follows) else [name in end for name in names]),

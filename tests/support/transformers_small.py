@@ -580,13 +580,13 @@ def cosmos(kind: Any) -> Call:
         text_embed_dim=TEXT,
         adaln_lora_dim=4,
         max_size=(4, 16, 16),
+        concat_padding_mask=False,  # resizing it takes torchvision
     )
     return network, {
         "hidden_states": noise(1, 4, 2, 8, 8),
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": noise(1, TOKENS, TEXT),
         "fps": 24,
-        "padding_mask": torch.zeros(1, 1, 8, 8),
     }
 
 
