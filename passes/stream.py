@@ -147,12 +147,10 @@ class _Link(NamedTuple):
     Attributes:
         blocks: how many times there are FLOPs between two places, from the start of the chain.
         earlier: the number of the place before; None at the start of a chain.
-        moved: which values of the stream are another than they were at the start.
     """
 
     blocks: int = 0
     earlier: int | None = None
-    moved: frozenset[int] = frozenset()
 
 
 class _Group(NamedTuple):
@@ -249,7 +247,7 @@ class _Streams(Dependencies):
     def chains(self) -> list[list[_Place]]:
         """Places that follow from each other, in order.
 
-        Where chains overlap, the one that spans the most FLOPs is kept.
+        Where chains overlap, the one of most blocks is kept, and of the other what comes after it.
         """
         places = list(self.places())
         links: list[_Link] = []
@@ -258,28 +256,59 @@ class _Streams(Dependencies):
             earlier = alike.setdefault(place.others, [])
             links.append(self._link(place, earlier[-_LOOK_BACK:], places, links))
             earlier.append(len(links) - 1)
-        chains: list[list[_Place]] = []
-        for number in range(len(places)):
+        kept: list[list[_Place]] = []
+        for number in sorted(range(len(places)), key=lambda number: -links[number].blocks):
             chain: list[_Place] = []
             at: int | None = number
-            while at is not None:
+            while at is not None and not any(
+                other[0].position <= places[at].position <= other[-1].position for other in kept
+            ):
                 chain.append(places[at])
                 at = links[at].earlier
+            # The stream ends where its last block leaves it.
             while len(chain) > 1 and not self._between(chain[1].position, chain[0].position):
-                chain.pop(0)  # the stream ends where its last block leaves it
-            chains.append(chain[::-1])
-        chains.sort(key=lambda chain: (-self._span(chain), -len(chain)))
-        kept: list[list[_Place]] = []
-        for chain in chains:
-            start, end = chain[0].position, chain[-1].position
-            if self._span(chain) and all(
-                end <= other[0].position or other[-1].position <= start for other in kept
-            ):
-                kept.append(chain)
-        return sorted(kept, key=lambda chain: chain[0].position)
+                chain.pop(0)
+            overlaps = any(
+                chain[-1].position < other[-1].position and other[0].position < chain[0].position
+                for other in kept
+                if chain
+            )
+            if len(chain) > 1 and not overlaps:
+                kept.append(chain[::-1])
+        kept.sort(key=lambda chain: chain[0].position)
+        return self._joined(kept, places)
 
-    def _span(self, chain: Sequence[_Place]) -> int:
-        return self._between(chain[0].position, chain[-1].position)
+    def _joined(self, chains: list[list[_Place]], places: list[_Place]) -> list[list[_Place]]:
+        """Chains with the block that drops a tensor (rule 6), and what follows from it."""
+        joined: list[list[_Place]] = []
+        for number, chain in enumerate(chains):
+            if joined and self._drops(joined[-1], chain[0]):
+                joined[-1] += chain
+                continue
+            joined.append(chain)
+            end = chain[-1].position
+            limit = chains[number + 1][0].position if number + 1 < len(chains) else len(self.nodes)
+            if len(chain[-1].stream) > 1:
+                between = (place for place in places if end < place.position < limit)
+                last = next((place for place in between if self._drops(chain, place)), None)
+                joined[-1] = [*chain, last] if last is not None else chain
+        return joined
+
+    def _drops(self, chain: list[_Place], place: _Place) -> bool:
+        """Whether a place follows from the end of a chain but for tensors that are dropped.
+
+        Those that are left have moved before.
+        """
+        found = self._carried_at(place.stream, chain[-1])
+        if found is None or place.others != chain[-1].others:
+            return False
+        followed = {self.bases[one] for one in found}
+        start = set(chain[0].stream)
+        return (
+            followed < set(chain[-1].stream)
+            and not followed & start
+            and self._between(chain[-1].position, place.position) > 0
+        )
 
     def _between(self, earlier: int, later: int) -> int:
         return self.spent[later + 1] - self.spent[earlier + 1]
@@ -292,33 +321,22 @@ class _Streams(Dependencies):
         """
         best, best_rank = _Link(), (-1, 0)
         for number in reversed(earlier):
-            moved = self._follows(place, places[number], links[number])
-            if moved is None:
+            if not self._follows(place, places[number]):
                 continue
             blocks = links[number].blocks
             blocks += self._between(places[number].position, place.position) > 0
             rank = (blocks, int(len(place.stream) == len(places[number].stream)))
             if rank > best_rank:
-                best, best_rank = _Link(blocks, number, moved), rank
+                best, best_rank = _Link(blocks, number), rank
         return best
 
-    def _follows(self, place: _Place, earlier: _Place, link: _Link) -> frozenset[int] | None:
-        """Whether a place is a boundary because an earlier one is (rules 3, 5, 6), and which of
-        its values have moved since the start of the chain.
-        """
+    def _follows(self, place: _Place, earlier: _Place) -> bool:
+        """Whether a place is a boundary because an earlier one is (rules 3 and 5)."""
         found = self._carried_at(place.stream, earlier)
         if found is None or found == list(place.stream):
-            return None
+            return False
         followed = {self.bases[one] for one in found if self.on_sample >> one & 1}
-        if len(followed) < len(earlier.stream):
-            appeared = len(found) > sum(self.on_sample >> one & 1 for one in found)
-            if appeared or not followed <= link.moved:
-                return None
-        return frozenset(
-            value
-            for value, one in zip(place.stream, found, strict=True)
-            if value != one or self.bases[one] in link.moved
-        )
+        return len(followed) == len(earlier.stream)
 
     def _carried_at(self, values: Sequence[int], place: _Place) -> list[int] | None:
         """What ``values`` carry of the stream at an earlier place, or of what does not depend on

@@ -528,8 +528,8 @@ def allegro(kind: Any) -> Call:
         sample_frames=2,
         caption_channels=TEXT,
     )
-    rotary = tuple(torch.randn(32, 8) for _ in range(6))
-    positions = tuple(torch.arange(32) % size for size in (2, 4, 4))
+    rotary = [torch.randn(4, 8) for _ in range(6)]
+    positions = torch.cartesian_prod(torch.arange(2), torch.arange(4), torch.arange(4)).T[:, None]
     return network, {
         "hidden_states": noise(BATCH, 4, 2, 8, 8),
         "encoder_hidden_states": noise(BATCH, 1, TOKENS, TEXT),
@@ -538,7 +538,7 @@ def allegro(kind: Any) -> Call:
         "encoder_attention_mask": torch.ones(BATCH, 1, TOKENS),
         "image_rotary_emb": (
             tuple((rotary[2 * axis], rotary[2 * axis + 1]) for axis in range(3)),
-            positions,
+            tuple(positions),
         ),
     }
 
