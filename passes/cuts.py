@@ -20,10 +20,12 @@ def find_cuts(
 
     1. Cuts of a network are of one kind: each has to leave out part of what the next outer one
        leaves out, and depths of skip connections have to stay DeepCache's branch numbers.
-    2. If there are both kinds, the one that saves more FLOPs at depth 0 is taken: skip
-       connections in U-Nets, HunyuanDiT and U-ViT, whose outermost cut spans the network, where
-       the transformers inside of it, or chains of ResNet blocks, are streams of a few blocks.
-    3. If both save the same, skip connections: a fresh cache is exact bit for bit.
+    2. Skip connections, unless a reuse step at depth 0 takes less than half of their FLOPs with a
+       residual cut. A fresh cache of a skip connection is exact bit for bit, and one tensor spans
+       the whole network. In U-Nets, HunyuanDiT and U-ViT the long skips tear the stream, and a
+       residual cut that saves as much has to cache a difference for each of many short pieces.
+    3. The joint attention of a transformer concatenates what depends on the sample, too. Such a
+       skip connection saves next to nothing, and the stream is cut.
 
     Args:
         graph_module, sample: see ``find_skip_connections``.
@@ -33,6 +35,6 @@ def find_cuts(
     """
     skips = find_skip_connections(graph_module, sample)
     residual = find_residual_cuts(graph_module, sample)
-    if not residual or (skips and skips[0].ratio <= residual[0].ratio):
+    if not residual or (skips and residual[0].ratio > skips[0].ratio / 2):
         return skips
     return residual

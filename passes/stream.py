@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -48,6 +49,10 @@ _JOINS = frozenset({_aten.cat, _aten.concat, _aten.concatenate, _aten.stack})
 
 # Fewer blocks than these are no stream worth cutting: the first one always runs.
 FEWEST_BLOCKS = 3
+
+# What takes less than this share of the costliest block's FLOPs is part of the next block: a
+# residual convolution in front of a transformer.
+CHEAP_BLOCK = 0.1
 
 # How many earlier places are looked at for the boundary before. They are few: only what has the
 # same values waiting besides the stream counts.
@@ -117,19 +122,23 @@ def find_segments(graph: Graph, sample: Node) -> list[Segment]:
     7. There are FLOPs between them. Otherwise both are the same boundary.
 
     Most blocks have several residual sums. A *block* is what modules make of them: the boundary
-    lies between the calls of two modules, the outermost for which there are at least three blocks.
-    Without metadata on modules each residual sum ends a block.
+    lies between the calls of two modules, the outermost for which there is more than one block.
+    Without metadata on modules each residual sum ends a block. What takes less than a tenth of the
+    costliest block is none.
 
     That all holds where it is cut is proven by nothing here, and need not be: a cut replaces a
     value by what equals it (see ``ResidualCut``). Rules decide where that is worthwhile.
     """
     analysis = _Streams(graph, sample)
     found = [analysis.boundaries(chain) for chain in analysis.chains()]
-    levels = sorted({level for groups in found for level in map(analysis.level, groups)})
-    for level in levels:
+    for level in sorted({level for groups in found for level in map(analysis.level, groups)}):
         kept = [[group for group in groups if analysis.level(group) <= level] for groups in found]
-        if sum(len(groups) - 1 for groups in kept if groups) >= FEWEST_BLOCKS:
-            return [analysis.segment(groups) for groups in kept if len(groups) > 1]
+        costliest = max(cost for groups in kept for cost in [0, *analysis.costs(groups)])
+        kept = [analysis.without_cheap(groups, CHEAP_BLOCK * costliest) for groups in kept]
+        kept = [groups for groups in kept if len(groups) > 1]
+        blocks = sum(len(groups) - 1 for groups in kept)
+        if blocks > 1:
+            return list(map(analysis.segment, kept)) if blocks >= FEWEST_BLOCKS else []
     return []
 
 
@@ -412,6 +421,20 @@ class _Streams(Dependencies):
             else:
                 groups.append(_Group(position, position, stream, stream))
         return groups
+
+    def costs(self, groups: list[_Group]) -> list[int]:
+        """FLOPs of the blocks between boundaries."""
+        return [self._between(one.end, other.start) for one, other in pairwise(groups)]
+
+    def without_cheap(self, groups: list[_Group], least: float) -> list[_Group]:
+        """Boundaries with at least so many FLOPs between them."""
+        kept = groups[:1]
+        for group in groups[1:]:
+            if self._between(kept[-1].end, group.start) >= least:
+                kept.append(group)
+        if kept and kept[-1] is not groups[-1]:
+            kept[1:] = [*kept[1:-1], groups[-1]] if len(kept) > 1 else []
+        return kept
 
     def _read_through(self, value: int) -> list[int]:
         """A value and the views and copies through which alone it is read."""
