@@ -10,10 +10,12 @@ ATen ``GraphModule`` as ``torch.export`` makes it and returns another.
 from .base import GraphPass, PassError, PostconditionError, PreconditionError
 from .canonicalize import Canonicalize
 from .cost import Cost, node_cost, total_cost
+from .cuts import Cut, find_cuts
 from .forecast import with_forecast
 from .hoist import HOISTED, find_step_invariant, mark_step_invariant, prologue_of, without_hoisted
 from .probe import with_drift
 from .regions import OutlineRegions
+from .residual import ResidualCut, SkippedSegment, find_residual_cuts
 from .skips import SkipConnection, find_skip_connections
 from .split import SplitGraphs, split_at, split_levels, with_outputs
 
@@ -21,13 +23,18 @@ __all__ = [
     "HOISTED",
     "Canonicalize",
     "Cost",
+    "Cut",
     "GraphPass",
     "OutlineRegions",
     "PassError",
     "PostconditionError",
     "PreconditionError",
+    "ResidualCut",
     "SkipConnection",
+    "SkippedSegment",
     "SplitGraphs",
+    "find_cuts",
+    "find_residual_cuts",
     "find_skip_connections",
     "find_step_invariant",
     "mark_step_invariant",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -95,15 +94,6 @@ def is_assertion(node: Node) -> bool:
         isinstance(node.target, torch._ops.OpOverload)
         and not node.target._schema.returns
         and not node.target._schema.is_mutable
-    )
-
-
-def is_view(node: Node) -> bool:
-    """Whether the result shares an operand's storage: kept, it would keep all of that."""
-    if node.target is operator.getitem:  # of a split
-        return is_view(node.all_input_nodes[0])
-    return isinstance(node.target, torch._ops.OpOverload) and any(
-        result.alias_info is not None for result in node.target._schema.returns
     )
 
 

@@ -28,8 +28,10 @@ class Canonicalize(GraphPass):
     3. A conversion to the dtype a tensor already has is that tensor: ``Tensor.to`` returns its
        own argument then. Left alone where metadata is missing, a copy is asked for, or the
        memory format may change.
-    4. Constants of the call (``return_dict=False``) became placeholders nobody reads.
-    5. What nobody reads is not computed. See ``is_pure`` for what that means for attention.
+    4. ``type_as`` is a conversion to a dtype, and reads nothing of the other tensor, which need not
+       be computed for it. Left alone where metadata is missing or the devices differ.
+    5. Constants of the call (``return_dict=False``) became placeholders nobody reads.
+    6. What nobody reads is not computed. See ``is_pure`` for what that means for attention.
     """
 
     def requires(self, graph_module: GraphModule) -> None:
@@ -39,6 +41,9 @@ class Canonicalize(GraphPass):
         graph = graph_module.graph
         modified = False
         for node in list(graph.nodes):
+            if _is_type_as(node):
+                _convert(node)
+                modified = True
             if is_assertion(node):
                 graph.erase_node(node)
             elif is_inactive_dropout(node) or _is_conversion_to_same_dtype(node):
@@ -72,6 +77,22 @@ def _is_conversion_to_same_dtype(node: Node) -> bool:
         and not argument(node, "copy")
         and argument(node, "memory_format") is None
     )
+
+
+def _is_type_as(node: Node) -> bool:
+    if node.target is not torch.ops.aten.type_as.default:
+        return False
+    values = [operand.meta.get("val") for operand in node.args if isinstance(operand, Node)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return len(tensors) == 2 and tensors[0].device == tensors[1].device
+
+
+def _convert(node: Node) -> None:
+    """Make ``type_as`` a conversion to the dtype that the other tensor has."""
+    tensor, other = node.args
+    assert isinstance(other, Node)
+    node.target = torch.ops.aten.to.dtype
+    node.args = (tensor, other.meta["val"].dtype)
 
 
 def _is_unused_constant(node: Node) -> bool:

@@ -12,13 +12,15 @@ that takes them as inputs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import PreconditionError, is_pure, is_random, is_view, require_functional
+from .base import PreconditionError, is_pure, is_random, require_functional
 from .cost import node_cost, tensor_bytes
+from .dataflow import is_view
 
 HOISTED = "hoisted"
 """Key in a node's metadata: which of the hoisted values it is, counted from the end (-1: last)."""
@@ -149,13 +151,17 @@ def _takes_compute(node: Node) -> bool:
     return node_cost(node).flops > 0
 
 
+def _is_view(node: Node) -> bool:
+    return is_view(node.all_input_nodes[0] if node.target is operator.getitem else node)
+
+
 def _smallest(node: Node, worthwhile: set[Node]) -> set[Node]:
     """The values to keep in the place of one, from which it follows cheaply."""
     operands = [operand for operand in node.all_input_nodes if operand in worthwhile]
     size = tensor_bytes(node.meta.get("val"))
     larger = size > sum(tensor_bytes(operand.meta.get("val")) for operand in operands)
     kept = isinstance(node.meta.get("val"), torch.Tensor)
-    if kept and (_takes_compute(node) or not operands or not (is_view(node) or larger)):
+    if kept and (_takes_compute(node) or not operands or not (_is_view(node) or larger)):
         return {node}
     if not operands:  # no tensor: it stays where it is
         return set()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from .base import PreconditionError, argument, has_argument, is_pure, is_view
+from .base import argument, has_argument, is_pure
 from .cost import Cost, node_cost, tensor_bytes, total_cost
+from .dataflow import Dependencies, is_view, sample_placeholder
 
 # The same operation under the names that capture leaves in a graph.
 CONCATENATIONS = frozenset(
@@ -64,6 +65,16 @@ class SkipConnection:
         """The highest possible speed-up, N / (1 + (N - 1) r), refreshing every Nth step."""
         return interval / (1 + (interval - 1) * self.ratio)
 
+    @property
+    def replaced(self) -> tuple[tuple[Node, Node | None], ...]:
+        """Each tensor that is replaced by a cached one: added to nothing."""
+        return tuple((node, None) for node in self.boundary)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the boundary."""
+        return sum(tensor_bytes(node.meta.get("val")) for node in self.boundary)
+
 
 def find_skip_connections(
     graph_module: GraphModule, sample: str | Node | None = None
@@ -91,7 +102,7 @@ def find_skip_connections(
         PreconditionError: there is no placeholder of that name, or it is of another graph.
     """
     graph = graph_module.graph
-    analysis = _Dependencies(graph, _sample_placeholder(graph, sample))
+    analysis = _SkipAnalysis(graph, sample_placeholder(graph, sample))
     cats = (
         node
         for node in reversed(graph.nodes)
@@ -121,26 +132,6 @@ def _along_batch(cat: Node) -> bool:
     dimension, value = argument(cat, "dim"), cat.meta.get("val")
     rank = value.dim() if isinstance(value, torch.Tensor) else 0
     return bool(dimension == 0 or dimension == -rank)
-
-
-def _sample_placeholder(graph: Graph, sample: str | Node | None) -> Node:
-    placeholders: list[Node] = graph.find_nodes(op="placeholder")
-    if isinstance(sample, Node):
-        if sample.graph is not graph:
-            raise PreconditionError(f"node {sample.name} belongs to another graph")
-        return sample
-    if sample is None:
-        # torch.export's names for what it lifts: parameters, buffers, constants, objects, tokens.
-        lifted = ("p_", "b_", "c_", "obj_", "token")
-        inputs = [node for node in placeholders if not str(node.target).startswith(lifted)]
-        if inputs:
-            return inputs[0]
-        raise PreconditionError("the graph has no input that is not a lifted parameter")
-    for node in placeholders:
-        if sample in (node.target, node.name):
-            return node
-    names = ", ".join(str(node.target) for node in placeholders[-8:])
-    raise PreconditionError(f"no placeholder is called {sample!r}; the last ones are: {names}")
 
 
 def _reader_path(cat: Node) -> str:
@@ -181,32 +172,11 @@ def _nested(cuts: list[_Cut]) -> list[_Cut]:
     return nested
 
 
-class _Dependencies:
-    """Who depends on whom, as bit sets over node positions: one big integer per node."""
-
-    def __init__(self, graph: Graph, sample: Node) -> None:
-        self.nodes = list(graph.nodes)
-        self.index = {node: position for position, node in enumerate(self.nodes)}
-        self._cones: list[int] = []
-        self._on_sample = 1 << self.index[sample]
-        for position, node in enumerate(self.nodes):
-            cone = 1 << position
-            for operand in node.all_input_nodes:
-                cone |= self._cones[self.index[operand]]
-                if self.depends_on_sample(operand) and _reads_values(node):
-                    self._on_sample |= 1 << position
-            self._cones.append(cone)
-
-    def cone(self, node: Node) -> int:
-        """The node and everything it depends on."""
-        return self._cones[self.index[node]]
+class _SkipAnalysis(Dependencies):
+    """What a cut at a concatenation leaves out, and what it has to cache."""
 
     def cone_size(self, node: Node) -> int:
         return self.cone(node).bit_count()
-
-    def depends_on_sample(self, node: Node) -> bool:
-        """Whether the sample's values, not just its sizes, have a say in the node's values."""
-        return bool(self._on_sample >> self.index[node] & 1)
 
     def cut(self, cat: Node) -> _Cut | None:
         """The cut at the deep operand of ``cat``, if that is to be cut at all.
@@ -223,15 +193,15 @@ class _Dependencies:
         rests_on_skips = 0
         for skip in skips:
             rests_on_skips |= self.cone(skip)
-        region = self.cone(deep) & ~rests_on_skips & self._on_sample
+        region = self.cone(deep) & ~rests_on_skips & self.on_sample
         cat_bit = 1 << self.index[cat]
         for position, node in enumerate(self.nodes):
-            behind_cat = self._cones[position] & cat_bit
-            if node.op != "output" and not behind_cat and self._cones[position] & region:
+            behind_cat = self.cones[position] & cat_bit
+            if node.op != "output" and not behind_cat and self.cones[position] & region:
                 region |= 1 << position
         boundary = tuple(
             node
-            for node in self._members(region)
+            for node in self.members(region)
             if any(not region >> self.index[user] & 1 for user in node.users)
         )
         if len(boundary) > 1:
@@ -295,31 +265,3 @@ class _Dependencies:
             if read and node not in boundary:
                 needed.add(node)
         return {node for node in self.nodes if node not in needed}
-
-    def _members(self, bits: int) -> list[Node]:
-        return [node for position, node in enumerate(self.nodes) if bits >> position & 1]
-
-
-# They read a tensor's size, dtype and device, and none of its values.
-_READ_NO_VALUES = frozenset(
-    {
-        torch.ops.aten.empty_like,
-        torch.ops.aten.full_like,
-        torch.ops.aten.new_empty,
-        torch.ops.aten.new_full,
-        torch.ops.aten.new_ones,
-        torch.ops.aten.new_zeros,
-        torch.ops.aten.ones_like,
-        torch.ops.aten.sym_numel,
-        torch.ops.aten.sym_size,
-        torch.ops.aten.sym_stride,
-        torch.ops.aten.zeros_like,
-    }
-)
-
-
-def _reads_values(node: Node) -> bool:
-    target = node.target
-    return not (
-        isinstance(target, torch._ops.OpOverload) and target.overloadpacket in _READ_NO_VALUES
-    )
