@@ -8,17 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.compat.export import one_at_a_time
 from dcompile.compat.hooks import global_hooks
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork, capture, require_all_weights
 from dcompile.compiler.function_caches import FunctionCaches
+from dcompile.compiler.program import CompiledGraph, convention_of, weights_of
 from dcompile.compiler.random_states import RandomStates
+from dcompile.compiler.rounding import alike
 from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
 from dcompile.compiler.sizes import DynamicSizes
+from dcompile.compiler.weight_classes import lost_class
 from dcompile.errors import CaptureError
 
 
@@ -77,6 +81,9 @@ class ObservedCapture:
             self._refuse_random_numbers(numbers)
             network, traced = self._traced(after)
             self._refuse_what_repeats(effects, traced, after)
+            before.restore_generators()
+            numbers.restore()
+            self._refuse_other_results(network, result)
         except CaptureError as error:
             error.uncached_result = (result,)
             raise
@@ -133,6 +140,22 @@ class ObservedCapture:
                 repeated = _repeated(effects, after.changes(after.again()))
         if repeated is not None:
             raise self._side_effect(repeated)
+
+    def _refuse_other_results(self, network: CapturedNetwork, result: Any) -> None:
+        """Tracing does not see what classes of weights do; see ``weight_classes``."""
+        kind = lost_class(self._module)
+        if kind is None:
+            return
+        graph = network.graph_module
+        convention = convention_of(graph, network)
+        run = CompiledGraph(graph, convention).bind(weights_of(self._module))
+        with torch.no_grad():
+            found = run(self._call.leaves)
+        if not all(map(alike, found, tree_leaves(result))):
+            raise CaptureError(
+                f"{self._name} has weights of class {kind}, and computes with them what a graph "
+                "does not. It runs uncached"
+            )
 
     def _side_effect(self, where: str) -> SideEffectError:
         return SideEffectError(

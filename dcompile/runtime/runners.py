@@ -15,6 +15,7 @@ from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
 from dcompile.compiler.roles import Roles
+from dcompile.compiler.rounding import alike
 from dcompile.compiler.side_effects import undone
 from dcompile.compiler.toggles import ToggleSnapshot, WeightIdentities
 from dcompile.compiler.weight_layout import WeightLayout
@@ -24,10 +25,6 @@ from dcompile.runtime.binder import Refusal, Runner
 from dcompile.runtime.run import Run
 from dcompile.runtime.settings import Settings
 from dcompile.runtime.state import State
-
-# Of a result, between a number and a tensor of the same value, in units of the last place of its
-# dtype: a tensor has fewer digits.
-NUMBER_TOLERANCE = 64
 
 
 class Runners:
@@ -167,7 +164,7 @@ class Runners:
                 args, kwargs = tree_unflatten(variant, call.form.spec)
                 with torch.no_grad(), undone(args, kwargs, forward):
                     results.append(tree_leaves(forward(*args, **kwargs)))
-            if not all(map(_alike, *results)):
+            if not all(map(alike, *results)):
                 names = ", ".join(call.form.names[place] for place in call.numbers)
                 raise CaptureError(
                     f"{type(self._module).__name__} computes something else from a number as "
@@ -182,18 +179,3 @@ class Runners:
             return False
         self._raised.add(str(error))
         return True
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Equal but for rounding."""
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return bool(one is other or one == other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if torch.equal(one, other):
-        return True
-    if not one.is_floating_point():
-        return False
-    difference = (one.double() - other.double()).norm()
-    allowed = NUMBER_TOLERANCE * torch.finfo(one.dtype).eps
-    return bool(difference <= allowed * other.double().norm())
