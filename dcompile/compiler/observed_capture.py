@@ -22,7 +22,7 @@ from dcompile.compiler.random_states import RandomStates
 from dcompile.compiler.rounding import alike
 from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
 from dcompile.compiler.sizes import DynamicSizes
-from dcompile.compiler.weight_classes import lost_class
+from dcompile.compiler.weight_classes import special_classes
 from dcompile.errors import CaptureError
 
 
@@ -142,9 +142,9 @@ class ObservedCapture:
             raise self._side_effect(repeated)
 
     def _refuse_other_results(self, network: CapturedNetwork, result: Any) -> None:
-        """Tracing does not see what classes of weights do; see ``weight_classes``."""
-        kind = lost_class(self._module)
-        if kind is None:
+        """Tracing does not see all that classes of weights do; see ``weight_classes``."""
+        kinds = special_classes(self._module)
+        if not kinds:
             return
         graph = network.graph_module
         convention = convention_of(graph, network)
@@ -153,8 +153,8 @@ class ObservedCapture:
             found = run(self._call.leaves)
         if not all(map(alike, found, tree_leaves(result))):
             raise CaptureError(
-                f"{self._name} has weights of class {kind}, and computes with them what a graph "
-                "does not. It runs uncached"
+                f"{self._name} computes something else than its graph, which does not see all that "
+                f"the classes of its weights do ({', '.join(kinds)}). It runs uncached"
             )
 
     def _side_effect(self, where: str) -> SideEffectError:
