@@ -15,6 +15,8 @@ from torch.export.graph_signature import InputSpec
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from dcompile.compat.tensors import is_wrapper
+
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """The fake mode that the symbolic sizes among these tensors belong to; None if none has any."""
@@ -73,6 +75,17 @@ def forget_examples(exported: ExportedProgram) -> None:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
             value.fake_mode.shape_env.tracked_fakes = []
+
+
+def has_wrappers(exported: ExportedProgram) -> bool:
+    """Whether inputs are made of several tensors. ``functionalized`` makes inputs of those.
+
+    Else the graph reads them by operators that take nothing but such tensors.
+    """
+    inputs = exported.graph.find_nodes(op="placeholder")
+    return any(
+        isinstance(x := node.meta.get("val"), torch.Tensor) and is_wrapper(x) for node in inputs
+    )
 
 
 def functionalized(exported: ExportedProgram) -> ExportedProgram:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,9 @@ from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 T = TypeVar("T", bound=torch.Tensor)
+
+ORDINARY = (torch.Tensor, torch.nn.Parameter)
+"""What parameters and buffers are, unless a library has classes of its own for them."""
 
 no_torch_function: Any = torch._C._disabled_torch_function_impl
 """As a class's ``__torch_function__``: operators are not intercepted before dispatch."""
@@ -56,6 +59,31 @@ def parts_by_name(path: str, name: str, tensor: torch.Tensor) -> dict[str, torch
     """The parts, by the names that torch.export gives to inputs for them."""
     start = f"{path}parametrizations.{name}.original"
     return {f"{start}{number}": part for number, part in enumerate(parts_of(tensor))}
+
+
+def loses_its_class(weight: torch.Tensor) -> bool:
+    """Whether torch.export traces with an ordinary tensor in a weight's place.
+
+    It does so with all subclasses that are not made of other tensors: GGUFParameter of diffusers,
+    Params4bit and Int8Params of bitsandbytes.
+    """
+    return type(weight) not in ORDINARY and not is_wrapper(weight)
+
+
+def give_attributes(stand_in: torch.Tensor, attributes: Mapping[str, Any]) -> None:
+    """Give what torch.export traces with the attributes of the weight that it stands in for.
+
+    Code reads there how the weight is quantized. ``as_tensor`` of diffusers' classes returns the
+    weight without its class, which the stand-in is already.
+    """
+    vars(stand_in).update(attributes)
+    stand_in.as_tensor = lambda: stand_in  # type: ignore[attr-defined]
+
+
+def without_class(weight: torch.Tensor) -> torch.Tensor:
+    """The same memory as an ordinary tensor: what was traced of a weight that loses its class."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.as_subclass(torch.Tensor)
 
 
 class TensorProperties:

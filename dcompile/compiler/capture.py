@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import traceback
 import types
@@ -25,12 +26,14 @@ from dcompile.compat.export import (
     depends_on_values,
     forget_examples,
     functionalized,
+    has_wrappers,
     is_higher_order,
     shape_env_of,
 )
 from dcompile.compat.hooks import casts_in_graph, offload_hooks
 from dcompile.compiler.guards import SizeGuard, TensorPattern, autocast_dtype
 from dcompile.compiler.sizes import DynamicSizes
+from dcompile.compiler.weight_classes import WeightAttributes, remark_on
 from dcompile.errors import CaptureError
 from dcompile.passes import Canonicalize, mark_step_invariant
 from dcompile.passes.base import is_mutating
@@ -98,9 +101,11 @@ class _Network(nn.Module):
         self.network = network
         self.training = network.training  # not .train(): that would reach into the network
         self.__dict__["_call"] = forward
+        self.__dict__["_attributes"] = WeightAttributes(network)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Two named parameters: torch.export mixes up dynamic sizes of *args, **kwargs.
+        self.__dict__["_attributes"].give()
         return self.__dict__["_call"](*args, **kwargs)
 
 
@@ -179,7 +184,7 @@ def capture(
             considerate_trace(),
         ):
             exported = _exported(network, (args, kwargs), hints)
-            if not _is_functional(exported.graph_module):
+            if not _is_functional(exported.graph_module) or has_wrappers(exported):
                 exported = functionalized(exported)
     except Exception as error:
         raise CaptureError(_capture_message(module, error)) from error
@@ -187,6 +192,7 @@ def capture(
         capturing_threads.discard(threading.get_ident())
         _take_over_writes(module, network.network, before)
     ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
+    _require_known_sizes(exported, module)
     captured = _from_exported(exported, spec, sample_leaf, timestep_leaf, ranges)
     forget_examples(exported)
     if captured.guard is not None and not captured.guard.understood:
@@ -265,7 +271,6 @@ def _from_exported(
                 "part of a graph: compute with it outside, and pass the network tensors. It runs "
                 "uncached"
             )
-    _require_known_sizes(exported)
     sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
     _strip_prefix(exported.graph_module)
     guard = _size_guard(exported, inputs, ranges) if ranges is not None else None
@@ -290,14 +295,16 @@ def _from_exported(
     )
 
 
-def _require_known_sizes(exported: ExportedProgram) -> None:
+def _require_known_sizes(exported: ExportedProgram, module: nn.Module) -> None:
     for node in exported.graph.nodes:
         if depends_on_values(node.meta.get("val")):
             lines = (node.stack_trace or "").strip().splitlines()
             where = f" ({lines[-1].strip()})" if lines else ""
+            source = node.args[0] if node.target is operator.getitem else node
             raise CaptureError(
-                f"the size of what {node.target} returns{where} depends on the values of tensors, "
-                "and in a graph it may depend on sizes only. The network runs uncached"
+                f"the size of what {source.target} returns{where} depends on the values of "
+                f"tensors, and in a graph it may depend on sizes only{remark_on(module)}. The "
+                "network runs uncached"
             )
 
 
@@ -346,7 +353,7 @@ def _size_guard(
 def _capture_message(module: nn.Module, error: Exception) -> str:
     where = _user_line(error)
     return (
-        f"{type(module).__name__} cannot be captured as a graph"
+        f"{type(module).__name__} cannot be captured as a graph{remark_on(module)}"
         + (f": {where}" if where else "")
         + f"\n  {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         + "\nThe network still runs, uncached. A graph needs code whose path does not depend on "

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from dcompile.compat.storages import storage_of
-from dcompile.compat.tensors import is_wrapper, parts_by_name, version_of
+from dcompile.compat.tensors import ORDINARY, is_wrapper, parts_by_name, version_of, without_class
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.lazy import LazyTensor, materialize
 from dcompile.passes import HOISTED
@@ -366,11 +366,13 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
         prefix = f"{path}." if path else ""
         for table in (submodule._parameters, submodule._buffers):
             for name, tensor in table.items():
-                if tensor is not None:
-                    found[prefix + name] = tensor
-                    if type(tensor) not in _PLAIN_TENSORS and is_wrapper(tensor):
-                        found.update(parts_by_name(prefix, name, tensor))
+                if tensor is None:
+                    continue
+                found[prefix + name] = tensor
+                if type(tensor) in ORDINARY:
+                    continue
+                if is_wrapper(tensor):
+                    found.update(parts_by_name(prefix, name, tensor))
+                else:
+                    found[prefix + name] = without_class(tensor)
     return found
-
-
-_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dcompile.compat.hooks import global_hooks, ways_of_hooks
-from dcompile.compat.tensors import is_wrapper, parts_of, version_of
+from dcompile.compat.tensors import ORDINARY, is_wrapper, parts_of, version_of
 from dcompile.compiler.introspection import (
     EMPTY,
     PLAIN,
@@ -108,8 +108,8 @@ class _Describer:
                     tied_to = self._first_names.setdefault(id(tensor), f"{path}.{name}")
                     shape, layout = tuple(tensor.shape), tensor.stride()
                     entry[name] = (shape, tensor.dtype, tensor.device, tied_to, layout)
-                    if type(tensor) is not nn.Parameter and is_wrapper(tensor):  # quantized
-                        entry[name] += (self._wrapper(tensor),)
+                    if type(tensor) not in ORDINARY:  # quantized
+                        entry[name] += (self._weight(tensor),)
         for name in attributes_of(module, path):
             value = module.__dict__[name]
             entry[name] = value if type(value) in PLAIN else self.value(value, MAX_DEPTH)
@@ -187,7 +187,11 @@ class _Describer:
                         self._watch.named(vars(named), part)
                         yield part, value
 
-    def _wrapper(self, tensor: Any) -> Any:
+    def _weight(self, tensor: Any) -> Any:
+        """A weight of a class of its own."""
+        if not is_wrapper(tensor):
+            self._watch.mapping(vars(tensor))
+            return type(tensor), self._container(vars(tensor), MAX_DEPTH)
         self._watch.possible = False
         names, metadata = tensor.__tensor_flatten__()
         parts = [(part.shape, part.dtype, part.stride()) for part in parts_of(tensor)]

@@ -17,12 +17,15 @@ from torch.utils._pytree import tree_leaves
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.program import convention_of, weights_of
+from dcompile.compiler.weight_classes import remark_on
 from dcompile.errors import CaptureError
 
 # Shares of the largest value. Two calls of one network differ by less, if at all; its graph may
-# also round differently where operators were decomposed.
+# also round differently where operators were decomposed. Libraries of other devices may choose
+# another algorithm for each call.
 SAME_CALL = 1e-5
-SAME_COMPUTATION = 1e-3
+SAME_COMPUTATION = 1e-4
+OTHER_DEVICES = 1e-2
 
 
 def run_graph(network: CapturedNetwork, module: nn.Module, leaves: Sequence[Any]) -> list[Any]:
@@ -69,16 +72,12 @@ def _difference(one: Any, other: Any) -> float:
 
 
 def tolerance_of(result: Any, share: float) -> float:
-    """``share``, or what half precision leaves of it."""
-    coarsest = max(
-        (
-            torch.finfo(leaf.dtype).eps
-            for leaf in tree_leaves(result)
-            if isinstance(leaf, torch.Tensor) and leaf.dtype.is_floating_point
-        ),
-        default=0.0,
-    )
-    return max(share, 16 * coarsest)
+    """``share``, or more where the result is in half precision or on another device than a CPU."""
+    tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    coarsest = max((torch.finfo(tensor.dtype).eps for tensor in floating), default=0.0)
+    elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
+    return max(share, 16 * coarsest, OTHER_DEVICES if elsewhere else 0.0)
 
 
 def reason_to_refuse(
@@ -119,7 +118,7 @@ def reason_to_refuse(
         return (
             f"the graph captured of {name} computes something else than the network itself (they "
             f"differ by {found:.1e} of the largest value): its code takes another path while it is "
-            "traced. It runs uncached"
+            f"traced{remark_on(module)}. It runs uncached"
         )
     return None
 

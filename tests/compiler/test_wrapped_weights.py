@@ -2,54 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from plain import Plain, compiled, picture, sampled, timesteps
+from scaled import Scaled
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 import dcompile
 
 STEPS = 7
-
-
-class Scaled(torch.Tensor):
-    """Whole numbers and a scale."""
-
-    numbers: torch.Tensor
-    scale: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> Any:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, numbers.shape, dtype=scale.dtype, device=scale.device
-        )
-
-    def __init__(self, numbers: torch.Tensor, scale: torch.Tensor) -> None:
-        self.numbers, self.scale = numbers, scale
-
-    @staticmethod
-    def of(weight: torch.Tensor) -> Any:
-        scale = weight.detach().abs().max() / 127
-        return Scaled((weight.detach() / scale).round().to(torch.int8), scale)
-
-    def __tensor_flatten__(self) -> Any:
-        return ["numbers", "scale"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: Any, metadata: Any, size: Any, stride: Any) -> Any:
-        return Scaled(inner["numbers"], inner["scale"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return Scaled(args[0].numbers, args[0].scale)
-
-        def plain(tensor: Any) -> torch.Tensor:
-            return tensor.numbers.to(tensor.scale.dtype) * tensor.scale
-
-        return func(*tree_map_only(Scaled, plain, args), **(kwargs or {}))
 
 
 def quantized(network: Plain) -> Plain:
@@ -92,3 +55,19 @@ def test_wrapped_between_two_runs() -> None:
     assert not torch.equal(found, before)
     stats = dcompile.handle(network).stats
     assert (stats.captures, stats.uncached_calls) == (2, 0)
+
+
+def test_on_inductor() -> None:
+    expected = run(quantized(made()))
+    network = compiled(quantized(made()), interval=1, backend="inductor")
+    assert torch.allclose(run(network), expected, atol=1e-5)
+    assert dcompile.handle(network).stats.uncached_calls == 0
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    network = compiled(quantized(made()))
+    expected = run(network)
+    dcompile.handle(network).save(tmp_path / "saved")
+    loaded = dcompile.load(quantized(made()), tmp_path / "saved", verbose=False)
+    assert torch.equal(run(loaded), expected)
+    assert dcompile.handle(loaded).stats.captures == 0

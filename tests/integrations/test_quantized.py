@@ -45,6 +45,7 @@ def made() -> Mixed:
 CONFIGS = {
     "weights": quantization.Int8WeightOnlyConfig,
     "activations": quantization.Int8DynamicActivationInt8WeightConfig,
+    "float8": quantization.Float8WeightOnlyConfig,
 }
 
 
