@@ -12,7 +12,7 @@ from .canonicalize import Canonicalize
 from .cost import Cost, node_cost, total_cost
 from .cuts import Cut, find_cuts
 from .forecast import with_forecast
-from .hoist import HOISTED, find_step_invariant, mark_step_invariant, prologue_of, without_hoisted
+from .hoist import find_step_invariant, mark_step_invariant, prologue_of, without_hoisted
 from .probe import with_drift
 from .regions import OutlineRegions
 from .residual import ResidualCut, SkippedSegment, find_residual_cuts
@@ -20,7 +20,6 @@ from .skips import SkipConnection, find_skip_connections
 from .split import SplitGraphs, split_at, split_levels, with_outputs
 
 __all__ = [
-    "HOISTED",
     "Canonicalize",
     "Cost",
     "Cut",

@@ -15,7 +15,7 @@ from dcompile.compat.storages import storage_of
 from dcompile.compat.tensors import ORDINARY, is_wrapper, parts_by_name, version_of, without_class
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.lazy import LazyTensor, materialize
-from dcompile.passes import HOISTED
+from dcompile.passes.hoist import HOISTED
 
 
 class Constant(NamedTuple):

@@ -277,20 +277,7 @@ def read(
                 calls=tuple(entry["calls"]),
                 in_spec=treespec_loads(entry["in_spec"]),
                 guard=_guard_of(entry["guard"], device),
-                program=Program(
-                    treespec_loads(entry["out_spec"]),
-                    tuple(
-                        _graph_of(graph, backend, files, libraries, constants)
-                        for graph in entry["graphs"]
-                    ),
-                    tuple(CacheLayout(*cut) for cut in entry["cached"]),
-                    tuple(entry["ratios"]),
-                    entry["probed"],
-                    *(
-                        _graph_of(graph, backend, files, libraries, constants)
-                        for graph in entry["prologue"]
-                    ),
-                ),
+                program=_program_of(entry, backend, files, libraries, constants),
             )
             for entry in manifest["programs"]
         )
@@ -331,6 +318,27 @@ def _checked_constant(
             f"saved for another module: the values of {name}, a constant of the graph, differ"
         )
     return live
+
+
+def _program_of(
+    entry: dict[str, Any],
+    backend: Saveable,
+    files: Mapping[str, bytes],
+    libraries: Mapping[str, bytes],
+    constants: Mapping[str, torch.Tensor],
+) -> Program:
+    graphs, prologue = (
+        [_graph_of(graph, backend, files, libraries, constants) for graph in entry[part]]
+        for part in ("graphs", "prologue")
+    )
+    return Program(
+        treespec_loads(entry["out_spec"]),
+        tuple(graphs),
+        tuple(CacheLayout(*cut) for cut in entry["cached"]),
+        tuple(entry["ratios"]),
+        entry["probed"],
+        *prologue,
+    )
 
 
 def _graph_of(

@@ -31,7 +31,8 @@ from dcompile.compiler.build import choose_skip, with_weights
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.program import weights_of
 from dcompile.errors import ExportError
-from dcompile.passes import HOISTED, SkipConnection, prologue_of, split_at, without_hoisted
+from dcompile.passes import SkipConnection, prologue_of, split_at, without_hoisted
+from dcompile.passes.hoist import HOISTED
 from dcompile.policy.schedule import Schedule
 from dcompile.progress import Display
 from dcompile.storage.onnx_folder import (

@@ -13,7 +13,6 @@ from torch import nn
 from torch.fx import GraphModule
 
 from dcompile.passes import (
-    HOISTED,
     PreconditionError,
     find_skip_connections,
     find_step_invariant,
@@ -24,6 +23,7 @@ from dcompile.passes import (
     without_hoisted,
 )
 from dcompile.passes.base import require_functional
+from dcompile.passes.hoist import HOISTED
 
 VARYING = ("sample", "timestep")
 
