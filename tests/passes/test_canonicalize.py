@@ -270,3 +270,24 @@ def test_any_chain_is_exact_and_done_after_one_run(names: list[str]) -> None:
     assert targets(graph_module).count("aten.scaled_dot_product_attention.default") == names.count(
         "attention"
     )
+
+
+def test_type_as_reads_nothing_of_the_other_tensor() -> None:
+    class TypeAs(nn.Module):
+        def forward(self, sample: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+            return sample.type_as(other.half()), sample.type_as(other.exp()) + 1
+
+    args = torch.randn(3), torch.randn(3)
+    graph_module = torch.export.export(TypeAs(), args).graph_module
+    assert Canonicalize()(graph_module).modified
+    targets = [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.aten.to.dtype, torch.ops.aten.add.Tensor]
+    assert all(map(torch.equal, graph_module(*args), TypeAs()(*args)))
+    assert not Canonicalize()(graph_module).modified
+
+
+def test_type_as_without_metadata_is_left_alone() -> None:
+    graph = torch.fx.Graph()
+    one, other = graph.placeholder("one"), graph.placeholder("other")
+    graph.output((graph.call_function(torch.ops.aten.type_as.default, (one, other)),))
+    assert not Canonicalize()(torch.fx.GraphModule(nn.Module(), graph)).modified
