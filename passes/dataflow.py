@@ -113,17 +113,28 @@ def operands_read(node: Node) -> list[Node]:
     return node.all_input_nodes
 
 
-def needed_nodes(graph: Graph, exposed: Collection[Node], replaced: Collection[Node]) -> set[Node]:
+def nodes_with_effects(graph: Graph) -> set[Node]:
+    """Nodes that run whether anybody reads them or not."""
+    return {node for node in graph.nodes if node.op != "placeholder" and not is_pure(node)}
+
+
+def needed_nodes(
+    graph: Graph,
+    exposed: Collection[Node],
+    replaced: Collection[Node],
+    effects: Collection[Node] | None = None,
+) -> set[Node]:
     """What ``exposed`` and the graph's outputs depend on; and what has side effects.
 
     Args:
         replaced: values that come from elsewhere: they and what only they depend on are left out,
             even if exposed.
+        effects: ``nodes_with_effects``, if they are known.
     """
-    needed = set(exposed).difference(replaced)
+    needed = {*exposed, *(nodes_with_effects(graph) if effects is None else effects)}
+    needed.difference_update(replaced)
     for node in reversed(graph.nodes):
         read = node.op == "output" or any(user in needed for user in node.users)
-        kept = node in needed or read or (node.op != "placeholder" and not is_pure(node))
-        if kept and node not in replaced:
+        if read and node not in replaced:
             needed.add(node)
     return needed

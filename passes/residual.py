@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from .cost import Cost, tensor_bytes, tensor_sizes, total_cost
-from .dataflow import needed_nodes, sample_placeholder
+from .cost import Cost, node_cost, tensor_bytes, tensor_sizes
+from .dataflow import needed_nodes, nodes_with_effects, sample_placeholder
 from .stream import Segment, find_segments
 
 
@@ -130,7 +130,11 @@ def find_residual_cuts(
     """
     graph = graph_module.graph
     segments = find_segments(graph, sample_placeholder(graph, sample))
-    full = total_cost(graph.nodes)
+    if not segments:
+        return []
+    costs = {node: node_cost(node) for node in graph.nodes}
+    full = sum(costs.values(), Cost())
+    effects = nodes_with_effects(graph)
     blocks = sum(len(segment.paths) for segment in segments)
     cuts: list[ResidualCut] = []
     for running in range(1, blocks):
@@ -139,8 +143,8 @@ def find_residual_cuts(
             continue
         before = {node for part in skipped for node in part.before}
         after = {node for part in skipped for node in part.after}
-        needed = needed_nodes(graph, before, after)
-        shallow = total_cost(node for node in graph.nodes if node in needed)
+        needed = needed_nodes(graph, before, after, effects)
+        shallow = sum((costs[node] for node in needed), Cost())
         if shallow.flops < full.flops and (not cuts or cuts[-1].shallow.flops < shallow.flops):
             cuts.append(ResidualCut(len(cuts), skipped, full, shallow))
     return cuts
