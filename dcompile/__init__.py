@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dcompile.errors import DepthError as DepthError
     from dcompile.errors import ExportError as ExportError
     from dcompile.errors import ModelError as ModelError
-    from dcompile.errors import NoSkipConnectionError as NoSkipConnectionError
+    from dcompile.errors import NoCutError as NoCutError
     from dcompile.errors import NotCompiledError as NotCompiledError
     from dcompile.errors import ScheduleError as ScheduleError
     from dcompile.errors import TimestepError as TimestepError
@@ -66,7 +66,7 @@ _MODULES = {
         "DepthError",
         "ExportError",
         "ModelError",
-        "NoSkipConnectionError",
+        "NoCutError",
         "NotCompiledError",
         "ScheduleError",
         "TimestepError",
@@ -104,7 +104,7 @@ __all__ = [
     "Handle",
     "ModelError",
     "MultiLevel",
-    "NoSkipConnectionError",
+    "NoCutError",
     "NonUniform",
     "NotCompiledError",
     "Plan",

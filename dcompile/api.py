@@ -79,9 +79,10 @@ def cache_compile(
     if it had not been compiled. Outputs carry no gradient.
 
     Args:
-        module: the network, called as ``(sample, timestep, ...)``: a diffusers UNet or any module
-            whose graph has skip connections. Or a whole pipeline: its denoiser is taken. Of a
-            module that ``torch.compile`` wraps, the original is compiled and returned.
+        module: the network, called as ``(sample, timestep, ...)``: a UNet or a transformer of
+            diffusers, or any module whose graph has skip connections or a residual stream. Or a
+            whole pipeline: its denoiser is taken. Of a module that ``torch.compile`` wraps, the
+            original is compiled and returned.
         interval: refresh every ``interval``-th step, as DeepCache does; 3 if neither this nor
             ``speedup`` nor ``schedule`` is given.
         speedup: FLOPs of an uncached run over FLOPs of a cached one. Refreshes are then placed
@@ -102,8 +103,9 @@ def cache_compile(
             Read at the start of each run by ``speedup``, ``GainWeighted`` and "auto".
         sample, timestep: names of these two parameters of the network's forward, where shapes and
             names leave more than one candidate.
-        depth: the skip connection to cut at: 0, the outermost, is fastest; deeper is closer to
-            the uncached result. Equals DeepCache's ``cache_branch_id``.
+        depth: where to cut: 0, the outermost, is fastest; deeper is closer to the uncached result.
+            At skip connections it equals DeepCache's ``cache_branch_id``; along a residual stream,
+            reuse steps run the first ``depth + 1`` blocks.
         backend: "inductor", "tensorrt", "eager" (exact), any name of
             ``torch.compiler.list_backends()``, or a callable
             ``(graph_module, example_inputs) -> callable``.

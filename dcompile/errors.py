@@ -20,12 +20,12 @@ class CaptureError(DcompileError, RuntimeError):
     uncached_result: tuple[Any, ...] = ()
 
 
-class NoSkipConnectionError(DcompileError, ValueError):
-    """The network has no skip connection to cut at."""
+class NoCutError(DcompileError, ValueError):
+    """The network has neither skip connections nor a residual stream to cut."""
 
 
 class DepthError(DcompileError, ValueError):
-    """The network has no skip connection at the requested depth."""
+    """The network has no cut at the requested depth."""
 
 
 class ScheduleError(DcompileError, ValueError):

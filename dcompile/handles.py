@@ -106,7 +106,7 @@ class Handle:
 
         Raises:
             CaptureError: such a call would run uncached, or cannot be captured.
-            BackendError, DepthError, NoSkipConnectionError: as at a first call.
+            BackendError, DepthError, NoCutError: as at a first call.
         """
         dispatcher = self._dispatcher
         device = device_of(self.module)
@@ -204,7 +204,7 @@ class Handle:
                 the network is in training mode, its weights have no values, an operator has no
                 ONNX form, or the schedule is a ``MultiLevel``, which takes more than two graphs.
             CaptureError: the network cannot be captured.
-            NoSkipConnectionError, DepthError: there is nothing to cut at this depth.
+            NoCutError, DepthError: there is nothing to cut at this depth.
         """
         dispatcher = self._dispatcher
         settings = dispatcher.settings

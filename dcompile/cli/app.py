@@ -18,14 +18,14 @@ from dcompile.cli.console import (
     quiet_libraries,
     require_writable,
 )
-from dcompile.errors import DcompileError, DepthError, NoSkipConnectionError
+from dcompile.errors import DcompileError, DepthError, NoCutError
 from dcompile.version import __version__
 
 if TYPE_CHECKING:
     from dcompile.cli.sampling import Sampler
 
 app = typer.Typer(
-    help="Diffusion networks with skip connections, 2 to 5 times faster, without training.",
+    help="Diffusion networks, 2 to 5 times faster, without training.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -48,7 +48,7 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Diffusion networks with skip connections, 2 to 5 times faster, without training."""
+    """Diffusion networks, 2 to 5 times faster, without training."""
 
 
 @app.command()
@@ -60,7 +60,7 @@ def demo(
         list[int] | None,
         typer.Option(help="Refresh every Nth step; repeat for several runs. Default: 3 and 5."),
     ] = None,
-    depth: Annotated[int, typer.Option(help="The skip connection to cut at; see explain.")] = 0,
+    depth: Annotated[int, typer.Option(help="The cut; see explain.")] = 0,
     backend: Annotated[str, typer.Option(help="eager, inductor, ...")] = "eager",
     count: Annotated[
         int | None,
@@ -107,7 +107,7 @@ def demo(
 @app.command()
 def explain(
     model: options.ModelOrNetwork,
-    depth: Annotated[int, typer.Option(help="The skip connection to cut at.")] = 0,
+    depth: Annotated[int, typer.Option(help="The cut.")] = 0,
     size: options.SizeOfAny = None,
     svg: Annotated[
         Path | None,
@@ -130,8 +130,8 @@ def explain(
         explanation = found.explain(*args, **kwargs)
         found.remove()
         if not explanation.depths:
-            raise NoSkipConnectionError(
-                f"{explanation.network} has no skip connection, so there is nothing to cut"
+            raise NoCutError(
+                f"{explanation.network} has neither skip connections nor a residual stream to cut"
             )
         if depth >= len(explanation.depths):
             raise DepthError(
@@ -154,7 +154,7 @@ def bench(
     prompts_file: options.PromptsFile = None,
     steps: options.Steps = 30,
     interval: options.Intervals = None,
-    depth: Annotated[int, typer.Option(help="The skip connection to cut at; see explain.")] = 0,
+    depth: Annotated[int, typer.Option(help="The cut; see explain.")] = 0,
     backend: options.Backends = None,
     peer: options.Peers = None,
     count: options.CountForPrompts = None,

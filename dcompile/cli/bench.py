@@ -101,7 +101,7 @@ class _Bench:
         """Capture the network, which all ways share, and see what a cut saves.
 
         Raises:
-            DcompileError: it cannot be captured, has no skip connection or none at this depth, or
+            DcompileError: it cannot be captured, has no cut or none at this depth, or
                 the pipeline refuses its arguments.
         """
         self.progress("capturing", 0, 1)

@@ -63,7 +63,7 @@ class DemoSettings(SampleSettings):
 
     Attributes:
         intervals: refresh intervals, one cached run for each.
-        depth: the skip connection to cut at.
+        depth: of the cut.
         backend: see ``cache_compile``.
         repeat: runs of each kind, of which the fastest is reported.
     """
@@ -80,7 +80,7 @@ class BenchSettings(SampleSettings):
 
     Attributes:
         intervals: refresh intervals, each measured with every backend; 1 is always measured.
-        depth: the skip connection to cut at.
+        depth: of the cut.
         backends: see ``cache_compile``; none for Inductor on CUDA devices and eager elsewhere.
         peers: ``torch.compile``, or with a mode, ``torch.compile:reduce-overhead``: the uncached
             network so compiled.

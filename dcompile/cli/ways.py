@@ -79,7 +79,7 @@ class Installer:
 
     Args:
         subject: what runs. dcompile is not installed on its network yet.
-        depth: the skip connection to cut at.
+        depth: of the cut.
     """
 
     def __init__(self, subject: Subject, depth: int) -> None:

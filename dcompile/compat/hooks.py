@@ -39,6 +39,18 @@ def offload_hooks(module: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
+def stateful_hooks(module: nn.Module) -> list[tuple[str, str]]:
+    """Path and name of diffusers' hooks that keep something from one call to the next.
+
+    Those are its caches: FirstBlockCache, TaylorSeer, PyramidAttentionBroadcast and the like.
+    """
+    found = []
+    for path, submodule in module.named_modules():
+        hooks = getattr(getattr(submodule, "_diffusers_hook", None), "hooks", {})
+        found += [(path, name) for name, hook in hooks.items() if hook._is_stateful]
+    return found
+
+
 def take_compiled_call(module: nn.Module) -> Any:
     """Undo ``module.compile()``, which would bypass ``forward``. Returns what it had installed."""
     installed = module._compiled_call_impl

@@ -25,10 +25,9 @@ from dcompile.compiler.program import (
     graph_label,
     weights_of,
 )
-from dcompile.errors import BackendError, DepthError, NoSkipConnectionError, ScheduleError
+from dcompile.errors import BackendError, DepthError, NoCutError, ScheduleError
 from dcompile.passes import (
-    SkipConnection,
-    find_skip_connections,
+    Cut,
     prologue_of,
     split_levels,
     with_drift,
@@ -42,60 +41,59 @@ from dcompile.progress import Display
 LITTLE_GAIN = 0.9
 
 
-def choose_skip(network: CapturedNetwork, depth: int) -> SkipConnection:
-    """The skip connection at ``depth``.
+def choose_cut(network: CapturedNetwork, depth: int) -> Cut:
+    """The cut at ``depth``.
 
     Raises:
-        NoSkipConnectionError: there is none at any depth.
+        NoCutError: there is none at any depth.
         DepthError: there is none at this depth; lists those there are.
     """
-    skips = find_skip_connections(network.graph_module, network.sample)
-    if not skips:
+    cuts = network.cuts
+    if not cuts:
         sample = network.sample.removeprefix("kwargs_")
-        raise NoSkipConnectionError(
-            "found no skip connection: no concatenation whose operands all depend on the sample "
-            f"({sample}) and that has compute behind one of them. Diffusion transformers "
-            "without long skips are served by diffusers' own caches (diffusers.hooks, e.g. "
-            "apply_first_block_cache)"
+        raise NoCutError(
+            "found nowhere to cut: no skip connection (a concatenation whose operands all depend "
+            f"on the sample, {sample}, and that has compute behind one of them), and no residual "
+            "stream of three blocks or more (sums of equal shape, each of which the next block "
+            "adds to)"
         )
-    if depth >= len(skips):
+    if depth >= len(cuts):
         listed = "\n".join(
-            f"  {skip.depth:2d}  {skip.module_path:40s} a reuse step saves {1 - skip.ratio:5.1%}"
-            for skip in skips
+            f"  {cut.depth:2d}  {cut.module_path:40s} a reuse step saves {1 - cut.ratio:5.1%}"
+            for cut in cuts
         )
         raise DepthError(f"depth {depth} is out of range; this network has\n{listed}")
-    return skips[depth]
+    return cuts[depth]
 
 
 def gains_little(network: CapturedNetwork) -> bool:
     """Whether a reuse step takes nearly as much compute as a full one, wherever it is cut."""
-    skips = find_skip_connections(network.graph_module, network.sample)
-    return bool(skips) and min(skip.ratio for skip in skips) > LITTLE_GAIN
+    return bool(network.cuts) and min(cut.ratio for cut in network.cuts) > LITTLE_GAIN
 
 
 def graphs_of(
     network: CapturedNetwork, cuts: ProgramSpec, hoist: bool
-) -> tuple[tuple[GraphModule, ...], tuple[CacheLayout, ...], tuple[SkipConnection, ...]]:
+) -> tuple[tuple[GraphModule, ...], tuple[CacheLayout, ...], tuple[Cut, ...]]:
     """Cut ``network``: its graphs, what each cut caches, and the cuts themselves.
 
     Args:
         hoist: have the graphs take ``network.hoisted`` as inputs, after the call's.
 
     Raises:
-        NoSkipConnectionError, DepthError: see ``choose_skip``.
+        NoCutError, DepthError: see ``choose_cut``.
         ScheduleError: what is to be probed cannot be.
     """
-    skips = tuple(choose_skip(network, depth) for depth in cuts.depths)
+    chosen = tuple(choose_cut(network, depth) for depth in cuts.depths)
     probed = []
     if cuts.probe is not None:
-        probed = [node for node in skips[0].entering if is_floating(node.meta.get("val"))]
+        probed = [node for node in chosen[0].entering if is_floating(node.meta.get("val"))]
         if not probed:
             raise ScheduleError(
                 "Adaptive: nothing of the sample enters the deep region as floating-point numbers, "
                 "so there is no drift to follow"
             )
-    graphs = list(split_levels(network.graph_module, skips, probed))
-    sizes = [len(skip.boundary) for skip in skips]
+    graphs = list(split_levels(network.graph_module, chosen, probed))
+    sizes = [len(cut.boundary) for cut in chosen]
     if hoist:
         graphs = [*map(without_hoisted, graphs, (*sizes, 0))]
     if cuts.probe is not None:
@@ -104,7 +102,7 @@ def graphs_of(
     for number, (size, history) in enumerate(zip(sizes, cuts.histories, strict=True)):
         if history > 1:
             graphs[number] = with_forecast(graphs[number], size, history)
-    return tuple(graphs), cache_layouts(sizes, cuts.histories), skips
+    return tuple(graphs), cache_layouts(sizes, cuts.histories), chosen
 
 
 def build(
@@ -122,12 +120,12 @@ def build(
         earlier: a program that has the full graph, if one with other histories does.
 
     Raises:
-        NoSkipConnectionError, DepthError, ScheduleError: see ``graphs_of``.
+        NoCutError, DepthError, ScheduleError: see ``graphs_of``.
         BackendError: the backend failed; the original error is its cause.
     """
     with display.stage("cutting"):
         hoist = hoists(network, backend)
-        graphs, cached, skips = graphs_of(network, cuts, hoist)
+        graphs, cached, chosen = graphs_of(network, cuts, hoist)
     weights = weights_of(module)
     prologue = earlier.prologue if earlier is not None else None
     if hoist:
@@ -163,7 +161,7 @@ def build(
         network.out_spec,
         (*compiled, full),
         cached,
-        tuple(skip.ratio for skip in skips),
+        tuple(cut.ratio for cut in chosen),
         cuts.probe is not None,
         prologue,
     )

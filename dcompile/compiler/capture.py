@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import traceback
@@ -30,12 +31,12 @@ from dcompile.compat.export import (
     is_higher_order,
     shape_env_of,
 )
-from dcompile.compat.hooks import casts_in_graph, offload_hooks
+from dcompile.compat.hooks import casts_in_graph, offload_hooks, stateful_hooks
 from dcompile.compiler.guards import SizeGuard, TensorPattern, autocast_dtype
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.compiler.weight_classes import WeightAttributes, remark_on
 from dcompile.errors import CaptureError
-from dcompile.passes import Canonicalize, mark_step_invariant
+from dcompile.passes import Canonicalize, Cut, find_cuts, mark_step_invariant
 from dcompile.passes.base import is_mutating
 
 
@@ -77,6 +78,11 @@ class CapturedNetwork:
     hoisted: tuple[Node, ...] = ()
     guard: SizeGuard | None = None
     current_guard: Callable[[], SizeGuard] | None = None
+
+    @functools.cached_property
+    def cuts(self) -> list[Cut]:
+        """Where it can be cut: by depth, so that the cut that saves most comes first."""
+        return list[Cut](find_cuts(self.graph_module, self.sample))
 
     def refresh_guard(self) -> None:
         """Take in what a compiler has specialized since the capture."""
@@ -159,7 +165,7 @@ def capture(
     Raises:
         CaptureError: ``torch.export`` cannot follow the code; names the line.
     """
-    require_all_weights(module)
+    refuse_hooks(module)
     # One tensor given twice would be one input.
     distinct = [
         leaf.clone() if isinstance(leaf, torch.Tensor) and _is_among(leaf, leaves[:i]) else leaf
@@ -201,12 +207,20 @@ def capture(
     return captured
 
 
-def require_all_weights(module: nn.Module) -> None:
-    """Refuse hooks that move the weights of one part after another, before they are disturbed.
+def refuse_hooks(module: nn.Module) -> None:
+    """Refuse hooks that move the weights of one part after another, and other caches.
+
+    Before any of them is disturbed.
 
     Raises:
-        CaptureError: diffusers' group offload is on.
+        CaptureError: diffusers' group offload is on, or one of its caches.
     """
+    for path, name in stateful_hooks(module):
+        raise CaptureError(
+            f"{type(module).__name__} cannot be captured: a hook ({name}) on {path or 'it'} keeps "
+            "values from one call to the next, as the caches of diffusers do. It runs uncached. "
+            "Remove the other cache first: disable_cache() of the network"
+        )
     for path, name in offload_hooks(module):
         raise CaptureError(
             f"{type(module).__name__} cannot be captured: a hook ({name}) on {path or 'it'} moves "

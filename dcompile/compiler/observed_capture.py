@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_unflatten
 from dcompile.compat.export import one_at_a_time
 from dcompile.compat.hooks import global_hooks
 from dcompile.compiler.call import StandardCall
-from dcompile.compiler.capture import CapturedNetwork, capture, require_all_weights
+from dcompile.compiler.capture import CapturedNetwork, capture, refuse_hooks
 from dcompile.compiler.function_caches import FunctionCaches
 from dcompile.compiler.random_states import RandomStates
 from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
@@ -68,7 +68,7 @@ class ObservedCapture:
             return self._captured()
 
     def _captured(self) -> CapturedNetwork:
-        require_all_weights(self._module)
+        refuse_hooks(self._module)
         numbers, before = RandomStates(), Snapshot(self._roots)
         result = self._run()
         after = before.again()

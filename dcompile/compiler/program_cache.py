@@ -72,7 +72,7 @@ class ProgramCache:
 
         Raises:
             CaptureError: the network cannot be captured.
-            BackendError, DepthError, NoSkipConnectionError, ScheduleError: see ``build.build``.
+            BackendError, DepthError, NoCutError, ScheduleError: see ``build.build``.
         """
         loaded = self._loaded_program(call, target, display)
         if loaded is not None:

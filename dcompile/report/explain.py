@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from dcompile.compiler.build import LITTLE_GAIN
 from dcompile.compiler.capture import CapturedNetwork
-from dcompile.passes import find_skip_connections
+from dcompile.passes import SkipConnection
 from dcompile.passes.cost import tensor_bytes, tensor_sizes
 
 INTERVALS = (2, 3, 5, 10)
@@ -23,7 +23,8 @@ class DepthReport:
 
     Attributes:
         depth: what to pass to ``cache_compile``.
-        module_path: the submodule that reads the skip connection.
+        module_path: the submodule that reads the skip connection; of a residual stream, the first
+            block that a reuse step skips.
         boundary_shapes: shapes of the cached tensors.
         cache_bytes: their size, for one call.
         ratio: r, FLOPs of a reuse step over FLOPs of a refresh step.
@@ -64,6 +65,7 @@ class Explanation:
         flops: FLOPs of one uncached call.
         depths: one report for each depth, outermost first.
         companions: one report for each companion that took part in a reuse step.
+        stream: it is cut along its residual stream, and not at skip connections.
     """
 
     network: str
@@ -71,6 +73,7 @@ class Explanation:
     flops: int
     depths: tuple[DepthReport, ...]
     companions: tuple[CompanionReport, ...] = ()
+    stream: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -105,6 +108,11 @@ class Explanation:
 
     def _notes(self) -> list[str]:
         notes = ["r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r)."]
+        if self.stream:
+            notes.append(
+                "Cut along the residual stream: a reuse step skips this block and all after it, "
+                "and adds what they added at the latest refresh."
+            )
         if len(self.chosen) > 1:
             notes.append("▸: cuts in use. A step that refreshes one refreshes all outer ones, too.")
         notes += [
@@ -132,7 +140,7 @@ def explain(
     name: str,
     companions: tuple[CompanionReport, ...] = (),
 ) -> Explanation:
-    """Report on every skip connection of a captured network.
+    """Report on every cut of a captured network.
 
     Args:
         network: the captured network.
@@ -140,19 +148,26 @@ def explain(
         name: of the network's class.
         companions: what companions compute on a reuse step.
     """
-    skips = find_skip_connections(network.graph_module, network.sample)
+    cuts = network.cuts
     rows = tuple(
         DepthReport(
-            depth=skip.depth,
-            module_path=skip.module_path,
-            boundary_shapes=tuple(tensor_sizes(value) for value in _tensors(skip.boundary)),
-            cache_bytes=sum(tensor_bytes(value) for value in _tensors(skip.boundary)),
-            ratio=skip.ratio,
-            speed_limits={interval: skip.speed_limit(interval) for interval in INTERVALS},
+            depth=cut.depth,
+            module_path=cut.module_path,
+            boundary_shapes=tuple(tensor_sizes(value) for value in _tensors(cut.boundary)),
+            cache_bytes=sum(tensor_bytes(value) for value in _tensors(cut.boundary)),
+            ratio=cut.ratio,
+            speed_limits={interval: cut.speed_limit(interval) for interval in INTERVALS},
         )
-        for skip in skips
+        for cut in cuts
     )
-    return Explanation(name, chosen, skips[0].full.flops if skips else 0, rows, companions)
+    return Explanation(
+        network=name,
+        chosen=chosen,
+        flops=cuts[0].full.flops if cuts else 0,
+        depths=rows,
+        companions=companions,
+        stream=bool(cuts) and not isinstance(cuts[0], SkipConnection),
+    )
 
 
 def _tensors(nodes: tuple[Node, ...]) -> list[torch.Tensor]:

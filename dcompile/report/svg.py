@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from xml.sax.saxutils import escape, quoteattr
 
-from dcompile.errors import DepthError, NoSkipConnectionError
+from dcompile.errors import DepthError, NoCutError
 from dcompile.report import svg_elements as svg
 from dcompile.report.explain import DepthReport, Explanation
+from dcompile.report.svg_stream import draw_stream, draw_stream_cut
 from dcompile.report.svg_unet import BOX_HEIGHT, MARGIN, Layout, draw_cut, draw_unet, paint_of
 
 WIDTH = 1200
@@ -61,7 +62,10 @@ DEFS = (
 
 
 def draw_svg(explanation: Explanation) -> str:
-    """Draw a network as a U, cut at the chosen depths, with what each depth would save.
+    """Draw a network, cut at the chosen depths, with what each depth would save.
+
+    A network with skip connections is drawn as a U, one with a residual stream as a column of
+    blocks and the way past those that reuse steps skip.
 
     What every step runs is blue, what only refresh steps run is hatched, and what is between two
     cuts, which runs in steps that refresh the outer one, is light blue. The cached tensors of each
@@ -75,14 +79,12 @@ def draw_svg(explanation: Explanation) -> str:
         An SVG document, 1200 units wide.
 
     Raises:
-        NoSkipConnectionError: the network has none.
+        NoCutError: the network has none.
         DepthError: the chosen depths are not ascending depths of the network.
     """
     depths, chosen = explanation.depths, explanation.chosen
     if not depths:
-        raise NoSkipConnectionError(
-            f"{explanation.network} has no skip connection: nothing to draw"
-        )
+        raise NoCutError(f"{explanation.network} has no cut: nothing to draw")
     for depth in chosen:
         if not 0 <= depth < len(depths):
             raise DepthError(
@@ -93,14 +95,19 @@ def draw_svg(explanation: Explanation) -> str:
         raise DepthError(f"chosen: expected ascending depths, got {list(chosen)}")
     header, top = _header(explanation)
     layout = Layout.of(depths, chosen, top + 74)
+    drawn_cut = draw_stream_cut if explanation.stream else draw_cut
+    draw_network = draw_stream if explanation.stream else draw_unet
     body = [
         *_table_head(top + 26),
         *_row_bands(layout),
-        *(line for depth in chosen for line in draw_cut(layout, depths[depth], chosen)),
-        *draw_unet(layout, explanation),
+        *(line for depth in chosen for line in drawn_cut(layout, depths[depth], chosen)),
+        *draw_network(layout, explanation),
         *(line for row in depths for line in _table_row(row, depths, chosen, layout)),
     ]
-    legend, height = _legend(layout.bottom + 50, several=len(chosen) > 1)
+    below = 84 if explanation.stream else 50
+    legend, height = _legend(
+        layout.bottom + below, several=len(chosen) > 1, stream=explanation.stream
+    )
     summary = (
         f"{explanation.network} cut at {_named(chosen)}: a reuse step runs "
         f"{svg.percent_text(depths[chosen[0]].ratio)} of the FLOPs"
@@ -132,9 +139,13 @@ def _lead(explanation: Explanation) -> list[str]:
     outermost, *deeper = [explanation.depths[depth] for depth in explanation.chosen]
     tensors = "one tensor" if len(outermost.boundary_shapes) == 1 else "tensors"
     size = svg.bytes_text(outermost.cache_bytes)
-    where = f"{svg.tail_of(outermost.module_path, 42)} reads its skip connection."
+    path = svg.tail_of(outermost.module_path, 42)
+    where = f"{path} reads its skip connection."
+    if explanation.stream:
+        where = f"before {path}."
+    joint = "" if explanation.stream else "where "
     lines = [
-        f"Cut at {_named(explanation.chosen)}, where {where}",
+        f"Cut at {_named(explanation.chosen)}, {joint}{where}",
         f"A reuse step runs {svg.percent_text(outermost.ratio)} of the "
         f"{svg.macs_text(explanation.flops)} of a call (r = {outermost.ratio:.3f})",
         f"and reads {tensors} of {size} from the cache.",
@@ -142,7 +153,8 @@ def _lead(explanation: Explanation) -> list[str]:
     if deeper:
         shares = [svg.percent_text(row.ratio) for row in deeper]
         named = ", ".join(shares[:-1]) + " or " * (len(shares) > 1) + shares[-1]
-        lines[0] = f"Cut at {_named(explanation.chosen)}. At the outermost, {where}"
+        joint = ", the outermost" if explanation.stream else ". At the outermost,"
+        lines[0] = f"Cut at {_named(explanation.chosen)}{joint} {where}"
         lines[2] = f"{lines[2][:-1]}; a partial step runs {named}."
     return lines
 
@@ -216,7 +228,7 @@ def _table_row(
     ]
 
 
-def _legend(y: float, *, several: bool) -> tuple[list[str], float]:
+def _legend(y: float, *, several: bool, stream: bool) -> tuple[list[str], float]:
     """The key, and the height of the whole picture."""
     lines = [f'<line x1="{MARGIN}" y1="{y:g}" x2="{WIDTH - MARGIN}" y2="{y:g}" stroke="#e2e8f0"/>']
     y += 28
@@ -239,6 +251,10 @@ def _legend(y: float, *, several: bool) -> tuple[list[str], float]:
         x += svg.width_of(label) + 62
     y += 26
     x = MARGIN + 11
+    if stream:
+        explained = "Percentages are shares of the FLOPs of one call. What is cached is what the "
+        explained += "skipped blocks added to the stream at the latest refresh."
+        return [*lines, svg.text(MARGIN, y, explained, "muted")], y + 28
     lines += [
         f'<circle cx="{x:g}" cy="{y - 4:g}" r="10" fill="#ffffff" stroke="#94a3b8"/>',
         svg.text(x, y, "d", "muted bold small", "middle"),

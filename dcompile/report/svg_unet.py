@@ -223,7 +223,7 @@ def draw_cut(layout: Layout, row: DepthReport, chosen: tuple[int, ...]) -> list[
         f'<ellipse class="lid" cx="{x:g}" cy="{y:g}" rx="{width / 2:g}" ry="{lid}"/>',
         *(
             svg.text(x, y + 23 + 16 * i, line, f"amber {'bold' if i == 0 else ''}", "middle")
-            for i, line in enumerate(_store_lines(row))
+            for i, line in enumerate(store_lines(row))
         ),
         svg.text(x + 12, bottom + 18, writers, "off small"),
     ]
@@ -237,7 +237,8 @@ def draw_cut(layout: Layout, row: DepthReport, chosen: tuple[int, ...]) -> list[
     ]
 
 
-def _store_lines(row: DepthReport) -> list[str]:
+def store_lines(row: DepthReport) -> list[str]:
+    """What is written on the store of a cut."""
     shapes = [svg.shape_text(shape) for shape in row.boundary_shapes]
     if len(shapes) > 3:
         shapes = [*shapes[:2], f"and {len(shapes) - 2} more"]
@@ -246,7 +247,7 @@ def _store_lines(row: DepthReport) -> list[str]:
 
 def store_height(row: DepthReport) -> float:
     """Height of the store of a cut at this depth."""
-    return 18 + 16 * len(_store_lines(row))
+    return 18 + 16 * len(store_lines(row))
 
 
 def _share(depths: tuple[DepthReport, ...], depth: int) -> float:

@@ -44,7 +44,7 @@ def warm_up(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any
 
     Raises:
         CaptureError: the call would run uncached, or cannot be captured.
-        BackendError, DepthError, NoSkipConnectionError: see ``compiler.build.build``.
+        BackendError, DepthError, NoCutError: see ``compiler.build.build``.
     """
     state = dispatcher.state
     call = state.reader.read(args, kwargs)

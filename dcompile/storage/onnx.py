@@ -27,11 +27,11 @@ from torch import nn
 from torch.export import Dim
 from torch.fx import Graph, GraphModule
 
-from dcompile.compiler.build import choose_skip, with_weights
+from dcompile.compiler.build import choose_cut, with_weights
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.program import weights_of
 from dcompile.errors import ExportError
-from dcompile.passes import SkipConnection, prologue_of, split_at, without_hoisted
+from dcompile.passes import Cut, prologue_of, split_at, without_hoisted
 from dcompile.passes.hoist import HOISTED
 from dcompile.policy.schedule import Schedule
 from dcompile.progress import Display
@@ -76,20 +76,20 @@ def export(
 
     Raises:
         ExportError: see ``Handle.export_onnx``.
-        NoSkipConnectionError, DepthError: see ``choose_skip``.
+        NoCutError, DepthError: see ``choose_cut``.
     """
     _require_packages()
     require_replaceable(folder)
     weights = weights_of(module)
     _require_values(weights, network)
     with display.stage("cutting"):
-        skip = choose_skip(network, depth)
-        full_graph, shallow_graph = split_at(network.graph_module, skip)
+        cut = choose_cut(network, depth)
+        full_graph, shallow_graph = split_at(network.graph_module, cut)
         values = network.hoisted if prologue else ()
         if values:
             without_hoisted(full_graph)
-            without_hoisted(shallow_graph, len(skip.boundary))
-    names = Names.of(network, forward, len(skip.boundary), len(values), weights)
+            without_hoisted(shallow_graph, len(cut.boundary))
+    names = Names.of(network, forward, len(cut.boundary), len(values), weights)
     models, hoisted = [], ()
     if values:
         with display.stage("translating the prologue (ONNX)"):
@@ -112,7 +112,7 @@ def export(
                 move_weights_out(model, network, stored)
         for model, file in zip(models, GRAPHS, strict=False):
             write_model(model, draft / file)
-        manifest = _manifest(type(module).__name__, skip, schedule, names, models, stored)
+        manifest = _manifest(type(module).__name__, cut, schedule, names, models, stored)
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -284,7 +284,7 @@ def _axis_names(model: Any) -> dict[Any, str]:
 
 def _manifest(
     network: str,
-    skip: SkipConnection,
+    cut: Cut,
     schedule: Schedule,
     names: Names,
     models: Sequence[Any],
@@ -305,8 +305,8 @@ def _manifest(
         "torch": torch.__version__,
         "opset": models[0].opset_imports[""],
         "network": network,
-        "depth": skip.depth,
-        "cut_at": skip.module_path,
+        "depth": cut.depth,
+        "cut_at": cut.module_path,
         "sample": names.sample,
         "results": [value.name for value in models[1].graph.outputs],
         "boundary": [{"output": name, "input": name} for name in names.boundary],

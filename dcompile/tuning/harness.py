@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from dcompile.api import cache_compile, handle
-from dcompile.compiler.build import choose_skip
+from dcompile.compiler.build import choose_cut
 from dcompile.compiler.fingerprint import identity_of
 from dcompile.errors import TuneError
 from dcompile.handles import Handle
@@ -204,7 +204,7 @@ class Harness:
         """Raise the DepthError of a depth that the network does not have."""
         dispatcher = self._dispatcher()
         current = dispatcher.programs.captures.current_networks(dispatcher.settings.dynamic)
-        choose_skip(current[-1], depth)
+        choose_cut(current[-1], depth)
 
     def describe_run(self, timesteps: int, ratio: float) -> RunInfo:
         """What a schedule is given to plan a run; see ``policy.schedule.RunInfo``."""
