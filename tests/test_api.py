@@ -407,7 +407,7 @@ class TestRefusals:
                 return self.conv(torch.cat([sample, timestep * torch.ones_like(sample)], 1)[:, :3])
 
         network = dcompile.cache_compile(Chain().eval(), backend="eager", verbose=False)
-        with pytest.raises(dcompile.NoCutError, match=r"diffusers\.hooks"):
+        with pytest.raises(dcompile.NoCutError, match="found nowhere to cut"):
             network(picture(), timesteps()[0])
         with torch.no_grad():
             assert network(picture(), timesteps()[0]).shape == picture().shape

@@ -31,7 +31,7 @@ import dcompile
 from dcompile.backends import resolve, tensorrt
 from dcompile.backends.tensorrt import Engine, TensorRT
 from dcompile.compat.versions import torch_version
-from dcompile.compiler.build import choose_skip, with_weights
+from dcompile.compiler.build import choose_cut, with_weights
 from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture import capture
 from dcompile.compiler.program import weights_of
@@ -488,7 +488,7 @@ def test_every_operator_has_a_converter(
     leaves, form = CallForms(network.forward).flatten(args, {**call, "return_dict": False})
     assert form is not None
     captured = capture(network, network.forward, leaves, form.spec, form.sample)
-    for graph in split_at(captured.graph_module, choose_skip(captured, 0)):
+    for graph in split_at(captured.graph_module, choose_cut(captured, 0)):
         graph_module = with_weights(graph, captured, weights_of(network))
         inputs = [
             leaves[captured.inputs[node.target]]

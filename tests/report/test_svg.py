@@ -157,7 +157,7 @@ def test_names_are_escaped_and_shortened() -> None:
 
 
 def test_refuses_what_cannot_be_drawn() -> None:
-    with pytest.raises(NoCutError, match="Net has no skip connection"):
+    with pytest.raises(NoCutError, match="Net has no cut"):
         draw_svg(Explanation("Net", (0,), 0, ()))
     with pytest.raises(DepthError, match="depth 3 is out of range: UNet2DModel has depths 0 to 2"):
         draw_svg(network(3, 3))
