@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,10 @@ def skipping(network: nn.Module, name: str, interval: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMERS if name not in NOT_CAPTURED])
-def test_every_transformer(name: str, compatible: Callable[..., dict[str, Any]]) -> None:
+def test_every_transformer(name: str) -> None:
     network, kwargs = small_transformer(name)
     if not isinstance(kwargs.get("timestep"), Tensor):
         pytest.skip("is called with a number, or with a timestep of another name")
-    title = type(network).__name__
-    if name != title.lower():
-        title += f", {name}"
-    row = compatible("network", title)
     expected = run(network, kwargs)
     compiled(network, interval=1)
     assert all(map(torch.equal, run(network, kwargs), expected))
@@ -103,8 +99,7 @@ def test_every_transformer(name: str, compatible: Callable[..., dict[str, Any]])
     assert stats.refresh_steps + stats.reuse_steps == STEPS
     assert stats.reuse_steps >= 3  # steps counted by value ask for a refresh at the start, twice
     assert torch.equal(found[0], expected[0])
-    depths = dcompile.handle(network).explain().depths
-    row |= {"depths": len(depths), "ratio": depths[0].ratio}
+    assert dcompile.handle(network).explain().depths[0].ratio < 0.75
 
 
 @pytest.mark.parametrize("name", BLOCKS)
