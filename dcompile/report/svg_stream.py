@@ -18,7 +18,7 @@ from dcompile.report.svg_unet import (
 COLUMN, BLOCK_WIDTH = 210, 250  # left edge and width of the blocks
 STORE_X, STORE_WIDTH = 556, 184  # centre and width of the stores
 CENTRE = COLUMN + BLOCK_WIDTH / 2
-BYPASS = 90  # from the centre of a store to the way past the skipped blocks
+BYPASS = 78  # from the centre of a store to the way past the skipped blocks
 
 
 def draw_stream(layout: Layout, explanation: Explanation) -> list[str]:
@@ -58,7 +58,7 @@ def _block(y: float, path: str, share: float, paint: Paint) -> list[str]:
     label = paint.label
     return [
         svg.rect(COLUMN, y, BLOCK_WIDTH, BOX_HEIGHT, 6, css=paint.box, title=path),
-        svg.text(COLUMN + 10, y + 18, svg.tail_of(path, 24), f"{label} small"),
+        svg.text(COLUMN + 10, y + 18, svg.tail_of(path, 32), f"{label} small"),
         svg.text(COLUMN + BLOCK_WIDTH - 10, y + 18, svg.percent_text(max(share, 0)), label, "end"),
     ]
 
@@ -70,7 +70,7 @@ def draw_stream_cut(layout: Layout, row: DepthReport, chosen: tuple[int, ...]) -
     line_y, bottom = gap.top + gap.height / 2, y + height
     left, end = STORE_X - STORE_WIDTH / 2, layout.bottom + BOX_HEIGHT + 24
     readers = "reuse steps add" if row.depth == chosen[0] else "partial steps add"
-    past = STORE_X + BYPASS + 8 - 9 * chosen.index(row.depth)
+    past = STORE_X + BYPASS - 10 * chosen.index(row.depth)
     label = f"cut at depth {row.depth}"
     return [
         f'<line class="cut" x1="{MARGIN - 20}" y1="{line_y:g}" x2="{left:g}" y2="{line_y:g}"/>',
