@@ -30,6 +30,27 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
 
+class Saving:
+    """What every kind of cut says of its cost.
+
+    Attributes:
+        full: cost of the whole graph.
+        shallow: cost of the graph without what the cut leaves out.
+    """
+
+    full: Cost
+    shallow: Cost
+
+    @property
+    def ratio(self) -> float:
+        """r: FLOPs of the shallow graph over FLOPs of the full graph."""
+        return self.shallow.flops / self.full.flops if self.full.flops else 1.0
+
+    def speed_limit(self, interval: float) -> float:
+        """The highest possible speed-up, N / (1 + (N - 1) r), refreshing every Nth step."""
+        return interval / (1 + (interval - 1) * self.ratio)
+
+
 @dataclass(frozen=True)
 class _TensorLike:
     shape: tuple[int, ...]

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import PreconditionError, is_pure, is_random, require_functional
+from .base import PreconditionError, is_pure, require_functional
 from .cost import node_cost, tensor_bytes
 from .dataflow import is_view
 
@@ -128,23 +128,12 @@ def _varying(graph: Graph, names: set[str]) -> set[Node]:
         raise PreconditionError(f"no placeholder is called {', '.join(map(repr, sorted(unknown)))}")
     varies = {placeholders[name] for name in names}
     for node in graph.nodes:
-        draws = node.op == "call_function" and (not is_pure(node) or _draws_random_numbers(node))
+        # What may draw random numbers is not pure.
+        impure = node.op != "placeholder" and not is_pure(node)
         other = node.op not in ("placeholder", "get_attr", "call_function")
-        if draws or other or any(operand in varies for operand in node.all_input_nodes):
+        if impure or other or any(operand in varies for operand in node.all_input_nodes):
             varies.add(node)
     return varies
-
-
-def _draws_random_numbers(node: Node) -> bool:
-    target = node.target
-    if is_random(node):
-        return True
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in target.tags
-        and "dropout" not in str(target)
-        and "attention" not in str(target)
-    )
 
 
 def _takes_compute(node: Node) -> bool:

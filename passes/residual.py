@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from .cost import Cost, node_cost, tensor_bytes, tensor_sizes
+from .cost import Cost, Saving, node_cost, tensor_bytes, tensor_sizes
 from .dataflow import needed_nodes, nodes_with_effects, sample_placeholder
 from .stream import Segment, find_segments
 
@@ -33,7 +33,7 @@ class SkippedSegment:
 
 
 @dataclass(frozen=True)
-class ResidualCut:
+class ResidualCut(Saving):
     """Where a residual stream can be cut, and what the cut saves.
 
     Attributes:
@@ -47,15 +47,6 @@ class ResidualCut:
     segments: tuple[SkippedSegment, ...]
     full: Cost = field(repr=False)
     shallow: Cost = field(repr=False)
-
-    @property
-    def ratio(self) -> float:
-        """r: FLOPs of the shallow graph over FLOPs of the full graph."""
-        return self.shallow.flops / self.full.flops if self.full.flops else 1.0
-
-    def speed_limit(self, interval: float) -> float:
-        """The highest possible speed-up, N / (1 + (N - 1) r), refreshing every Nth step."""
-        return interval / (1 + (interval - 1) * self.ratio)
 
     @property
     def module_path(self) -> str:
@@ -93,11 +84,6 @@ class ResidualCut:
             for segment in self.segments
             for pair in zip(segment.after, segment.before, strict=True)
         )
-
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes of the differences."""
-        return sum(tensor_bytes(node.meta.get("val")) for node in self.boundary)
 
 
 def find_residual_cuts(

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .base import argument, has_argument, is_pure
-from .cost import Cost, node_cost, tensor_bytes, total_cost
+from .cost import Cost, Saving, node_cost, tensor_bytes, total_cost
 from .dataflow import Dependencies, is_view, sample_placeholder
 
 # The same operation under the names that capture leaves in a graph.
@@ -27,7 +27,7 @@ CHEAP = 10
 
 
 @dataclass(frozen=True)
-class SkipConnection:
+class SkipConnection(Saving):
     """One skip connection: where the graph can be cut, and what the cut saves.
 
     Attributes:
@@ -57,23 +57,9 @@ class SkipConnection:
     entering: tuple[Node, ...] = field(default=(), repr=False)
 
     @property
-    def ratio(self) -> float:
-        """r: FLOPs of the shallow graph over FLOPs of the full graph."""
-        return self.shallow.flops / self.full.flops if self.full.flops else 1.0
-
-    def speed_limit(self, interval: float) -> float:
-        """The highest possible speed-up, N / (1 + (N - 1) r), refreshing every Nth step."""
-        return interval / (1 + (interval - 1) * self.ratio)
-
-    @property
     def replaced(self) -> tuple[tuple[Node, Node | None], ...]:
         """Each tensor that is replaced by a cached one: added to nothing."""
         return tuple((node, None) for node in self.boundary)
-
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes of the boundary."""
-        return sum(tensor_bytes(node.meta.get("val")) for node in self.boundary)
 
 
 def find_skip_connections(

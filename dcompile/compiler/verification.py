@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dcompile.compiler.capture import CapturedNetwork
-from dcompile.compiler.lazy import materialize
-from dcompile.compiler.program import convention_of, weights_of
+from dcompile.compiler.program import CompiledGraph, convention_of, weights_of
 from dcompile.compiler.weight_classes import remark_on
 from dcompile.errors import CaptureError
 
@@ -30,16 +29,10 @@ OTHER_DEVICES = 1e-2
 
 def run_graph(network: CapturedNetwork, module: nn.Module, leaves: Sequence[Any]) -> list[Any]:
     """What the graph returns for a call, with the module's weights; operator by operator."""
-    convention = convention_of(network.graph_module, network)
-    tensors = iter(convention.weight_tensors(weights_of(module)))
-    inputs = iter(materialize([leaves[i] for i in convention.inputs]))
-    weights = network.parameters.keys() | network.constants.keys()
-    arguments = [
-        next(tensors if str(node.target) in weights else inputs)
-        for node in network.graph_module.graph.find_nodes(op="placeholder")
-    ]
+    graph_module = network.graph_module
+    graph = CompiledGraph(graph_module, convention_of(graph_module, network))
     with torch.no_grad():
-        return list(network.graph_module(*arguments))
+        return list(graph.bind(weights_of(module))(leaves))
 
 
 def difference_of_results(one: Any, other: Any) -> float:
