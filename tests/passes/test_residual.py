@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dcompile.passes import (
-from dcompile.passes.cost import tensor_bytes
     Canonicalize,
     PreconditionError,
     ResidualCut,
@@ -29,6 +28,7 @@ from dcompile.passes.cost import tensor_bytes
     with_drift,
     with_forecast,
 )
+from dcompile.passes.cost import tensor_bytes
 
 aten = torch.ops.aten
 WIDTH = 16
