@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +31,7 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
 
-class Saving:
+class Saving(ABC):
     """What every kind of cut says of its cost.
 
     Attributes:
@@ -40,6 +41,16 @@ class Saving:
 
     full: Cost
     shallow: Cost
+
+    @property
+    @abstractmethod
+    def replaced(self) -> tuple[tuple[Node, Node | None], ...]:
+        """Each tensor that is replaced, with the one that a cached tensor is added to, if any."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes cached for one call: of each replaced tensor, one of its shape and dtype."""
+        return sum(tensor_bytes(node.meta.get("val")) for node, _ in self.replaced)
 
     @property
     def ratio(self) -> float:

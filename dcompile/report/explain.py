@@ -12,7 +12,7 @@ from torch.fx import Node
 from dcompile.compiler.build import LITTLE_GAIN
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.passes import SkipConnection
-from dcompile.passes.cost import tensor_bytes, tensor_sizes
+from dcompile.passes.cost import tensor_sizes
 
 INTERVALS = (2, 3, 5, 10)
 
@@ -154,7 +154,7 @@ def explain(
             depth=cut.depth,
             module_path=cut.module_path,
             boundary_shapes=tuple(tensor_sizes(value) for value in _tensors(cut.boundary)),
-            cache_bytes=sum(tensor_bytes(value) for value in _tensors(cut.boundary)),
+            cache_bytes=cut.cache_bytes,
             ratio=cut.ratio,
             speed_limits={interval: cut.speed_limit(interval) for interval in INTERVALS},
         )
