@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
+from torch import nn
 
 from dcompile.backends import Backend, GraphCompiler, resolve
 from dcompile.compat.hooks import without_torch_compile
@@ -25,14 +26,14 @@ from dcompile.errors import (
     NotCompiledError,
     ScheduleError,
 )
-from dcompile.handles import Handle, device_of
+from dcompile.handles import Handle, JointHandle, device_of
 from dcompile.integrations.pipelines import (
     companions_of,
-    denoiser_of,
+    denoisers_of,
     is_pipeline,
     network_of,
     sampler_of,
-    take_denoiser,
+    take_denoisers,
 )
 from dcompile.policy.checks import require_speedup
 from dcompile.policy.fixed import Uniform
@@ -43,7 +44,7 @@ from dcompile.progress import Display
 from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
 from dcompile.runtime.install import install, install_companions
 from dcompile.runtime.settings import Settings
-from dcompile.storage.artifact import read
+from dcompile.storage.artifact import Artifact, read
 
 M = TypeVar("M")
 
@@ -68,7 +69,7 @@ def cache_compile(
     channels_last: bool | Literal["auto"] = "auto",
     verbose: bool = True,
 ) -> M:
-    """Make a skip-connection diffusion network reuse its deep features across sampling steps.
+    """Make a diffusion network reuse its deep features across sampling steps.
 
     The network is changed in place: its ``forward`` is replaced, everything else stays, and
     ``handle(module).remove()`` undoes it. It is captured and compiled at the first call, once for
@@ -81,7 +82,8 @@ def cache_compile(
     Args:
         module: the network, called as ``(sample, timestep, ...)``: a UNet or a transformer of
             diffusers, or any module whose graph has skip connections or a residual stream. Or a
-            whole pipeline: its denoiser is taken. Of a module that ``torch.compile`` wraps, the
+            whole pipeline: its denoiser is taken, or both where it has two of a class, one for
+            much noise and one for little. Of a module that ``torch.compile`` wraps, the
             original is compiled and returned.
         interval: refresh every ``interval``-th step, as DeepCache does; 3 if neither this nor
             ``speedup`` nor ``schedule`` is given.
@@ -168,8 +170,10 @@ def cache_compile(
         channels_last=_checked_layout(channels_last),
     )
     _require_sampler(settings)
-    plan.require_fit(identity_of(network_of(module)))
-    _install(module, settings)
+    for network in denoisers_of(module).values():
+        plan.require_fit(identity_of(network))
+    for network in take_denoisers(module):
+        _install(network, settings, module)
     return module if is_pipeline(module) else cast(M, network_of(module))
 
 
@@ -198,7 +202,7 @@ def load(
 
     Args:
         module: the network or pipeline, with its weights, where it is to run.
-        folder: what ``Handle.save`` wrote.
+        folder: what ``Handle.save`` of the same wrote.
         interval, speedup, schedule: see ``cache_compile``; as it was saved if none is given.
         forecast: as it was saved if not given; programs are made for one length of history.
         sampler, sample, timestep, on_error, program_memory: see ``cache_compile``.
@@ -213,68 +217,66 @@ def load(
         ScheduleError: a bad schedule or forecast, one that needs a sampler where there is none, or
             none given where a class of your own was saved.
     """
-    network = network_of(module)
-    source = Path(folder).expanduser().resolve()
-    with Display(type(network).__name__, verbose).stage(f"loading {source}"):
-        layout = WeightLayout(network)
-
-        def structure(written: Sequence[str], channels_last: Any, backend: Backend) -> Any:
-            layout.configure(channels_last, backend)
-            layout.apply()
-            return portable(structure_of(network, written))
-
-        try:
-            artifact, backend = read(source, network, device_of(network), resolve, structure)
-        finally:
-            layout.restore()
-    if (interval, speedup, schedule) != (None, None, None):
-        plan = _schedule_of(interval, schedule, speedup)
-    else:
-        plan = _saved("schedule", artifact.schedule, source)
-    plan.require_fit(identity_of(network))
-    depths = artifact.cuts.depths
-    _require_depths(source, depths, plan)
-    forecasts = artifact.forecasts if forecast is None else (forecast,) * len(depths)
-    settings = Settings(
-        schedule=plan,
-        depths=depths,
-        backend=backend,
-        dynamic=DynamicSizes.of(artifact.dynamic),
-        verbose=verbose,
-        cuda_graphs=artifact.cuda_graphs,
-        forecasts=_forecasts_of(plan, [_saved("forecast", one, source) for one in forecasts]),
-        sampler=sampler_of(module, sampler),
-        roles=Roles(sample, timestep),
-        on_error=_checked_on_error(on_error),
-        program_memory=_checked_memory(program_memory),
-        channels_last=artifact.channels_last,
-    )
-    _require_sampler(settings)
-    _require_spec(source, artifact.cuts, settings.target.spec)
-    dispatcher = _install(module, settings)
-    dispatcher.programs.adopt(artifact.programs, artifact.written, settings.target)
-    return module if is_pipeline(module) else cast(M, network)
+    denoisers = denoisers_of(module)
+    given = (interval, speedup, schedule) != (None, None, None)
+    asked_plan = _schedule_of(interval, schedule, speedup) if given else None
+    found: list[tuple[nn.Module, Artifact, Settings]] = []
+    for name, network in denoisers.items():
+        source = Path(folder, name if len(denoisers) > 1 else "").expanduser().resolve()
+        artifact, backend = _read(network, source, verbose)
+        plan = asked_plan or _saved("schedule", artifact.schedule, source)
+        plan.require_fit(identity_of(network))
+        depths = artifact.cuts.depths
+        _require_depths(source, depths, plan)
+        forecasts = artifact.forecasts if forecast is None else (forecast,) * len(depths)
+        settings = Settings(
+            schedule=plan,
+            depths=depths,
+            backend=backend,
+            dynamic=DynamicSizes.of(artifact.dynamic),
+            verbose=verbose,
+            cuda_graphs=artifact.cuda_graphs,
+            forecasts=_forecasts_of(plan, [_saved("forecast", one, source) for one in forecasts]),
+            sampler=sampler_of(module, sampler),
+            roles=Roles(sample, timestep),
+            on_error=_checked_on_error(on_error),
+            program_memory=_checked_memory(program_memory),
+            channels_last=artifact.channels_last,
+        )
+        _require_sampler(settings)
+        _require_spec(source, artifact.cuts, settings.target.spec)
+        found.append((network, artifact, settings))
+    take_denoisers(module)
+    for network, artifact, settings in found:
+        dispatcher = _install(network, settings, module)
+        dispatcher.programs.adopt(artifact.programs, artifact.written, settings.target)
+    return module if is_pipeline(module) else cast(M, network_of(module))
 
 
 def handle(module: Any) -> Handle:
-    """The handle of a module, or of a pipeline's denoiser, that ``cache_compile`` was called on.
+    """The handle of a module, or of a pipeline's denoisers, that ``cache_compile`` was called on.
 
     Raises:
         NotCompiledError: it was not.
     """
-    network = without_torch_compile(denoiser_of(module))
-    if not isinstance(network, torch.nn.Module):
+    if not isinstance(module, nn.Module) and not is_pipeline(module):
         raise NotCompiledError(f"handle: expected a network or a pipeline, got {module!r}")
-    dispatcher = dispatcher_of(network)
-    if dispatcher is None:
+    networks = denoisers_of(module) if is_pipeline(module) else {"": without_torch_compile(module)}
+    handles = {}
+    for name, network in networks.items():
+        dispatcher = dispatcher_of(network)
+        if dispatcher is not None:
+            handles[name] = Handle(dispatcher)
+    if not handles:
         raise NotCompiledError(
-            f"this {type(network).__name__} is not compiled: call dcompile.cache_compile first"
+            f"this {type(module).__name__} is not compiled: call dcompile.cache_compile first"
         )
-    return Handle(dispatcher)
+    return JointHandle(handles) if len(handles) > 1 else next(iter(handles.values()))
 
 
-def _install(module: Any, settings: Settings) -> Dispatcher:
-    dispatcher = install(take_denoiser(module), settings)
+def _install(network: nn.Module, settings: Settings, module: Any) -> Dispatcher:
+    """Install on a denoiser of ``module`` and, if that is a pipeline, on its companions."""
+    dispatcher = install(network, settings)
     if is_pipeline(module):
         install_companions(companions_of(module), dispatcher)
     return dispatcher
@@ -371,6 +373,22 @@ def _checked_on_error(wanted: Literal["uncached", "raise"]) -> Literal["uncached
 
 
 # What was saved
+
+
+def _read(network: nn.Module, source: Path, verbose: bool) -> tuple[Artifact, Backend]:
+    """What was saved for a network, checked against it."""
+    with Display(type(network).__name__, verbose).stage(f"loading {source}"):
+        layout = WeightLayout(network)
+
+        def structure(written: Sequence[str], channels_last: Any, backend: Backend) -> Any:
+            layout.configure(channels_last, backend)
+            layout.apply()
+            return portable(structure_of(network, written))
+
+        try:
+            return read(source, network, device_of(network), resolve, structure)
+        finally:
+            layout.restore()
 
 
 def _saved(what: str, value: Any, source: Path) -> Any:

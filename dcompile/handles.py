@@ -276,6 +276,74 @@ class Handle:
         )
 
 
+class JointHandle(Handle):
+    """The handle of a pipeline with several denoisers: one for much noise and one for little.
+
+    Switches, counts, warm-up and saving are those of all. What is about one graph is the first
+    one's: ``module``, ``explain``; ``handle(pipe.<name>)`` is another one's.
+
+    Args:
+        handles: one for each, by the name of the pipeline's component.
+    """
+
+    def __init__(self, handles: Mapping[str, Handle]) -> None:
+        super().__init__(next(iter(handles.values()))._dispatcher)
+        self._handles = dict(handles)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether calls of all of them are cached."""
+        return all(one.enabled for one in self._handles.values())
+
+    @property
+    def stats(self) -> Stats:
+        """Counts since the last ``cache_compile``, of all of them together."""
+        return Stats.total([one.stats for one in self._handles.values()])
+
+    def report(self) -> str:
+        return "\n".join(f"{name}: {one.report()}" for name, one in self._handles.items())
+
+    def enable(self) -> None:
+        for one in self._handles.values():
+            one.enable()
+
+    def disable(self) -> None:
+        for one in self._handles.values():
+            one.disable()
+
+    def reset(self, *, programs: bool = False) -> None:
+        for one in self._handles.values():
+            one.reset(programs=programs)
+
+    def remove(self) -> None:
+        for one in self._handles.values():
+            one.remove()
+
+    @property
+    def signatures(self) -> list[str]:
+        return list(dict.fromkeys(s for one in self._handles.values() for s in one.signatures))
+
+    def warmup(self, *calls: str | Mapping[str, Any] | Sequence[Any]) -> None:
+        for one in self._handles.values():
+            one.warmup(*calls)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the programs of each into a folder of its name in ``folder``, one after another."""
+        target = Path(folder).expanduser().resolve()
+        for name, one in self._handles.items():
+            one.save(target / name)
+        return target
+
+    def export_onnx(
+        self, folder: str | os.PathLike[str], /, *args: Any, prologue: bool = False, **kwargs: Any
+    ) -> Path:
+        """Write the graphs of each into a folder of its name in ``folder``, one after another."""
+        target = Path(folder).expanduser().resolve()
+        for name, one in self._handles.items():
+            one.export_onnx(target / name, *args, prologue=prologue, **kwargs)
+        return target
+
+
 _NOTHING_CAPTURED = (
     "nothing is captured of the network as it is now: call the network or its pipeline once, or "
     "give an example call: handle(unet).{}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from .dataflow import Sample
 from .residual import ResidualCut, find_residual_cuts
 from .skips import SkipConnection, find_skip_connections
 
@@ -13,7 +14,7 @@ Cut: TypeAlias = SkipConnection | ResidualCut
 
 
 def find_cuts(
-    graph_module: GraphModule, sample: str | Node | None = None
+    graph_module: GraphModule, sample: Sample = None
 ) -> list[SkipConnection] | list[ResidualCut]:
     """The cuts at a network's skip connections or along its residual stream, the one that saves
     most first.

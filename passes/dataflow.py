@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import TypeAlias
 
 import torch
 from torch.fx import Graph, Node
@@ -40,11 +41,11 @@ _READ_FIRST_OPERAND = frozenset(
 class Dependencies:
     """Who depends on whom, as bit sets over node positions: one big integer per node."""
 
-    def __init__(self, graph: Graph, sample: Node) -> None:
+    def __init__(self, graph: Graph, samples: Collection[Node]) -> None:
         self.nodes = list(graph.nodes)
         self.index = {node: position for position, node in enumerate(self.nodes)}
         self.cones: list[int] = []
-        self.on_sample = 1 << self.index[sample]
+        self.on_sample = sum(1 << self.index[sample] for sample in set(samples))
         for position, node in enumerate(self.nodes):
             cone = 1 << position
             for operand in node.all_input_nodes:
@@ -66,16 +67,28 @@ class Dependencies:
         return [node for position, node in enumerate(self.nodes) if bits >> position & 1]
 
 
-def sample_placeholder(graph: Graph, sample: str | Node | None) -> Node:
-    """The placeholder of the noisy sample.
+Sample: TypeAlias = str | Node | Sequence[str | Node] | None
+"""Which placeholder is the noisy sample; several, where a network takes it as a list of tensors."""
+
+
+def sample_placeholders(graph: Graph, sample: Sample) -> tuple[Node, ...]:
+    """The placeholders of the noisy sample: one, or several of a network that takes a list.
 
     Args:
-        sample: its name, or the node; by default the first placeholder that is not a lifted
-            parameter, buffer or constant.
+        sample: its name, or the node, or all of them; by default the first placeholder that is not
+            a lifted parameter, buffer or constant.
 
     Raises:
         PreconditionError: there is no placeholder of that name, or it is of another graph.
     """
+    if sample is None or isinstance(sample, (str, Node)):
+        return (_sample_placeholder(graph, sample),)
+    if not sample:
+        raise PreconditionError("sample: expected at least one placeholder, got none")
+    return tuple(_sample_placeholder(graph, one) for one in sample)
+
+
+def _sample_placeholder(graph: Graph, sample: str | Node | None) -> Node:
     placeholders: list[Node] = graph.find_nodes(op="placeholder")
     if isinstance(sample, Node):
         if sample.graph is not graph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -69,8 +69,8 @@ class LiveValues(Dependencies):
         stream: residual sums, and what they start from.
     """
 
-    def __init__(self, graph: Graph, sample: Node) -> None:
-        super().__init__(graph, sample)
+    def __init__(self, graph: Graph, samples: Collection[Node]) -> None:
+        super().__init__(graph, samples)
         self.flops = [node_cost(node).flops for node in self.nodes]
         self.spent = [0]
         self.bases: list[int] = []

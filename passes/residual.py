@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from .cost import Cost, Saving, node_cost, tensor_bytes, tensor_sizes
-from .dataflow import needed_nodes, nodes_with_effects, sample_placeholder
+from .dataflow import Sample, needed_nodes, nodes_with_effects, sample_placeholders
 from .stream import Segment, find_segments
 
 
@@ -86,9 +86,7 @@ class ResidualCut(Saving):
         )
 
 
-def find_residual_cuts(
-    graph_module: GraphModule, sample: str | Node | None = None
-) -> list[ResidualCut]:
+def find_residual_cuts(graph_module: GraphModule, sample: Sample = None) -> list[ResidualCut]:
     """All cuts along the residual stream, the one that saves most first.
 
     ``find_segments`` says what the stream and its blocks are. A cut at depth d lets the first
@@ -108,14 +106,15 @@ def find_residual_cuts(
 
     Args:
         graph_module: a functional ATen graph with metadata, as ``torch.export`` makes it.
-        sample: the placeholder of the noisy sample (its name, or the node); by default the
-            first one that is not a lifted parameter, buffer or constant.
+        sample: the placeholder of the noisy sample (its name, or the node), or all of them, if the
+            network takes it as a list of tensors; by default the first one that is not a lifted
+            parameter, buffer or constant.
 
     Raises:
         PreconditionError: there is no placeholder of that name, or it is of another graph.
     """
     graph = graph_module.graph
-    segments = find_segments(graph, sample_placeholder(graph, sample))
+    segments = find_segments(graph, sample_placeholders(graph, sample))
     if not segments:
         return []
     costs = {node: node_cost(node) for node in graph.nodes}

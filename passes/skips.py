@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from .base import argument, has_argument, is_pure
 from .cost import Cost, Saving, node_cost, tensor_bytes, total_cost
-from .dataflow import Dependencies, is_view, sample_placeholder
+from .dataflow import Dependencies, Sample, is_view, sample_placeholders
 
 # The same operation under the names that capture leaves in a graph.
 CONCATENATIONS = frozenset(
@@ -62,9 +62,7 @@ class SkipConnection(Saving):
         return tuple((node, None) for node in self.boundary)
 
 
-def find_skip_connections(
-    graph_module: GraphModule, sample: str | Node | None = None
-) -> list[SkipConnection]:
+def find_skip_connections(graph_module: GraphModule, sample: Sample = None) -> list[SkipConnection]:
     """All skip connections, outermost first.
 
     A skip connection is a concatenation, not along the batch, which is no joining of features,
@@ -81,14 +79,15 @@ def find_skip_connections(
 
     Args:
         graph_module: a functional ATen graph with metadata, as ``torch.export`` makes it.
-        sample: the placeholder of the noisy sample (its name, or the node); by default the
-            first one that is not a lifted parameter, buffer or constant.
+        sample: the placeholder of the noisy sample (its name, or the node), or all of them, if the
+            network takes it as a list of tensors; by default the first one that is not a lifted
+            parameter, buffer or constant.
 
     Raises:
         PreconditionError: there is no placeholder of that name, or it is of another graph.
     """
     graph = graph_module.graph
-    analysis = _SkipAnalysis(graph, sample_placeholder(graph, sample))
+    analysis = _SkipAnalysis(graph, sample_placeholders(graph, sample))
     cats = (
         node
         for node in reversed(graph.nodes)

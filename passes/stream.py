@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class Segment:
     paths: tuple[str, ...]
 
 
-def find_segments(graph: Graph, sample: Node) -> list[Segment]:
+def find_segments(graph: Graph, samples: Collection[Node]) -> list[Segment]:
     """The segments of the residual stream, in order; empty if there is none.
 
     A *place* is what lies between two nodes of the topological order, with the values that depend
@@ -93,7 +93,7 @@ def find_segments(graph: Graph, sample: Node) -> list[Segment]:
     That all holds where it is cut is proven by nothing here, and need not be: a cut replaces a
     value by what equals it (see ``ResidualCut``). Rules decide where that is worthwhile.
     """
-    analysis = _Streams(graph, sample)
+    analysis = _Streams(graph, samples)
     found = [analysis.boundaries(chain) for chain in analysis.chains()]
     for level in sorted({level for groups in found for level in map(analysis.level, groups)}):
         kept = [[group for group in groups if analysis.level(group) <= level] for groups in found]

@@ -51,6 +51,21 @@ def stateful_hooks(module: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
+# Attributes that libraries leave on a network, or its class, while their cache is on it.
+_OTHER_CACHES = (
+    ("_is_cached", "cache-dit or ParaAttention", "cache_dit.disable_cache(pipe)"),
+    ("enable_teacache", "TeaCache", "enable_teacache = False of its class, and its own forward"),
+)
+
+
+def other_cache(module: nn.Module) -> tuple[str, str] | None:
+    """Which other library's cache is on a network, and what removes it."""
+    for attribute, library, cure in _OTHER_CACHES:
+        if getattr(module, attribute, False) is True:
+            return library, cure
+    return None
+
+
 def take_compiled_call(module: nn.Module) -> Any:
     """Undo ``module.compile()``, which would bypass ``forward``. Returns what it had installed."""
     installed = module._compiled_call_impl

@@ -20,7 +20,7 @@ from torch.utils._pytree import (
 )
 
 from dcompile.compiler.lazy import LazyTensor, materialize
-from dcompile.compiler.roles import UNKNOWN, Roles, roles_of
+from dcompile.compiler.roles import UNKNOWN, Roles, is_list_of_fields, roles_of
 from dcompile.compiler.side_effects import undone
 from dcompile.errors import TimestepError
 
@@ -31,17 +31,28 @@ class CallForm:
 
     Attributes:
         spec: tree structure of ``(args, kwargs)``.
-        sample: position of the noisy sample among the leaves.
+        samples: positions of the noisy sample among the leaves: one, or several where the network
+            takes a list of tensors.
         timestep: position of the timestep.
         roles: names of the arguments that they are.
         names: what each leaf is called, for messages.
     """
 
     spec: TreeSpec
-    sample: int
+    samples: tuple[int, ...]
     timestep: int
     roles: Roles = UNKNOWN
     names: tuple[str, ...] = ()
+
+    @property
+    def sample(self) -> int:
+        """Position of the sample, or of the first tensor of it."""
+        return self.samples[0]
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Positions of what is another tensor at each step: sample and timestep."""
+        return (*self.samples, self.timestep)
 
 
 class StandardCall(NamedTuple):
@@ -95,7 +106,7 @@ class CallForms:
     def flatten(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], roles: Roles | None = None
     ) -> tuple[list[Any], CallForm | None]:
-        """The call's leaves and form; no form if sample or timestep is not given as one leaf.
+        """The call's leaves and form; no form if sample or timestep is not given.
 
         Leaves come in the order of ``torch.utils._pytree``, which is slow and asked once for each
         form.
@@ -171,12 +182,18 @@ class CallForms:
             name: named[name]
             for name in sorted(named, key=lambda name: places.get(name, len(places)))
             if isinstance(named[name], (torch.Tensor, numbers.Real))
+            or is_list_of_fields(named[name])
         }
         if roles is None:
             roles = roles_of(arguments, self.asked, lambda: self._called(args, kwargs))
         if roles.sample not in arguments or roles.timestep not in arguments:
             return None
-        marks = {roles.sample: object(), roles.timestep: object()}
+        sample = arguments[roles.sample]
+        listed = () if isinstance(sample, (torch.Tensor, numbers.Real)) else tuple(sample)
+        marks: dict[str, Any] = {
+            roles.sample: type(sample)(object() for _ in listed) if listed else object(),
+            roles.timestep: object(),
+        }
         marked_args = tuple(
             marks.get(name, value)
             for name, value in zip(self._positional(len(args)), args, strict=True)
@@ -184,8 +201,10 @@ class CallForms:
         marked_kwargs = {name: marks.get(name, value) for name, value in kwargs.items()}
         leaves, _ = tree_flatten((marked_args, marked_kwargs))
         where = {id(leaf): place for place, leaf in enumerate(leaves)}
-        sample, timestep = where[id(marks[roles.sample])], where[id(marks[roles.timestep])]
-        return CallForm(spec, sample, timestep, roles, self._leaf_names(args, kwargs))
+        timestep = where[id(marks[roles.timestep])]
+        marked = marks[roles.sample] if listed else [marks[roles.sample]]
+        samples = tuple(where[id(mark)] for mark in marked)
+        return CallForm(spec, samples, timestep, roles, self._leaf_names(args, kwargs))
 
     def _leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         paths, _ = tree_flatten_with_path(

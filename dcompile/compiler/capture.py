@@ -31,7 +31,7 @@ from dcompile.compat.export import (
     is_higher_order,
     shape_env_of,
 )
-from dcompile.compat.hooks import casts_in_graph, offload_hooks, stateful_hooks
+from dcompile.compat.hooks import casts_in_graph, offload_hooks, other_cache, stateful_hooks
 from dcompile.compiler.guards import SizeGuard, TensorPattern, autocast_dtype
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.compiler.weight_classes import WeightAttributes, remark_on
@@ -58,7 +58,7 @@ class CapturedNetwork:
         constants: placeholder -> tensor that is part of the code, not of the state.
         constant_names: placeholder -> the attribute it was found in, or a made-up name.
         inputs: placeholder -> position of the input among the call's leaves.
-        sample: the placeholder of the noisy sample.
+        samples: the placeholders of the noisy sample: one, unless it is a list of tensors.
         hoisted: values that are the same at every step, marked in the graph (see
             ``passes.hoist``); empty if the timestep is unknown.
         out_spec: the structure of what the network returns.
@@ -72,7 +72,7 @@ class CapturedNetwork:
     constants: dict[str, torch.Tensor]
     constant_names: dict[str, str]
     inputs: dict[str, int]
-    sample: str
+    samples: tuple[str, ...]
     out_spec: TreeSpec
     in_spec: TreeSpec
     hoisted: tuple[Node, ...] = ()
@@ -82,7 +82,7 @@ class CapturedNetwork:
     @functools.cached_property
     def cuts(self) -> list[Cut]:
         """Where it can be cut: by depth, so that the cut that saves most comes first."""
-        return list[Cut](find_cuts(self.graph_module, self.sample))
+        return list[Cut](find_cuts(self.graph_module, self.samples))
 
     def refresh_guard(self) -> None:
         """Take in what a compiler has specialized since the capture."""
@@ -146,7 +146,7 @@ def capture(
     forward: Callable[..., Any],
     leaves: Sequence[Any],
     spec: TreeSpec,
-    sample_leaf: int,
+    sample_leaves: tuple[int, ...],
     dynamic: DynamicSizes | None = None,
     timestep_leaf: int | None = None,
 ) -> CapturedNetwork:
@@ -157,7 +157,7 @@ def capture(
 
     Args:
         leaves, spec: the call's ``(args, kwargs)``, flattened by ``torch.utils._pytree``.
-        sample_leaf: which of the leaves is the noisy sample.
+        sample_leaves: which of the leaves are the noisy sample.
         dynamic: let these sizes vary as far as the network's code allows (``Dim.AUTO``). If the
             conditions on them are not understood, the sizes are fixed.
         timestep_leaf: which is the timestep; without it, nothing is hoisted.
@@ -173,14 +173,11 @@ def capture(
     ]
     args, kwargs = tree_unflatten(distinct, spec)
     before = dict(module.__dict__)
+    sample = sample_leaves[0]  # dynamic sizes are those of a sample that is one tensor
     network = _Network(module, forward)
     # Ranges let backends tune for them. Code that treats a size within the range specially makes
     # torch.export refuse the range; then it finds the widest one by itself.
-    hints = (
-        [dynamic.of_call(leaves, spec, sample_leaf, b) for b in (True, False)]
-        if dynamic
-        else [None]
-    )
+    hints = [dynamic.of_call(leaves, spec, sample, b) for b in (True, False)] if dynamic else [None]
     capturing_threads.add(threading.get_ident())
     try:
         with (
@@ -197,13 +194,13 @@ def capture(
     finally:
         capturing_threads.discard(threading.get_ident())
         _take_over_writes(module, network.network, before)
-    ranges = dynamic.ranges(sample_leaf, leaves[sample_leaf].dim()) if dynamic else None
+    ranges = dynamic.ranges(sample, leaves[sample].dim()) if dynamic else None
     _require_known_sizes(exported, module)
-    captured = _from_exported(exported, spec, sample_leaf, timestep_leaf, ranges)
+    captured = _from_exported(exported, spec, sample_leaves, timestep_leaf, ranges)
     forget_examples(exported)
     if captured.guard is not None and not captured.guard.understood:
         # Conditions on sizes that nothing here can check: capture these sizes alone.
-        return capture(module, forward, leaves, spec, sample_leaf, None, timestep_leaf)
+        return capture(module, forward, leaves, spec, sample_leaves, None, timestep_leaf)
     return captured
 
 
@@ -215,6 +212,13 @@ def refuse_hooks(module: nn.Module) -> None:
     Raises:
         CaptureError: diffusers' group offload is on, or one of its caches.
     """
+    other = other_cache(module)
+    if other is not None:
+        raise CaptureError(
+            f"{type(module).__name__} cannot be captured: the cache of {other[0]} is on it, and "
+            "decides in Python what runs. It runs uncached. Remove the other cache "
+            f"({other[1]}), and call cache_compile again"
+        )
     for path, name in stateful_hooks(module):
         raise CaptureError(
             f"{type(module).__name__} cannot be captured: a hook ({name}) on {path or 'it'} keeps "
@@ -253,7 +257,7 @@ def _is_functional(graph_module: GraphModule) -> bool:
 def _from_exported(
     exported: ExportedProgram,
     in_spec: TreeSpec,
-    sample_leaf: int,
+    sample_leaves: tuple[int, ...],
     timestep_leaf: int | None,
     ranges: tuple[tuple[int, int, int, int], ...] | None,
 ) -> CapturedNetwork:
@@ -285,14 +289,14 @@ def _from_exported(
                 "part of a graph: compute with it outside, and pass the network tensors. It runs "
                 "uncached"
             )
-    sample = next(name for name, leaf in inputs.items() if leaf == sample_leaf)
+    samples = tuple(name for name, leaf in inputs.items() if leaf in sample_leaves)
     _strip_prefix(exported.graph_module)
     guard = _size_guard(exported, inputs, ranges) if ranges is not None else None
     graph_module = Canonicalize()(exported.graph_module).graph_module
     hoisted: tuple[Node, ...] = ()
     if timestep_leaf is not None:
         present = {str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")}
-        steps = [name for name, leaf in inputs.items() if leaf in (sample_leaf, timestep_leaf)]
+        steps = [name for name, leaf in inputs.items() if leaf in (*sample_leaves, timestep_leaf)]
         hoisted = mark_step_invariant(graph_module, present.intersection(steps))
     return CapturedNetwork(
         graph_module=graph_module,
@@ -300,7 +304,7 @@ def _from_exported(
         constants=constants,
         constant_names=constant_names,
         inputs=inputs,
-        sample=sample,
+        samples=samples,
         out_spec=exported.call_spec.out_spec,
         in_spec=in_spec,
         hoisted=hoisted,

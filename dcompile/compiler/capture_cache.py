@@ -137,7 +137,10 @@ class CaptureCache:
         """
         form, leaves = call.form, call.leaves
         signature = signature_of(form, leaves)[0]
-        if dynamic is not None and not dynamic.covers(leaves[form.sample]):
+        if dynamic is not None and len(form.samples) > 1:
+            display.note("the sample is a list of tensors: captured for these sizes alone")
+            dynamic = None
+        elif dynamic is not None and not dynamic.covers(leaves[form.sample]):
             display.note("sizes outside of the dynamic ranges: captured for these sizes alone")
             dynamic = None
         number = self.structure_number(display)

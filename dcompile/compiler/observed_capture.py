@@ -99,7 +99,7 @@ class ObservedCapture:
                 self._forward,
                 leaves,
                 form.spec,
-                form.sample,
+                form.samples,
                 self._dynamic,
                 form.timestep,
             )

@@ -197,12 +197,12 @@ def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
     """Why a call cannot be cached, as far as its arguments tell."""
     if form is None:
         return "no sample or no timestep is given"
-    sample, timestep = leaves[form.sample], leaves[form.timestep]
-    if not isinstance(sample, torch.Tensor):
+    samples, timestep = [leaves[place] for place in form.samples], leaves[form.timestep]
+    if not all(isinstance(sample, torch.Tensor) for sample in samples):
         return "the sample is no tensor"
     if not isinstance(timestep, (torch.Tensor, bool)) and not is_number(timestep):
         return "the timestep is neither a tensor nor a number"
-    if sample.numel() == 0:
+    if any(sample.numel() == 0 for sample in samples):
         return "the sample is empty"
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and overrides_functions(type(leaf)):
@@ -317,7 +317,7 @@ class _MatcherWriter:
 
     def _distinguish_conditioning(self) -> None:
         """Which tensors are neither the sample nor the timestep, and not lazy."""
-        own = (self._form.sample, self._form.timestep)
+        own = self._form.own
         for number, (name, value) in enumerate(zip(self._leaves, self._values, strict=True)):
             if number in own or not isinstance(value, torch.Tensor) or type(value) is LazyTensor:
                 continue

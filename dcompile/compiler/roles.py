@@ -2,7 +2,8 @@
 
 Decided by what they look like: the timestep is a number, or a tensor with one element or one for
 each batch element; the sample is a floating-point tensor with at least two dimensions, and shaped
-like what the network returns. Names only break ties. Where that leaves more than one, nothing is
+like what the network returns, or the first argument and a list of such tensors, one for each batch
+element. Names only break ties. Where that leaves more than one, nothing is
 guessed.
 """
 
@@ -36,7 +37,8 @@ def roles_of(arguments: Mapping[str, Any], asked: Roles, output_of: Callable[[],
     """The roles in a call.
 
     Args:
-        arguments: those that are tensors or numbers, by name, in the order of the parameters.
+        arguments: those that are tensors, numbers, or lists that ``is_list_of_fields``, by name, in
+            the order of the parameters.
         asked: names the user gave; None where none was given.
         output_of: calls the network, once, if what it returns has to decide.
 
@@ -65,7 +67,9 @@ def _sample_of(
     arguments: Mapping[str, Any], timestep: str | None, output_of: Callable[[], Any]
 ) -> str | None:
     first = next(iter(arguments), "")
-    if first.lower() in _SAMPLE_NAMES and isinstance(arguments[first], torch.Tensor):
+    if first.lower() in _SAMPLE_NAMES and (
+        isinstance(arguments[first], torch.Tensor) or is_list_of_fields(arguments[first])
+    ):
         return first
     tensors = [
         name
@@ -93,7 +97,10 @@ def _sample_of(
 def _timestep_of(arguments: Mapping[str, Any], sample: str | None) -> str | None:
     others = {name: value for name, value in arguments.items() if name != sample}
     timed = [name for name in others if is_called_time(name)]
-    batch = arguments[sample].shape[0] if sample is not None else None
+    batch = None
+    if sample is not None:
+        value = arguments[sample]
+        batch = value.shape[0] if isinstance(value, torch.Tensor) else len(value)
     fitting = [name for name, value in others.items() if _is_time(value, batch)]
     for names in ([name for name in timed if name in fitting], timed, fitting):
         if len(names) == 1 or (names and names is not fitting):
@@ -118,6 +125,11 @@ def _ambiguous(what: str, parameter: str, names: Sequence[str]) -> TimestepError
 
 def _is_field(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.is_floating_point()
+
+
+def is_list_of_fields(value: Any) -> bool:
+    """Whether a value is a list of tensors such as a sample may be, one for each batch element."""
+    return type(value) in (list, tuple) and len(value) > 0 and all(map(_is_field, value))
 
 
 def _is_time(value: Any, batch: int | None) -> bool:

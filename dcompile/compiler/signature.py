@@ -67,12 +67,12 @@ def signature_of(
     """
     parts: list[Any] = [form]
     conditioning: list[torch.Tensor] = []
-    sample, timestep = leaves[form.sample], leaves[form.timestep]
+    sample, own_leaves = leaves[form.sample], [leaves[place] for place in form.own]
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             where = leaf.device if type(leaf) in _ORDINARY else (leaf.device, type(leaf))
             parts += (leaf.shape, leaf.dtype, where, leaf.is_contiguous() or leaf.stride())
-            own = leaf is sample or leaf is timestep or place in numbers
+            own = place in numbers or any(leaf is one for one in own_leaves)
             if not own and type(leaf) is not LazyTensor:
                 conditioning.append(leaf)
         else:

@@ -31,20 +31,46 @@ def denoiser_of(module: Any) -> Any:
 
 
 def denoiser_name(pipeline: Any) -> str:
-    """The component that is called with a timestep. Usual names settle it if there are several.
+    """The component that is called with a timestep; the first of several of one class.
+
+    Usual names settle it if there are several of different classes.
 
     Raises:
         DcompileError: there is none, or it cannot be decided.
     """
     timed = timed_components(pipeline)
-    preferred: tuple[str, ...] = ("unet", "transformer", *(timed if len(timed) == 1 else ()))
-    for name in preferred:
+    if len({type(without_torch_compile(getattr(pipeline, name))) for name in timed}) == 1:
+        return timed[0]
+    for name in ("unet", "transformer"):
         if name in timed:
             return name
     raise DcompileError(
         f"{type(pipeline).__name__} has no single denoiser: components called with a timestep are "
         f"{', '.join(timed) or 'none'}. Pass the network itself: cache_compile(pipe.<name>)"
     )
+
+
+def denoisers_of(module: Any) -> dict[str, nn.Module]:
+    """A pipeline's denoisers by name: nearly always one.
+
+    Some pipelines have two of the same class, one for much noise and one for little, each called
+    at some of the steps. Of a module that is no pipeline: the module, under no name.
+
+    Raises:
+        DcompileError: see ``network_of``.
+    """
+    if not is_pipeline(module):
+        return {"": network_of(module)}
+    first = network_of(module)
+    others = {name: getattr(module, name) for name in timed_components(module)}
+    same = {
+        name: inner
+        for name, component in others.items()
+        if type(inner := without_torch_compile(component)) is type(first) and inner is not first
+    }
+    for network in same.values():
+        _require_one_process(network)
+    return {denoiser_name(module): first, **same}
 
 
 def timed_components(pipeline: Any) -> list[str]:
@@ -65,8 +91,8 @@ def timed_components(pipeline: Any) -> list[str]:
 
 def companions_of(pipeline: Any) -> list[nn.Module]:
     """The other networks that are called with a timestep, such as ControlNets."""
-    denoiser = denoiser_name(pipeline)
-    return [getattr(pipeline, name) for name in timed_components(pipeline) if name != denoiser]
+    denoisers = denoisers_of(pipeline)
+    return [getattr(pipeline, name) for name in timed_components(pipeline) if name not in denoisers]
 
 
 def network_of(module: Any) -> nn.Module:
@@ -85,12 +111,13 @@ def network_of(module: Any) -> nn.Module:
     return network
 
 
-def take_denoiser(module: Any) -> nn.Module:
-    """``network_of``, and a pipeline is made to hold it instead of ``torch.compile``'s wrapper."""
-    network = network_of(module)
-    if is_pipeline(module) and getattr(module, denoiser_name(module)) is not network:
-        setattr(module, denoiser_name(module), network)
-    return network
+def take_denoisers(module: Any) -> list[nn.Module]:
+    """``denoisers_of``; a pipeline is made to hold them instead of ``torch.compile``'s wrappers."""
+    denoisers = denoisers_of(module)
+    for name, network in denoisers.items():
+        if name and getattr(module, name) is not network:
+            setattr(module, name, network)
+    return list(denoisers.values())
 
 
 def _require_one_process(network: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -45,6 +45,37 @@ class Stats:
     uncached_reasons: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     forced_reasons: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     last_capture: str = ""
+
+    @classmethod
+    def total(cls, parts: Sequence[Stats]) -> Stats:
+        """The sums of several networks' counts; their full steps are taken to cost the same."""
+        calls = [
+            one.refresh_steps + one.partial_steps + one.reuse_steps + one.uncached_calls
+            for one in parts
+        ]
+        cost = sum(count / one.flops_speedup for count, one in zip(calls, parts, strict=True))
+
+        def reasons(name: str) -> Mapping[str, int]:
+            counts: Counter[str] = Counter()
+            for one in parts:
+                counts.update(getattr(one, name))
+            return MappingProxyType(dict(counts))
+
+        return cls(
+            refresh_steps=sum(one.refresh_steps for one in parts),
+            partial_steps=sum(one.partial_steps for one in parts),
+            reuse_steps=sum(one.reuse_steps for one in parts),
+            uncached_calls=sum(one.uncached_calls for one in parts),
+            runs=sum(one.runs for one in parts),
+            captures=sum(one.captures for one in parts),
+            compile_seconds=sum(one.compile_seconds for one in parts),
+            cache_bytes=sum(one.cache_bytes for one in parts),
+            flops_speedup=sum(calls) / cost if cost else 1.0,
+            forced_steps=sum(one.forced_steps for one in parts),
+            uncached_reasons=reasons("uncached_reasons"),
+            forced_reasons=reasons("forced_reasons"),
+            last_capture=next((one.last_capture for one in parts if one.last_capture), ""),
+        )
 
 
 class Counters:

@@ -191,7 +191,10 @@ class Dispatcher(ForwardWrapper):
         earlier = state.tracker.latest_planned(run)
         if earlier is not None:
             note_if_nothing_was_reused(state, earlier)
-        plan, forecasts = state.planner.plan(run.steps, bound.program.ratio, call.timestep)
+        timestep = call.timestep
+        if run.steps is not None:
+            timestep = state.tracker.element(timestep)
+        plan, forecasts = state.planner.plan(run.steps, bound.program.ratio, timestep)
         run.begin(plan, forecasts)
         return plan
 

@@ -123,7 +123,7 @@ class LazyNetwork(ForwardWrapper):
         if self._runs_directly():
             return self._call_original(args, kwargs)
         leaves, form = self._forms.flatten(args, kwargs)
-        if form is None or not isinstance(leaves[form.sample], torch.Tensor):
+        if form is None or not all(isinstance(leaves[n], torch.Tensor) for n in form.samples):
             return self._call_original(args, kwargs)
         leaves = materialize(leaves)
         if torch.is_grad_enabled() and any(
@@ -131,7 +131,8 @@ class LazyNetwork(ForwardWrapper):
         ):
             return self._call_original(args, kwargs)
         # A sampling loop may change its sample in place before the results are read.
-        leaves[form.sample] = leaves[form.sample].clone(memory_format=torch.preserve_format)
+        for place in form.samples:
+            leaves[place] = leaves[place].clone(memory_format=torch.preserve_format)
         given = list(leaves)
         # Numbers may differ from step to step, such as an adapter's weight.
         others = [n for n, leaf in enumerate(leaves) if n != form.timestep and type(leaf) is float]

@@ -18,7 +18,7 @@ from dcompile.policy.sampler import (
     over_timesteps,
 )
 from dcompile.policy.schedule import CheckedPlan, Plan, RunInfo
-from dcompile.runtime.sampler_search import sampler_of_callers
+from dcompile.runtime.callers import sampler_of_callers
 from dcompile.runtime.settings import Settings
 
 

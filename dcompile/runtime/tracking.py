@@ -4,8 +4,9 @@ The timestep's *value* is never read where that can be avoided: on a GPU reading
 device, and second-order samplers visit the same value twice. Samplers iterate over
 ``scheduler.timesteps``, so each ``t`` is a view of it: the storage behind the view identifies the
 run, the view's offset the step, in whatever stride the sampler goes over it (see
-``_StorageTrack``). A timestep that is a number, or a tensor of its own, is identified by its value
-instead (see ``_ValueTrack``).
+``_StorageTrack``). Where the network gets a number, or a tensor such as ``t / 1000``, the
+view is looked for in the sampling loop (see ``LoopTimesteps``); if there is none, the value
+identifies the run instead (see ``_ValueTrack``).
 
 One rule governs all that is uncertain: when in doubt, refresh. A wrong refresh costs time, a
 wrong reuse costs the picture.
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from dcompile.compat.storages import storage_of, weak_storage
+from dcompile.runtime.callers import LoopTimesteps
 from dcompile.runtime.lanes import Lane
 from dcompile.runtime.run import Run
 
@@ -142,6 +144,7 @@ class StepTracker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # held for bookkeeping only, never while anything computes
+        self._loops = LoopTimesteps()
         self._by_storage: dict[int, _StorageTrack] = {}
         self._latest: weakref.ref[Run] | None = None
         self._stride = 1  # of the latest run that has shown one
@@ -169,6 +172,10 @@ class StepTracker:
             is_known = timestep.dim() == 0 and id(found) in self._by_storage
             if is_known or _is_part(timestep, found):
                 storage = found
+        if storage is None:
+            element = self._loops.element(timestep)
+            if element is not None:
+                timestep, storage = element, storage_of(element)
         by_value = storage is None or (
             self._orphans >= MAX_ORPHANS and id(storage) not in self._by_storage
         )
@@ -184,6 +191,13 @@ class StepTracker:
                 if step == 0 < run.step:  # another run over the same timesteps
                     self.runs += 1
             return run, run.enter(step, conditioning, signature), step
+
+    def element(self, timestep: Any) -> Any:
+        """The element of the sampler's timesteps that a timestep was computed from, or itself."""
+        if isinstance(timestep, torch.Tensor) and _is_part(timestep, storage_of(timestep)):
+            return timestep
+        element = self._loops.element(timestep)
+        return timestep if element is None else element
 
     def latest_planned(self, run: Run) -> Run | None:
         """The run that was planned before this one, which is now the latest."""

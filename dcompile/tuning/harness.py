@@ -16,7 +16,7 @@ from dcompile.compiler.build import choose_cut
 from dcompile.compiler.fingerprint import identity_of
 from dcompile.errors import TuneError
 from dcompile.handles import Handle
-from dcompile.integrations.pipelines import denoiser_name, is_pipeline, network_of
+from dcompile.integrations.pipelines import denoiser_name, denoisers_of, is_pipeline, network_of
 from dcompile.policy.fixed import Uniform
 from dcompile.policy.sampler import error_gains
 from dcompile.policy.schedule import RunInfo, Schedule
@@ -71,6 +71,13 @@ class Harness:
     def __enter__(self) -> Harness:
         # cache_compile takes torch.compile's wrapper off a pipeline's network.
         self._component = None
+        denoisers = denoisers_of(self._module)
+        if len(denoisers) > 1:
+            raise TuneError(
+                f"{type(self._module).__name__} has several denoisers: "
+                f"{', '.join(denoisers)}. Measure one at a time: give the network, such as "
+                f"pipe.{next(reversed(denoisers))}, and runs of the whole pipeline"
+            )
         if is_pipeline(self._module):
             name = denoiser_name(self._module)
             self._component = name, getattr(self._module, name)

@@ -28,8 +28,8 @@ def captured(network: nn.Module) -> tuple[GraphModule, list[SkipConnection], Val
     weights = dict(network.named_parameters())
     values = {name: weights[path] for name, path in found.parameters.items()}
     values |= dict.fromkeys(found.inputs, torch.tensor(500))
-    skips = find_skip_connections(found.graph_module, found.sample)
-    return found.graph_module, skips, values, found.sample
+    skips = find_skip_connections(found.graph_module, found.samples)
+    return found.graph_module, skips, values, found.samples
 
 
 @torch.no_grad()

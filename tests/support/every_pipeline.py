@@ -120,7 +120,7 @@ def outermost(handle: Handle) -> DepthReport:
     Where less than that is cached, it is computed from it.
     """
     network = seam.networks_of(handle.module)[0]
-    deep = find_skip_connections(network.graph_module, network.sample)[0].deep
+    deep = find_skip_connections(network.graph_module, network.samples)[0].deep
     shape = tuple(deep.meta["val"].shape)
     return replace(handle.explain().depths[0], boundary_shapes=(shape,))
 

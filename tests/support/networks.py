@@ -520,7 +520,7 @@ def capture_call(
 ) -> tuple[CapturedNetwork, list[Any]]:
     leaves, form = CallForms(module.forward).flatten(args, kwargs)
     assert form is not None, "the call has no sample or no timestep"
-    return capture(module, module.forward, leaves, form.spec, form.sample), leaves
+    return capture(module, module.forward, leaves, form.spec, form.samples), leaves
 
 
 def eager_program(network: CapturedNetwork, skip: SkipConnection) -> Program:
@@ -540,9 +540,9 @@ def check_every_depth(
     expected = call_once(module, args, kwargs)
     network, leaves = capture_call(module, args, kwargs)
     earlier = list(leaves)
-    sample = network.inputs[network.sample]
+    sample = network.inputs[network.samples[0]]
     earlier[sample] = torch.randn_like(leaves[sample])
-    skips = find_skip_connections(network.graph_module, network.sample)
+    skips = find_skip_connections(network.graph_module, network.samples)
     for skip in skips:
         program = eager_program(network, skip).bind(weights_of(module))
         full, boundary = program.refresh(leaves)

@@ -38,10 +38,15 @@ def small_transformer(name: str) -> Call:
     class_name, builder = _BUILDERS[name]
     torch.manual_seed(0)
     module, kwargs = builder(getattr(diffusers, class_name))
-    for parameter in module.parameters():
-        if not parameter.detach().any():  # many start as if their blocks were not there
-            nn.init.normal_(parameter.detach(), std=0.05)
+    moved(module)
     return module.eval(), {**kwargs, "return_dict": False}
+
+
+def moved(module: nn.Module) -> None:
+    """Give weights that are all zero values: many blocks start as if they were not there."""
+    for parameter in module.parameters():
+        if not parameter.detach().any():
+            nn.init.normal_(parameter.detach(), std=0.05)
 
 
 def noise(*shape: int) -> Tensor:
@@ -68,7 +73,14 @@ def ids(height: int, width: int) -> Tensor:
 
 @_of("DiTTransformer2DModel")
 def dit(kind: Any) -> Call:
-    network = kind(**HEADS, num_layers=4, in_channels=4, sample_size=8, num_embeds_ada_norm=1000)
+    network = kind(
+        **HEADS,
+        num_layers=4,
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+    )
     return network, {
         "hidden_states": noise(BATCH, 4, 8, 8),
         "timestep": torch.tensor([500] * BATCH),
@@ -601,7 +613,7 @@ def stable_audio(kind: Any) -> Call:
         num_key_value_attention_heads=1,
         cross_attention_dim=16,
         time_proj_dim=8,
-        global_states_input_dim=12,
+        global_states_input_dim=2 * TEXT,
         cross_attention_input_dim=TEXT,
     )
     angles = torch.randn(17, 8)
@@ -609,7 +621,7 @@ def stable_audio(kind: Any) -> Call:
         "hidden_states": noise(BATCH, 4, 16),
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": text(),
-        "global_hidden_states": noise(BATCH, 1, 12),
+        "global_hidden_states": noise(BATCH, 1, 2 * TEXT),
         "rotary_embedding": (angles.cos(), angles.sin()),
     }
 
