@@ -50,7 +50,7 @@ def choose_cut(network: CapturedNetwork, depth: int) -> Cut:
     """
     cuts = network.cuts
     if not cuts:
-        sample = network.samples[0].removeprefix("kwargs_")
+        sample = network.sample.removeprefix("kwargs_")
         raise NoCutError(
             "found nowhere to cut: no skip connection (a concatenation whose operands all depend "
             f"on the sample, {sample}, and that has compute behind one of them), and no residual "

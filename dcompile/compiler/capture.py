@@ -79,6 +79,11 @@ class CapturedNetwork:
     guard: SizeGuard | None = None
     current_guard: Callable[[], SizeGuard] | None = None
 
+    @property
+    def sample(self) -> str:
+        """The placeholder of the sample, or of the first tensor of it."""
+        return self.samples[0]
+
     @functools.cached_property
     def cuts(self) -> list[Cut]:
         """Where it can be cut: by depth, so that the cut that saves most comes first."""

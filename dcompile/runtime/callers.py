@@ -95,9 +95,11 @@ class _Evidence:
             return
         before, value_before = self.first
         if element == before:  # another call of the same step
+            if abs(timestep - value_before) > tolerance * abs(value_before):
+                self.verdict = False
             return
         self.verdict = any(
-            abs(one * element - other * before) <= tolerance * max(abs(one * element), 1e-30)
+            abs(one * element - other * before) <= tolerance * abs(one * element)
             for one, other in ((value_before, timestep), (1 - value_before, 1 - timestep))
         )
 

@@ -56,7 +56,7 @@ class Names(NamedTuple):
             inputs,
             tuple(results),
             tuple(unique(f"boundary_{i}") for i in range(boundary)),
-            inputs[network.samples[0]],
+            inputs[network.sample],
             tuple(unique(f"hoisted_{i}") for i in range(hoisted)),
         )
 

@@ -1,7 +1,11 @@
-"""Random U-Nets, each at every depth: the invariants hold, and all skip connections are found."""
+"""Random U-Nets, each at every depth: the invariants hold, and all skip connections are found.
+
+``DCOMPILE_EXAMPLES=500 pytest tests/compiler/test_random_networks.py`` looks longer.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,7 +18,8 @@ from hypothesis import strategies as st
 from networks import check_every_depth
 
 TEXT = 8  # width of a text embedding
-FAST, FULL = 10, 90  # configurations of each kind of network
+# configurations of each kind of network
+FAST, FULL = 10, int(os.environ.get("DCOMPILE_EXAMPLES", "25"))
 
 
 def examples(count: int) -> settings:

@@ -42,6 +42,14 @@ class Labelled(Plain):
         return super().forward(img + 0.01 * y.view(-1, 1, 1, 1), sigma)
 
 
+class Listed(Plain):
+    """Each batch element a tensor of its own, such as Z-Image takes them."""
+
+    def forward(self, x: Any, t: Any) -> Any:  # type: ignore[override]
+        (result,) = super().forward(torch.stack(list(x)), t)
+        return (list(result),)
+
+
 class Alike(Plain):
     def forward(self, one: Any, first: Any, second: Any) -> Any:  # type: ignore[override]
         return super().forward(one + 0.01 * first.view(-1, 1, 1, 1), second)
@@ -66,6 +74,8 @@ CALLS: list[tuple[type[Plain], Callable[[Any, Any, Any], Any]]] = [
     (LowResolutionFirst, lambda net, x, t: net(SMALL, x, t)),
     (LowResolutionFirst, lambda net, x, t: net(r=t, noisy=x, lr=SMALL)),
     (Labelled, lambda net, x, t: net(x, LABELS, t.expand(BATCH))),
+    (Listed, lambda net, x, t: [torch.stack(net(list(x), t.expand(BATCH))[0])]),
+    (Listed, lambda net, x, t: [torch.stack(net(x=tuple(x), t=t)[0])]),
 ]
 
 
@@ -131,3 +141,14 @@ def test_numbers_of_numpy() -> None:
             found = network(picture(), number)[0]
             assert torch.equal(found, made(Plain)(picture(), torch.tensor(number))[0])
     assert dcompile.handle(network).stats.uncached_calls == 0
+
+
+def test_sizes_of_a_list_are_not_dynamic(capfd: pytest.CaptureFixture[str]) -> None:
+    network = made(Listed)
+    dcompile.cache_compile(network, interval=3, dynamic=True, backend="eager")
+    run(network, CALLS[-1][1], picture())
+    stats = dcompile.handle(network).stats
+    assert (stats.refresh_steps, stats.reuse_steps, stats.uncached_calls) == (3, 4, 0)
+    assert (
+        "the sample is a list of tensors: captured for these sizes alone" in capfd.readouterr().err
+    )

@@ -120,7 +120,7 @@ def test_the_same_as_hooks_on_its_blocks(name: str) -> None:
         {"interval": 3, "forecast": "linear"},
         {"schedule": dcompile.Adaptive(0.05)},
         {"schedule": dcompile.MultiLevel([(0, 2), (1, 4)])},
-        {"interval": 3, "depth": 1, "backend": "inductor"},
+        {"interval": 3, "depth": 1},
     ],
     ids=lambda settings: next(reversed(settings)),
 )
@@ -136,13 +136,16 @@ def test_everything_else_follows(name: str, settings: dict[str, Any]) -> None:
     assert all(bool(torch.isfinite(one).all()) for one in found)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_saved_programs(backend: str, tmp_path: Path) -> None:
-    network, kwargs = small_transformer("flux")
+@pytest.mark.parametrize(("name", "backend"), [("flux", "eager"), ("dit", "inductor")])
+def test_saved_programs(name: str, backend: str, tmp_path: Path) -> None:
+    network, kwargs = small_transformer(name)
     compiled(network, interval=3, backend=backend)
     expected = run(network, kwargs)
+    if backend == "inductor":
+        eager = compiled(small_transformer(name)[0], interval=3)
+        torch.testing.assert_close(expected, run(eager, kwargs), rtol=1e-3, atol=1e-4)
     dcompile.handle(network).save(tmp_path / "programs")
-    other, _ = small_transformer("flux")
+    other, _ = small_transformer(name)
     loaded = dcompile.load(other, tmp_path / "programs", verbose=False)
     assert all(map(torch.equal, run(loaded, kwargs), expected))
     assert dcompile.handle(loaded).stats.captures == 0
@@ -204,6 +207,22 @@ def test_another_cache_is_refused_by_name() -> None:
     found = run(network, kwargs)
     assert dcompile.handle(network).stats.reuse_steps > 0
     assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("library", ["cache-dit or ParaAttention", "TeaCache"])
+def test_a_cache_of_another_library_is_refused_by_name(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, kwargs = small_transformer("dit")
+    if library == "TeaCache":
+        monkeypatch.setattr(type(network), "enable_teacache", True, raising=False)
+    else:
+        network._is_cached = True  # what cache_dit.enable_cache leaves on it
+    compiled(network, interval=3)
+    run(network, kwargs)
+    stats = dcompile.handle(network).stats
+    assert stats.uncached_calls == STEPS
+    assert f"the cache of {library} is on it" in next(iter(stats.uncached_reasons))
 
 
 @pytest.mark.parametrize("name", [name for name in NOT_CAPTURED if name in TRANSFORMERS])

@@ -29,7 +29,7 @@ def captured(network: nn.Module) -> tuple[GraphModule, list[SkipConnection], Val
     values = {name: weights[path] for name, path in found.parameters.items()}
     values |= dict.fromkeys(found.inputs, torch.tensor(500))
     skips = find_skip_connections(found.graph_module, found.samples)
-    return found.graph_module, skips, values, found.samples
+    return found.graph_module, skips, values, found.sample
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import nn
 
 import dcompile
 
-EXAMPLES = int(os.environ.get("DCOMPILE_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("DCOMPILE_EXAMPLES", "15"))
 SEEDS = st.integers(0, 3)
 COUNTS = st.integers(1, 7)
 

@@ -540,7 +540,7 @@ def check_every_depth(
     expected = call_once(module, args, kwargs)
     network, leaves = capture_call(module, args, kwargs)
     earlier = list(leaves)
-    sample = network.inputs[network.samples[0]]
+    sample = network.inputs[network.sample]
     earlier[sample] = torch.randn_like(leaves[sample])
     skips = find_skip_connections(network.graph_module, network.samples)
     for skip in skips:
