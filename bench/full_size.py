@@ -46,7 +46,7 @@ class Published:
             args = sample[1], torch.ones(self.timestep)
         leaves, form = CallForms(network.forward).flatten(args, dict(others))
         assert form is not None
-        found = capture(network, network.forward, leaves, form.spec, form.sample)
+        found = capture(network, network.forward, leaves, form.spec, form.samples)
         return find_skip_connections(found.graph_module, found.sample)
 
 

@@ -168,7 +168,9 @@ def _skipped(segments: Sequence[Segment], running: int) -> list[SkippedSegment]:
 def _same_form(befores: Sequence[Node], afters: Sequence[Node]) -> tuple[Node, Node] | None:
     """A stream before and after blocks, both in the shape and dtype of fewest bytes.
 
-    Either is computed without the other one's views: ``before`` comes first.
+    Either is computed without the other one's views: ``before`` comes first. Of several ``after``,
+    the first: what was added to the last skipped block's result is part of the difference, so that
+    a ControlNet need not compute it.
     """
     pairs = [
         (before, after)

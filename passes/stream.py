@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch.fx import Graph, Node
 
 from .live import LiveValues, Place
@@ -33,7 +34,8 @@ class Boundary:
             nodes that hold all of it, in one layout or dtype or another. Empty if it has ended.
         after: the stream as the block before leaves it: for each tensor, the nodes through which
             all that follows reads it. Others than ``before`` where something is applied in between
-            that costs no FLOPs: a concatenation, a ControlNet's residual.
+            that costs no FLOPs, such as a concatenation. Where something is added to it that does
+            not depend on the sample, such as a ControlNet's residual, the sum comes first.
     """
 
     position: int
@@ -299,13 +301,25 @@ class _Streams(LiveValues):
                 Boundary(
                     group.end,
                     before=nodes(group.last, self.showing),
-                    after=nodes(group.first, self.read_through),
+                    after=nodes(group.first, self._read_after_sums),
                 )
                 for group in groups
             ),
             follows_sample=tuple(follows if any(follows) else [name in end for name in names]),
             paths=tuple(self._path(group) for group in groups[:-1]),
         )
+
+    def _read_after_sums(self, value: int) -> list[int]:
+        """A value and what it is read through alone, from the sum behind it on if there is one."""
+        found = self.read_through(value)
+        readers = list(self.nodes[found[-1]].users)
+        if len(readers) != 1 or readers[0].target is not torch.ops.aten.add.Tensor:
+            return found
+        (total,) = readers
+        others = [one for one in total.all_input_nodes if one is not self.nodes[found[-1]]]
+        if not others or total.kwargs or any(map(self.depends_on_sample, others)):
+            return found
+        return [*self._read_after_sums(self.index[total]), *found]
 
     def _path(self, group: _Group) -> str:
         """The submodule that follows a boundary: the outermost that is not around it."""

@@ -80,13 +80,22 @@ def timed_components(pipeline: Any) -> list[str]:
     timestep may be called, such as ``r``.
     """
     parameters = {
-        name: list(inspect.signature(without_torch_compile(component).forward).parameters)[1:]
+        name: _parameters(without_torch_compile(component))[1:]
         for name, component in pipeline.components.items()
         if isinstance(component, nn.Module)
     }
     return [name for name, names in parameters.items() if any(map(is_called_time, names))] or [
         name for name, names in parameters.items() if names and may_be_called_time(names[0])
     ]
+
+
+def _parameters(component: nn.Module) -> list[str]:
+    """Names of its forward's parameters; of its class's if another library has put one in its place
+    that takes anything."""
+    parameters = inspect.signature(component.forward).parameters
+    if "forward" in vars(component) and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return list(inspect.signature(type(component).forward).parameters)[1:]
+    return list(parameters)
 
 
 def companions_of(pipeline: Any) -> list[nn.Module]:

@@ -44,11 +44,12 @@ def sampler_of_callers(timestep: torch.Tensor) -> Any | None:
 class LoopTimesteps:
     """Finds the element of ``scheduler.timesteps`` that a timestep was computed from.
 
-    That is the one variable of a caller that is an element of its scheduler's timesteps. Whether
-    the timestep goes with it is looked at in the first two steps that a piece of code makes, by
-    their values, which on a GPU waits for the device: v is to be proportional to t, or 1 - v.
-    Afterwards that code is trusted, and no value is read. Code that turns out to compute its
-    timesteps in another way is not asked again: its timesteps are identified by value.
+    That is the one variable of a caller that is an element of its scheduler's timesteps. It says
+    which step it is as long as the network is not called with two timesteps at one element, as in
+    a loop within the loop, or where the variable has stayed from a loop before. That is looked at
+    in the first two steps that a piece of code makes, by the timesteps' values, which on a GPU
+    waits for the device. Afterwards that code is trusted, and no value is read. Code that does
+    otherwise is not asked again: its timesteps are identified by value.
 
     Safe to use from several threads: whoever comes second finds out the same.
     """
@@ -78,30 +79,24 @@ class LoopTimesteps:
 
 @dataclass
 class _Evidence:
-    """Whether the timesteps that a piece of code passes go with the elements it is at.
+    """Whether the elements that a piece of code is at tell its steps apart.
 
     Attributes:
-        verdict: None until two steps were seen.
-        first: element and timestep of the first step.
+        verdict: None until two elements were seen.
+        first: the first element, and the timestep there.
     """
 
     verdict: bool | None = None
     first: tuple[float, float] | None = None
 
     def add(self, element: float, timestep: float, tolerance: float) -> None:
-        """Look at one step."""
+        """Look at one call."""
         if self.first is None:
             self.first = element, timestep
-            return
-        before, value_before = self.first
-        if element == before:  # another call of the same step
-            if abs(timestep - value_before) > tolerance * abs(value_before):
-                self.verdict = False
-            return
-        self.verdict = any(
-            abs(one * element - other * before) <= tolerance * abs(one * element)
-            for one, other in ((value_before, timestep), (1 - value_before, 1 - timestep))
-        )
+        elif element != self.first[0]:
+            self.verdict = True
+        elif abs(timestep - self.first[1]) > tolerance * abs(self.first[1]):
+            self.verdict = False
 
 
 def _element_of_callers() -> tuple[torch.Tensor, types.CodeType] | None:

@@ -487,7 +487,7 @@ def test_every_operator_has_a_converter(
     args = (call.pop("sample"), torch.tensor(1))
     leaves, form = CallForms(network.forward).flatten(args, {**call, "return_dict": False})
     assert form is not None
-    captured = capture(network, network.forward, leaves, form.spec, form.sample)
+    captured = capture(network, network.forward, leaves, form.spec, form.samples)
     for graph in split_at(captured.graph_module, choose_cut(captured, 0)):
         graph_module = with_weights(graph, captured, weights_of(network))
         inputs = [

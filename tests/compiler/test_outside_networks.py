@@ -130,8 +130,9 @@ def test_timesteps_made_anew_at_every_step() -> None:
 def check_sampler(network: nn.Module, sample: Callable[[], Tensor], counts: Counts) -> None:
     """The sampler's own result with ``interval=1``; ``counts`` steps of each kind with 3.
 
-    These samplers create a new timestep for every call. Then a run is identified by timestep
-    values, and its second step refreshes too, until their direction is known: 0, 1, 3, 6, ...
+    These samplers create a new timestep for every call. Where the loop is not over a scheduler's, a
+    run is identified by timestep values, and its second step refreshes too, until their direction
+    is known: 0, 1, 3, 6, ...
     """
 
     def seeded() -> Tensor:
@@ -193,11 +194,11 @@ def test_sampling_by_monai(guidance: float | None) -> None:
 
     network = OUTSIDE["monai_2d_cross_attention"].module()
     scheduler = DDIMScheduler(num_train_timesteps=1000)
-    scheduler.set_timesteps(num_inference_steps=6)
     inferer = DiffusionInferer(scheduler)
     conditioning = torch.randn(BATCH, 5, TEXT)
 
     def sample() -> Tensor:
+        scheduler.set_timesteps(num_inference_steps=6)
         image: Tensor = inferer.sample(
             torch.randn(BATCH, 1, 16, 16),
             network,
@@ -207,4 +208,4 @@ def test_sampling_by_monai(guidance: float | None) -> None:
         )
         return image
 
-    check_sampler(network, sample, (3, 3))
+    check_sampler(network, sample, (2, 4))  # its scheduler's timesteps are found

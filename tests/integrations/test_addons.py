@@ -429,13 +429,12 @@ def test_model_cpu_offload(order: str, compatible: Compatible) -> None:
     cached(pipe, interval=1)
     assert torch.equal(run(pipe), run(plain))
     cached(pipe, interval=3)
-    found = run(pipe)
+    found = run(pipe)  # hooks of "cpu:0" copy each timestep: the loop's own identifies the step
     pipe.remove_all_hooks()
-    # Hooks of "cpu:0" copy each timestep: identified by their values, runs refresh at step 1, too.
-    cached(pipe, schedule=dcompile.Steps([0, 1, 3, 6]))
+    cached(pipe, interval=3)
     assert torch.equal(run(pipe), found)
     pipe.unet = small().unet
-    assert torch.equal(run(cached(pipe, schedule=dcompile.Steps([0, 1, 3, 6]))), found)
+    assert torch.equal(run(cached(pipe, interval=3)), found)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

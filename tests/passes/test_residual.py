@@ -290,20 +290,22 @@ def test_a_stream_that_others_read_too() -> None:
     case.check(cuts)
 
 
-def test_control_is_added_again_on_every_step() -> None:
+def test_control_of_skipped_blocks_is_part_of_the_difference() -> None:
+    """A reuse step reads the control of the blocks that run, and of no others."""
+
     class Controlled(Network):
         def forward(self, sample: Tensor, time: Tensor, control: Tensor) -> Tensor:
             x = self.embed(sample)
-            for block in self.blocks:
-                x = block(x, time) + control
+            for block, residual in zip(self.blocks, control.unbind(), strict=True):
+                x = block(x, time) + residual
             return self.head(self.norm(x))
 
-    case = case_of(Controlled(), *example(), torch.randn(2, 6, WIDTH))
+    case = case_of(Controlled(), *example(), torch.randn(4, 2, 6, WIDTH))
     cuts = find(case)
     assert paths(cuts) == ["blocks.1", "blocks.2", "blocks.3"]
     shallow = split_at(case.graph_module, cuts[0]).shallow
-    control = next(n for n in shallow.graph.nodes if str(n.target) == "args_2")
-    assert len(control.users) == 2  # before the skipped blocks, and after them
+    (residuals,) = (n for n in shallow.graph.nodes if "unbind" in str(n.target))
+    assert [n.args[1] for n in residuals.users] == [0]
     case.check(cuts)
 
 

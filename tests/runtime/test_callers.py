@@ -48,6 +48,8 @@ WAYS: dict[str, Callable[[Tensor], Any]] = {
     "repeated": lambda t: t.unsqueeze(0).repeat(3),
     "a number": lambda t: t.item(),
     "bfloat16": lambda t: t.to(torch.bfloat16).expand(2) / 1000,
+    "logarithm": lambda t: (t.double() + 1).log() / 4,
+    "nothing of it": lambda t: torch.zeros(2),
     "one for each token, some zero": lambda t: torch.tensor([[0, 0, 1, 1]]) * t,
 }
 
@@ -99,27 +101,36 @@ def test_nothing_is_read_once_the_code_is_known() -> None:
     assert meta == list(range(STEPS))
 
 
-# The second step shows that the values have to be looked at: it begins a run identified by value.
-BEGUN_AGAIN = [0, 0, -1, 2, 3, 4]
-
-
-def test_timesteps_that_do_not_go_with_the_loops() -> None:
-    """The loop's variable is an element, and the network's timestep has nothing to do with it."""
-    values = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
-    tracker, scheduler = StepTracker(), sampler()
-    found = []
-    for t, value in zip(scheduler.timesteps, values, strict=True):
-        assert t.numel() == 1
-        found.append(entered(tracker, value))
-    assert found == BEGUN_AGAIN
+VALUES = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 
 
 def test_a_variable_that_stays_where_it_is() -> None:
-    values = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    """The second call, at the same element, has another timestep: values count from there on."""
     tracker, scheduler = StepTracker(), sampler()
     t = scheduler.timesteps[0]
-    found = [entered(tracker, value) for value in values if t.numel() == 1]
-    assert found == BEGUN_AGAIN
+    found = [entered(tracker, value) for value in VALUES if t.numel() == 1]
+    assert found == [0, 0, -1, 2, 3, 4]
+
+
+def test_a_loop_within_the_loop() -> None:
+    """Each pass over the inner timesteps is a run."""
+    tracker, scheduler = StepTracker(), sampler()
+    found = []
+    for t in scheduler.timesteps[:2]:
+        for value in VALUES:
+            assert t.numel() == 1
+            found.append(entered(tracker, value))
+    assert found == [0, 0, -1, 2, 3, 4, 0, -1, 2, 3, 4, 5]
+
+
+def test_a_step_of_two_halves() -> None:
+    """Heun's second half is at the next noise level: two timesteps at one element."""
+    tracker, scheduler = StepTracker(), sampler()
+    found = []
+    for t in scheduler.timesteps:
+        found.append(entered(tracker, t.item() / 1000))
+        found.append(entered(tracker, t.item() / 1000 - 0.08))
+    assert found[:3] == [0, 0, -1]
 
 
 def test_two_elements_at_once_are_not_certain() -> None:
