@@ -53,7 +53,8 @@ SKIPS = {"hunyuan_dit": 2}
 
 # torch.export cannot follow these: values of tensors decide.
 NOT_CAPTURED = {
-    "lumina2": "unhashable type: non-nested SymInt|Could not guard on data-dependent",  # a set of the lengths of the texts
+    # A set of the lengths of the texts.
+    "lumina2": "unhashable type: non-nested SymInt|Could not guard on data-dependent",
     "omnigen": "Could not guard on data-dependent expression",  # the largest position
 }
 
