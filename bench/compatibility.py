@@ -32,10 +32,11 @@ Made from the tests by `python bench/compatibility.py`: a row is there because a
 it works if all tests of that name pass. All of it runs on the CPU, with small networks of the same
 classes and random weights.
 
-r is a reuse step's share of a full step's FLOPs when cut at the outermost skip connection
-(`depth=0`), and caching alone cannot speed a network up more than N / (1 + (N - 1) r). That is the
-limit given here, for `interval={INTERVAL}`. Small networks have a larger r than the ones people
-use: see [at full size](#at-full-size), and `dcompile.handle(pipe).explain()` for yours.
+r is a reuse step's share of a full step's FLOPs at `depth=0`: cut at the outermost skip connection,
+or behind the first block of a transformer. Caching alone cannot speed a network up more than
+N / (1 + (N - 1) r). That is the limit given here, for `interval={INTERVAL}`. Small networks have a
+larger r than the ones people use: see [at full size](#at-full-size), and
+`dcompile.handle(pipe).explain()` for yours.
 """
 
 # kind -> what comes above its table

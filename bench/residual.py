@@ -380,7 +380,9 @@ def page(results: dict[str, Any]) -> str:
         f"torch {results['torch']},",
         f"diffusers {results['diffusers']}, cache-dit {results['cache-dit']}. Value reads are of",
         "a whole run: each waits for a GPU, and breaks a graph. The difference of the results is",
-        "relative, to cache-dit's, uncompiled.",
+        "relative, to cache-dit's, uncompiled. Limits count FLOPs alone: networks as small as",
+        "these also save overhead, so that shares beyond 100% are possible. Ways are timed one",
+        "after another, and times vary from run to run.",
         "",
     ]
     for shape, rows in results["shapes"].items():

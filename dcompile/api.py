@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from dcompile.backends import Backend, GraphCompiler, resolve
-from dcompile.compat.hooks import without_torch_compile
 from dcompile.compiler.fingerprint import identity_of, portable
 from dcompile.compiler.program import ProgramSpec
 from dcompile.compiler.program_memory import DEFAULT_BUDGET
@@ -170,7 +169,7 @@ def cache_compile(
         channels_last=_checked_layout(channels_last),
     )
     _require_sampler(settings)
-    for network in denoisers_of(module).values():
+    for network in map(network_of, denoisers_of(module).values()):
         plan.require_fit(identity_of(network))
     for network in take_denoisers(module):
         _install(network, settings, module)
@@ -202,7 +201,7 @@ def load(
 
     Args:
         module: the network or pipeline, with its weights, where it is to run.
-        folder: what ``Handle.save`` of the same wrote.
+        folder: what ``Handle.save`` wrote: the network's, or the pipeline's.
         interval, speedup, schedule: see ``cache_compile``; as it was saved if none is given.
         forecast: as it was saved if not given; programs are made for one length of history.
         sampler, sample, timestep, on_error, program_memory: see ``cache_compile``.
@@ -221,7 +220,8 @@ def load(
     given = (interval, speedup, schedule) != (None, None, None)
     asked_plan = _schedule_of(interval, schedule, speedup) if given else None
     found: list[tuple[nn.Module, Artifact, Settings]] = []
-    for name, network in denoisers.items():
+    for name, denoiser in denoisers.items():
+        network = network_of(denoiser)
         source = Path(folder, name if len(denoisers) > 1 else "").expanduser().resolve()
         artifact, backend = _read(network, source, verbose)
         plan = asked_plan or _saved("schedule", artifact.schedule, source)
@@ -261,12 +261,11 @@ def handle(module: Any) -> Handle:
     """
     if not isinstance(module, nn.Module) and not is_pipeline(module):
         raise NotCompiledError(f"handle: expected a network or a pipeline, got {module!r}")
-    networks = denoisers_of(module) if is_pipeline(module) else {"": without_torch_compile(module)}
-    handles = {}
-    for name, network in networks.items():
-        dispatcher = dispatcher_of(network)
-        if dispatcher is not None:
-            handles[name] = Handle(dispatcher)
+    handles = {
+        name: Handle(dispatcher)
+        for name, network in denoisers_of(module).items()
+        if (dispatcher := dispatcher_of(network)) is not None
+    }
     if not handles:
         raise NotCompiledError(
             f"this {type(module).__name__} is not compiled: call dcompile.cache_compile first"

@@ -36,6 +36,7 @@ class CallForm:
         timestep: position of the timestep.
         roles: names of the arguments that they are.
         names: what each leaf is called, for messages.
+        takes_list: the sample is a list of tensors, perhaps of one: a size of theirs is no batch.
     """
 
     spec: TreeSpec
@@ -43,6 +44,7 @@ class CallForm:
     timestep: int
     roles: Roles = UNKNOWN
     names: tuple[str, ...] = ()
+    takes_list: bool = False
 
     @property
     def sample(self) -> int:
@@ -189,9 +191,10 @@ class CallForms:
         if roles.sample not in arguments or roles.timestep not in arguments:
             return None
         sample = arguments[roles.sample]
-        listed = () if isinstance(sample, (torch.Tensor, numbers.Real)) else tuple(sample)
+        takes_list = is_list_of_fields(sample)
+        marked = [object() for _ in sample] if takes_list else [object()]
         marks: dict[str, Any] = {
-            roles.sample: type(sample)(object() for _ in listed) if listed else object(),
+            roles.sample: type(sample)(marked) if takes_list else marked[0],
             roles.timestep: object(),
         }
         marked_args = tuple(
@@ -201,10 +204,9 @@ class CallForms:
         marked_kwargs = {name: marks.get(name, value) for name, value in kwargs.items()}
         leaves, _ = tree_flatten((marked_args, marked_kwargs))
         where = {id(leaf): place for place, leaf in enumerate(leaves)}
-        timestep = where[id(marks[roles.timestep])]
-        marked = marks[roles.sample] if listed else [marks[roles.sample]]
-        samples = tuple(where[id(mark)] for mark in marked)
-        return CallForm(spec, samples, timestep, roles, self._leaf_names(args, kwargs))
+        samples, timestep = [where[id(mark)] for mark in marked], where[id(marks[roles.timestep])]
+        names = self._leaf_names(args, kwargs)
+        return CallForm(spec, tuple(samples), timestep, roles, names, takes_list)
 
     def _leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
         paths, _ = tree_flatten_with_path(

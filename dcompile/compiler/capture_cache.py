@@ -137,7 +137,7 @@ class CaptureCache:
         """
         form, leaves = call.form, call.leaves
         signature = signature_of(form, leaves)[0]
-        if dynamic is not None and len(form.samples) > 1:
+        if dynamic is not None and form.takes_list:
             display.note("the sample is a list of tensors: captured for these sizes alone")
             dynamic = None
         elif dynamic is not None and not dynamic.covers(leaves[form.sample]):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_structure, tree_unflatten
 
 from dcompile.compat.storages import storage_of
 from dcompile.compat.tensors import ORDINARY, is_wrapper, parts_by_name, version_of, without_class
@@ -279,7 +279,7 @@ class BoundProgram:
         self._aliased = False
         self._spec = program.out_spec
         self.results = self._spec.num_leaves
-        self._tuple = self._spec.type is tuple and self._spec.num_children == self.results
+        self._tuple = self._spec == tree_structure((0,) * self.results)
 
     def refresh(
         self,

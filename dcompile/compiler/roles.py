@@ -3,8 +3,7 @@
 Decided by what they look like: the timestep is a number, or a tensor with one element or one for
 each batch element; the sample is a floating-point tensor with at least two dimensions, and shaped
 like what the network returns, or the first argument and a list of such tensors, one for each batch
-element. Names only break ties. Where that leaves more than one, nothing is
-guessed.
+element. Names only break ties. Where that leaves more than one, nothing is guessed.
 """
 
 from __future__ import annotations
@@ -97,10 +96,7 @@ def _sample_of(
 def _timestep_of(arguments: Mapping[str, Any], sample: str | None) -> str | None:
     others = {name: value for name, value in arguments.items() if name != sample}
     timed = [name for name in others if is_called_time(name)]
-    batch = None
-    if sample is not None:
-        value = arguments[sample]
-        batch = value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+    batch = _batch_of(arguments.get(sample)) if sample is not None else None
     fitting = [name for name, value in others.items() if _is_time(value, batch)]
     for names in ([name for name in timed if name in fitting], timed, fitting):
         if len(names) == 1 or (names and names is not fitting):
@@ -125,6 +121,12 @@ def _ambiguous(what: str, parameter: str, names: Sequence[str]) -> TimestepError
 
 def _is_field(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() >= 2 and value.is_floating_point()
+
+
+def _batch_of(sample: Any) -> int | None:
+    if isinstance(sample, torch.Tensor):
+        return sample.shape[0] if sample.dim() else None
+    return len(sample) if is_list_of_fields(sample) else None
 
 
 def is_list_of_fields(value: Any) -> bool:

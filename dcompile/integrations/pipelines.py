@@ -54,23 +54,23 @@ def denoisers_of(module: Any) -> dict[str, nn.Module]:
     """A pipeline's denoisers by name: nearly always one.
 
     Some pipelines have two of the same class, one for much noise and one for little, each called
-    at some of the steps. Of a module that is no pipeline: the module, under no name.
+    at some of the steps. Of anything that is no pipeline: that itself, under no name. In neither
+    case with ``torch.compile``'s wrapper.
 
     Raises:
-        DcompileError: see ``network_of``.
+        DcompileError: a pipeline without a recognisable denoiser.
     """
     if not is_pipeline(module):
-        return {"": network_of(module)}
-    first = network_of(module)
-    others = {name: getattr(module, name) for name in timed_components(module)}
-    same = {
-        name: inner
-        for name, component in others.items()
-        if type(inner := without_torch_compile(component)) is type(first) and inner is not first
+        return {"": without_torch_compile(module)}
+    first = denoiser_name(module)
+    timed = timed_components(module)
+    networks = {name: without_torch_compile(getattr(module, name)) for name in [first, *timed]}
+    one = networks[first]
+    return {
+        name: network
+        for name, network in networks.items()
+        if name == first or (type(network) is type(one) and network is not one)
     }
-    for network in same.values():
-        _require_one_process(network)
-    return {denoiser_name(module): first, **same}
 
 
 def timed_components(pipeline: Any) -> list[str]:
@@ -121,8 +121,14 @@ def network_of(module: Any) -> nn.Module:
 
 
 def take_denoisers(module: Any) -> list[nn.Module]:
-    """``denoisers_of``; a pipeline is made to hold them instead of ``torch.compile``'s wrappers."""
+    """``denoisers_of``; a pipeline is made to hold them instead of ``torch.compile``'s wrappers.
+
+    Raises:
+        DcompileError: see ``network_of``.
+    """
     denoisers = denoisers_of(module)
+    for network in denoisers.values():
+        network_of(network)
     for name, network in denoisers.items():
         if name and getattr(module, name) is not network:
             setattr(module, name, network)

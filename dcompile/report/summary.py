@@ -23,8 +23,8 @@ def summary(name: str, stats: Any) -> str:
         stats: a ``Stats``.
     """
     cached = stats.refresh_steps + stats.partial_steps + stats.reuse_steps
-    lines = [f"{name}: {cached + stats.uncached_calls} calls in {_counted(stats.runs, 'run')}"]
-    if not cached and not stats.uncached_calls:
+    lines = [f"{name}: {stats.calls} calls in {_counted(stats.runs, 'run')}"]
+    if not stats.calls:
         return f"{name}: not called yet"
     asked = stats.refresh_steps + stats.partial_steps - stats.forced_steps
     text = f"  {stats.refresh_steps} of {cached} steps refreshed"

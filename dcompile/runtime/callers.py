@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +54,9 @@ class LoopTimesteps:
     """
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[types.CodeType, _Evidence] = (
-            weakref.WeakKeyDictionary()
-        )
+        # By identity: hashing code goes through all of it. The code is kept, so that none else
+        # gets its identity.
+        self._known: dict[int, tuple[types.CodeType, _Evidence]] = {}
 
     def element(self, timestep: Any) -> torch.Tensor | None:
         """The element that belongs to a timestep; None if there is none, or it is not certain.
@@ -69,9 +68,7 @@ class LoopTimesteps:
         if found is None:
             return None
         element, code = found
-        evidence = self._known.get(code)
-        if evidence is None:
-            evidence = self._known[code] = _Evidence()
+        _, evidence = self._known.setdefault(id(code), (code, _Evidence()))
         if evidence.verdict is None:
             evidence.add(float(element.flatten()[0]), _largest(timestep), _tolerance(timestep))
         return None if evidence.verdict is False else element

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
 from dcompile.progress import Display
@@ -49,33 +49,33 @@ class Stats:
     @classmethod
     def total(cls, parts: Sequence[Stats]) -> Stats:
         """The sums of several networks' counts; their full steps are taken to cost the same."""
-        calls = [
-            one.refresh_steps + one.partial_steps + one.reuse_steps + one.uncached_calls
-            for one in parts
-        ]
-        cost = sum(count / one.flops_speedup for count, one in zip(calls, parts, strict=True))
+        sums = {
+            one.name: sum(getattr(part, one.name) for part in parts)
+            for one in fields(cls)
+            if one.name
+            not in ("flops_speedup", "uncached_reasons", "forced_reasons", "last_capture")
+        }
+        cost = sum(part.calls / part.flops_speedup for part in parts)
+        calls = sum(part.calls for part in parts)
 
         def reasons(name: str) -> Mapping[str, int]:
             counts: Counter[str] = Counter()
-            for one in parts:
-                counts.update(getattr(one, name))
+            for part in parts:
+                counts.update(getattr(part, name))
             return MappingProxyType(dict(counts))
 
         return cls(
-            refresh_steps=sum(one.refresh_steps for one in parts),
-            partial_steps=sum(one.partial_steps for one in parts),
-            reuse_steps=sum(one.reuse_steps for one in parts),
-            uncached_calls=sum(one.uncached_calls for one in parts),
-            runs=sum(one.runs for one in parts),
-            captures=sum(one.captures for one in parts),
-            compile_seconds=sum(one.compile_seconds for one in parts),
-            cache_bytes=sum(one.cache_bytes for one in parts),
-            flops_speedup=sum(calls) / cost if cost else 1.0,
-            forced_steps=sum(one.forced_steps for one in parts),
+            **sums,
+            flops_speedup=calls / cost if cost else 1.0,
             uncached_reasons=reasons("uncached_reasons"),
             forced_reasons=reasons("forced_reasons"),
-            last_capture=next((one.last_capture for one in parts if one.last_capture), ""),
+            last_capture=next((part.last_capture for part in parts if part.last_capture), ""),
         )
+
+    @property
+    def calls(self) -> int:
+        """All calls counted."""
+        return self.refresh_steps + self.partial_steps + self.reuse_steps + self.uncached_calls
 
 
 class Counters:

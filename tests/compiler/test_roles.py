@@ -143,11 +143,20 @@ def test_numbers_of_numpy() -> None:
     assert dcompile.handle(network).stats.uncached_calls == 0
 
 
-def test_sizes_of_a_list_are_not_dynamic(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_sizes_of_a_list_are_not_dynamic(batch: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Not of a list of one tensor either, whose first size is no batch."""
     caplog.set_level("DEBUG", "dcompile")
     network = made(Listed)
     dcompile.cache_compile(network, interval=3, dynamic=True, backend="eager")
-    run(network, CALLS[-1][1], picture())
+    run(network, CALLS[-1][1], picture()[:batch])
     stats = dcompile.handle(network).stats
     assert (stats.refresh_steps, stats.reuse_steps, stats.uncached_calls) == (3, 4, 0)
     assert "the sample is a list of tensors: captured for these sizes alone" in caplog.text
+
+
+def test_a_name_of_the_sample_that_is_not_given() -> None:
+    network = made(GradTTS)
+    dcompile.cache_compile(network, sample="mu", backend="eager", verbose=False)
+    with torch.no_grad(), pytest.raises(TypeError, match="mu"):
+        network(picture(), MASK, t=timesteps(3)[0])
