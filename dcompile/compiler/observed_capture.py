@@ -15,6 +15,7 @@ from dcompile.compat.export import one_at_a_time
 from dcompile.compat.hooks import global_hooks
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork, capture, refuse_hooks
+from dcompile.compiler.clocks import ClockReadings
 from dcompile.compiler.function_caches import FunctionCaches
 from dcompile.compiler.random_states import RandomStates
 from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
@@ -70,12 +71,14 @@ class ObservedCapture:
     def _captured(self) -> CapturedNetwork:
         refuse_hooks(self._module)
         numbers, before = RandomStates(), Snapshot(self._roots)
-        result = self._run()
+        with ClockReadings() as clocks:
+            result = self._run()
         after = before.again()
         try:
             effects = before.changes(after)
             self._refuse_what_cannot_be_undone(effects)
             self._refuse_random_numbers(numbers)
+            self._refuse_clocks(clocks)
             network, traced = self._traced(after)
             self._refuse_what_repeats(effects, traced, after)
             self._refuse_another_result(network, result, before, numbers)
@@ -128,6 +131,13 @@ class ObservedCapture:
         if drawn is not None:
             raise SideEffectError(
                 f"{self._name} draws {drawn}, which would be constants of a graph. It runs uncached"
+            )
+
+    def _refuse_clocks(self, clocks: ClockReadings) -> None:
+        if clocks.first is not None:
+            raise SideEffectError(
+                f"{self._name} calls {clocks.first}: what its result takes from that would be a "
+                "constant of a graph. It runs uncached"
             )
 
     def _refuse_what_repeats(

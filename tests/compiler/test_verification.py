@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import cProfile
+import datetime
 import io
 import itertools
+import logging
+import os
+import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,12 +102,46 @@ def test_code_that_is_traced_otherwise() -> None:
     assert "takes another path while it is traced" in refused(OtherwiseTraced)
 
 
-def test_a_clock() -> None:
-    network = compiled(built(lambda: Scaled(time.perf_counter)), interval=3)
+@pytest.mark.parametrize(
+    "clock",
+    [
+        time.time,
+        time.monotonic_ns,
+        lambda: time.perf_counter() - 1e6,
+        lambda: int(time.time()) // 3600,
+        lambda: datetime.datetime.now().hour + 1,
+        lambda: os.urandom(1)[0] + 1,
+        lambda: uuid.uuid4().int % 7 + 1,
+    ],
+)
+def test_a_clock(clock: Callable[[], float]) -> None:
+    """Also one that moves by less than two calls of float32 can show."""
+    network = compiled(built(lambda: Scaled(clock)), interval=3)
     sampled(network, picture(), timesteps(STEPS))
     stats = dcompile.handle(network).stats
     assert stats.uncached_calls == STEPS
-    assert "a clock" in next(iter(stats.uncached_reasons))
+    (reason,) = stats.uncached_reasons
+    assert "Scaled calls" in reason
+    assert ".py:" in reason
+    assert sys.getprofile() is None
+
+
+def test_clocks_of_log_records(caplog: pytest.LogCaptureFixture) -> None:
+    def logged() -> float:
+        logging.getLogger("a network").warning("called")
+        return 2.0
+
+    network = compiled(built(lambda: Scaled(logged)), interval=3)
+    sampled(network, picture(), timesteps(STEPS))
+    assert dcompile.handle(network).stats.reuse_steps > 0
+
+
+def test_a_profiler_is_left_alone() -> None:
+    with cProfile.Profile() as profile:
+        network = compiled(built(lambda: Scaled(lambda: 2.0)), interval=3)
+        sampled(network, picture(), timesteps(STEPS))
+    assert dcompile.handle(network).stats.reuse_steps > 0
+    assert profile.getstats()
 
 
 def test_a_file() -> None:

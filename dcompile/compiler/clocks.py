@@ -1,0 +1,79 @@
+"""Whether a network's Python code reads a clock, which would be a constant of its graph.
+
+Two calls soon after each other may return the same: a clock moves by a share of its reading that
+float32 cannot hold. So it is looked for among the calls of C functions, not in results.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+_CLOCKS = frozenset(
+    function
+    for module, names in (
+        (time, ("time", "monotonic", "perf_counter", "process_time", "thread_time")),
+        (time, ("clock_gettime", "gmtime", "localtime", "ctime", "asctime", "strftime")),
+        (os, ("urandom", "getrandom", "times")),
+    )
+    for name in names
+    for function in (getattr(module, name, None), getattr(module, f"{name}_ns", None))
+    if function is not None
+)
+_DATES = (datetime.date, datetime.datetime)
+_NOW = ("now", "utcnow", "today")
+# They read clocks for what they do themselves: waiting, log records, progress.
+_OTHERWISE = frozenset(
+    ("asyncio", "concurrent", "logging", "queue", "selectors", "subprocess", "threading", "torch")
+    + ("tqdm", "warnings", "weakref")
+)
+
+
+class ClockReadings:
+    """What this thread's code reads within the context. Nothing under another profiler."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+        """The first clock that was read, and where: ``time.time() (net.py:12)``."""
+        self._looking = False
+
+    def __enter__(self) -> ClockReadings:
+        if sys.getprofile() is None:
+            self._looking = True
+            sys.setprofile(self._look)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._looking:
+            sys.setprofile(None)
+
+    def _look(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_call" and self.first is None and _is_clock(called):
+            module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if module not in _OTHERWISE:
+                owner = getattr(called, "__self__", None)
+                of = getattr(owner, "__name__", None) or getattr(called, "__module__", "")
+                file = os.path.basename(frame.f_code.co_filename)
+                self.first = f"{of}.{called.__name__}() ({file}:{frame.f_lineno})"
+
+
+def _is_clock(called: Any) -> bool:
+    try:
+        if called in _CLOCKS:
+            return True
+    except TypeError:  # not hashable: a method of an object that is not
+        return False
+    owner = getattr(called, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, _DATES) and called.__name__ in _NOW
+
+
+__all__ = ["ClockReadings"]
