@@ -7,6 +7,7 @@ float32 cannot hold. So it is looked for among the calls of C functions, not in 
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import sys
 import time
@@ -34,12 +35,16 @@ _OTHERWISE = frozenset(
 
 
 class ClockReadings:
-    """What this thread's code reads within the context. Nothing under another profiler."""
+    """What this thread's code reads within the context. Nothing under another profiler.
+
+    Attributes:
+        places: the clocks that were read, and where: ``time.time() (net.py:12)``.
+    """
 
     def __init__(self) -> None:
-        self.first: str | None = None
-        """The first clock that was read, and where: ``time.time() (net.py:12)``."""
+        self.places: dict[str, None] = {}
         self._looking = False
+        self._on_garbage = {getattr(callback, "__code__", None) for callback in gc.callbacks}
 
     def __enter__(self) -> ClockReadings:
         if sys.getprofile() is None:
@@ -57,13 +62,13 @@ class ClockReadings:
             sys.setprofile(None)
 
     def _look(self, frame: FrameType, event: str, called: Any) -> None:
-        if event == "c_call" and self.first is None and _is_clock(called):
+        if event == "c_call" and _is_clock(called):
             module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if module not in _OTHERWISE:
+            if module not in _OTHERWISE and frame.f_code not in self._on_garbage:
                 owner = getattr(called, "__self__", None)
                 of = getattr(owner, "__name__", None) or getattr(called, "__module__", "")
                 file = os.path.basename(frame.f_code.co_filename)
-                self.first = f"{of}.{called.__name__}() ({file}:{frame.f_lineno})"
+                self.places[f"{of}.{called.__name__}() ({file}:{frame.f_lineno})"] = None
 
 
 def _is_clock(called: Any) -> bool:

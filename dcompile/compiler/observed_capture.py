@@ -134,11 +134,17 @@ class ObservedCapture:
             )
 
     def _refuse_clocks(self, clocks: ClockReadings) -> None:
-        if clocks.first is not None:
-            raise SideEffectError(
-                f"{self._name} calls {clocks.first}: what its result takes from that would be a "
-                "constant of a graph. It runs uncached"
-            )
+        if not clocks.places:
+            return
+        # Or was it a finalizer that happened to run within the call?
+        with undone(*(root for root, _ in self._roots)), ClockReadings() as again:
+            self._run()
+        for place in clocks.places:
+            if place in again.places:
+                raise SideEffectError(
+                    f"{self._name} calls {place}: what its result takes from that would be a "
+                    "constant of a graph. It runs uncached"
+                )
 
     def _refuse_what_repeats(
         self, effects: Mapping[Key, Change], traced: Mapping[Key, Change], after: Snapshot

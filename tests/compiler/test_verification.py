@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import datetime
+import gc
 import io
 import itertools
 import logging
@@ -124,6 +125,23 @@ def test_a_clock(clock: Callable[[], float]) -> None:
     assert "Scaled calls" in reason
     assert ".py:" in reason
     assert sys.getprofile() is None
+
+
+def test_clocks_of_garbage_collection() -> None:
+    def collected() -> float:
+        gc.collect()
+        return 2.0
+
+    def timed(phase: str, info: dict[str, int]) -> None:
+        time.perf_counter()
+
+    gc.callbacks.append(timed)
+    try:
+        network = compiled(built(lambda: Scaled(collected)), interval=3)
+        sampled(network, picture(), timesteps(STEPS))
+    finally:
+        gc.callbacks.remove(timed)
+    assert dcompile.handle(network).stats.reuse_steps > 0
 
 
 def test_clocks_of_log_records(caplog: pytest.LogCaptureFixture) -> None:
