@@ -532,21 +532,31 @@ def export(pipeline: StableDiffusionPipeline, out: Path) -> None:
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.to("cpu", torch.float16)
     pipeline.save_pretrained(out)
+    export_text_encoder(out / "text_encoder")
+    export_tokenizer(pipeline.tokenizer, out / "tokenizer")
+
+
+def export_text_encoder(folder: Path) -> None:
+    """Edit what was saved of a text encoder so that older transformers (4.48) load it, too."""
     # transformers loads a part in the precision its configuration names, diffusers in float32: the
     # two would not fit together.
-    config = out / "text_encoder/config.json"
+    config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
     # Older transformers leave weights without this prefix at random, newer ones take both.
-    weights = out / "text_encoder/model.safetensors"
+    weights = folder / "model.safetensors"
     named = {
-        f"text_model.{k.removeprefix('text_model.')}": w for k, w in load_file(weights).items()
+        k if k.startswith("text_projection") else f"text_model.{k.removeprefix('text_model.')}": w
+        for k, w in load_file(weights).items()
     }
     save_file(named, weights, metadata={"format": "pt"})
-    # They want the tokenizer as two files, too.
-    model = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())["model"]
-    (out / "tokenizer/vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+
+
+def export_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Add the two files that older transformers want."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    (out / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
 def widths(text: str) -> tuple[int, ...]:

@@ -29,8 +29,7 @@ _DATES = (datetime.date, datetime.datetime)
 _NOW = ("now", "utcnow", "today")
 # They read clocks for what they do themselves: waiting, log records, progress.
 _OTHERWISE = frozenset(
-    ("asyncio", "concurrent", "logging", "queue", "selectors", "subprocess", "threading", "torch")
-    + ("tqdm", "warnings", "weakref")
+    ("asyncio", "concurrent", "logging", "queue", "subprocess", "threading", "torch", "warnings")
 )
 
 
