@@ -48,6 +48,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    counts: dict[object, int] = {}
+    for item in items:
+        marker = item.get_closest_marker("one_in")
+        if marker is not None:
+            test = item.nodeid.partition("[")[0]
+            counts[test] = counts.get(test, -1) + 1
+            if counts[test] % marker.args[0]:
+                item.add_marker("full")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     file = config.getoption("--compatibility", None)
     if file is not None and not hasattr(config, "workerinput"):  # pytest-xdist's workers report

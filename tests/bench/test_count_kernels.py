@@ -164,6 +164,7 @@ def test_graphs_are_moved_to_the_card() -> None:
         on_the_card(module)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", list(GPU_SHAPES))
 def test_dcompile_cuts_networks_without_weights(

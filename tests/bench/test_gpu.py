@@ -46,6 +46,7 @@ def done(one: gpu_job.Job) -> list[dict[str, Any]]:
     return told
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("shape", list(GPU_SHAPES))
 def test_a_job_measures_what_it_was_given(shape: str, tmp_path: Path) -> None:
@@ -310,6 +311,7 @@ def test_out_of_time_is_no_failure(
     assert played.stopped
 
 
+@pytest.mark.full
 def test_processes_are_really_processes(tmp_path: Path) -> None:
     """End to end: what CI rehearses in full."""
     command = [sys.executable, gpu.__file__, "--rehearse", "--shapes", "sd15", "--out", tmp_path]

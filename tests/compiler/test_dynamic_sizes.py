@@ -120,6 +120,7 @@ class Ceiling(Plain):
         return super().forward(sample, timestep, condition)
 
 
+@pytest.mark.full
 def test_a_size_taken_for_granted_holds_in_a_second_compilation_too() -> None:
     """Where the compiler finds in its cache what it compiled before, it says nothing of sizes."""
     t = timesteps()[0]

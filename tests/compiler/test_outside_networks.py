@@ -71,6 +71,7 @@ def network_of(name: str) -> Network:
     return OUTSIDE[name]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_full_and_freshly_fed_shallow_graphs_are_exact(
     name: str, compatible: Callable[..., dict[str, Any]]

@@ -176,6 +176,7 @@ ADDONS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("compiled_after", [0, 1, None], ids=["after", "between", "before"])
 @pytest.mark.parametrize("name", ADDONS)
 def test_addons(name: str, compiled_after: int | None, compatible: Compatible) -> None:

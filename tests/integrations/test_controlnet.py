@@ -177,6 +177,7 @@ def pipes() -> tuple[Any, Any]:
     return single(), single()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -235,6 +236,7 @@ def test_recorded_graphs(pipes: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
     assert seam.recorded_of(pipe)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["inductor"])
 def test_compiled(pipes: tuple[Any, Any], backend: str) -> None:
     reference, pipe = pipes
@@ -345,6 +347,7 @@ READERS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("reader", READERS)
 def test_whatever_reads_a_promise_reads_the_true_tensor(reader: str) -> None:
     pipe, expected, call = promised()
@@ -401,6 +404,7 @@ def test_every_controlnet_is_given_back() -> None:
         assert "forward" not in network.__dict__
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("state", ["fresh", "network only", "disabled", "compiled"])
 def test_tuning_leaves_a_controlnet_as_it_was(state: str) -> None:
     pipe = single()

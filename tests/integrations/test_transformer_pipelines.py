@@ -19,6 +19,7 @@ def compiled(module: Any, **settings: Any) -> Any:
     return dcompile.cache_compile(module, **{"backend": "eager", "verbose": False, **settings})
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_pipeline(name: str, compatible: Any) -> None:
     pipe, kwargs = pipeline(name)

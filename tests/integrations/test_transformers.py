@@ -83,6 +83,7 @@ def skipping(network: nn.Module, name: str, interval: int) -> Iterator[None]:
             hook.remove()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", [name for name in TRANSFORMERS if name not in NOT_CAPTURED])
 def test_every_transformer(name: str) -> None:
     network, kwargs = small_transformer(name)

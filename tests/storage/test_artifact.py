@@ -477,6 +477,7 @@ exit 1
 """
 
 
+@pytest.mark.full
 def test_inductor_in_a_fresh_process_without_a_compiler(tmp_path: Path) -> None:
     """The second process has an empty code cache and no C++ compiler that works."""
     paths = {"folder": str(tmp_path / "a"), "result": str(tmp_path / "result.pt")}
