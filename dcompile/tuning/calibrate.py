@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dcompile.errors import ScheduleError, TuneError
@@ -12,7 +12,7 @@ from dcompile.policy.adaptive import Adaptive
 from dcompile.policy.checks import require_speedup
 from dcompile.policy.forecast import Forecast
 from dcompile.tuning.harness import Harness
-from dcompile.tuning.images import samples_of
+from dcompile.tuning.runs import runs_of
 
 # More than any sum of weighted drifts: only max_interval causes refreshes.
 LARGEST_THRESHOLD = 1e30
@@ -20,8 +20,9 @@ LARGEST_THRESHOLD = 1e30
 
 def calibrate(
     module: Any,
-    run: Callable[..., Any],
+    run: Callable[..., Any] | None = None,
     *,
+    arguments: Mapping[str, Any] | None = None,
     speedup: float,
     samples: int = 4,
     depth: int = 0,
@@ -41,9 +42,11 @@ def calibrate(
 
     Args:
         module: the network, or a pipeline. It is left as it was.
-        run: generates one sample; called with the sample's number if it takes an argument.
+        run: generates one sample; called with the sample's number if it takes an argument. None
+            to call the pipeline itself, as ``dcompile.tune`` does.
+        arguments: of these calls.
         speedup: the least speed-up in FLOPs.
-        samples: number of samples, if ``run`` takes a number.
+        samples: number of samples, unless ``run`` takes no number.
         depth, forecast: those the schedule will be used with. Drifts are measured against the
             forecast, so the threshold is valid for these only.
         min_interval, max_interval, probe, power: see ``Adaptive``.
@@ -60,12 +63,12 @@ def calibrate(
         TuneError: ``run`` never calls the network.
     """
     require_speedup(speedup)
-    if not callable(run):
-        raise TuneError(f"run: expected a function, got {run!r}")
     for what, number in (("trials", trials), ("samples", samples)):
         if type(number) is not int or number < 1:
             raise TuneError(f"{what}: expected an int of at least 1, got {number!r}")
-    harness = Harness(module, samples_of(run, samples), backend, sampler, verbose=False)
+    harness = Harness(
+        module, runs_of(module, run, samples, arguments), backend, sampler, verbose=False
+    )
 
     def reached(threshold: float) -> float:
         adaptive = Adaptive(threshold, min_interval, max_interval, probe, power)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,15 +62,3 @@ def squared_error(psnr: float) -> float:
     """A PSNR in dB as mean squared error, relative to a range of 1."""
     error: float = 10 ** (-min(psnr, IDENTICAL) / 10)
     return error
-
-
-def samples_of(run: Callable[..., Any], samples: int) -> list[Callable[[], Any]]:
-    """``run`` for each sample: called with its number if it takes an argument."""
-    takes_number = any(
-        parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        and parameter.default is parameter.empty
-        for parameter in inspect.signature(run).parameters.values()
-    )
-    if not takes_number:
-        return [run]
-    return [lambda number=number: run(number) for number in range(samples)]  # type: ignore[misc]

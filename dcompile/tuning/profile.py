@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 from dcompile.errors import TuneError
 from dcompile.report.plots import plot_profile
 from dcompile.tuning.harness import Harness
-from dcompile.tuning.images import samples_of
 from dcompile.tuning.measurement import Measurement
+from dcompile.tuning.runs import runs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +88,9 @@ class Profile:
 
 def profile(
     module: Any,
-    run: Callable[..., Any],
+    run: Callable[..., Any] | None = None,
     *,
+    arguments: Mapping[str, Any] | None = None,
     samples: int = 1,
     depths: Sequence[int] | None = None,
     backend: str = "eager",
@@ -106,8 +107,9 @@ def profile(
     Args:
         module: the network, or a pipeline. It is left as it was.
         run: generates one sample, the same at each call, as for ``dcompile.tune``; called with a
-            sample's number if it takes an argument.
-        samples: number of samples, if ``run`` takes a number.
+            sample's number if it takes an argument. None to call the pipeline itself.
+        arguments: of these calls.
+        samples: number of samples, unless ``run`` takes no number.
         depths: which cuts; None for all.
         backend: runs the graphs; see ``cache_compile``.
         sampler: the sampler, unless ``module`` is a pipeline that has one.
@@ -119,13 +121,12 @@ def profile(
             are not elements of one tensor, or changes its number of steps.
         DepthError: a depth the network does not have.
     """
-    if not callable(run):
-        raise TuneError(f"run: expected a function, got {run!r}")
     if type(samples) is not int or samples < 1:
         raise TuneError(f"samples: expected an int of at least 1, got {samples!r}")
     if depths is not None and not depths:
         raise TuneError("depths must not be empty")
-    with Harness(module, samples_of(run, samples), backend, sampler, verbose) as harness:
+    runs = runs_of(module, run, samples, arguments)
+    with Harness(module, runs, backend, sampler, verbose) as harness:
         measurement = Measurement(harness, memory)
         measurement.record(depths, every=True)
     found = []

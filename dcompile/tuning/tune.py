@@ -9,7 +9,7 @@ trial corrects the predictions of the others (``predictor``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dcompile.compiler.fingerprint import identity_of
@@ -19,8 +19,8 @@ from dcompile.policy.fixed import Uniform
 from dcompile.policy.forecast import resolve_forecast
 from dcompile.policy.tuned import Tuned
 from dcompile.tuning.harness import Harness
-from dcompile.tuning.images import samples_of
 from dcompile.tuning.measurement import Measurement, finite_number
+from dcompile.tuning.runs import runs_of
 from dcompile.tuning.search import Search
 
 FORECASTS = ("reuse", "damped", "linear", "taylor")
@@ -29,8 +29,9 @@ _MOST_PSNR = 1000  # dB; more than that of any result that is not equal
 
 def tune(
     module: Any,
-    run: Callable[..., Any],
+    run: Callable[..., Any] | None = None,
     *,
+    arguments: Mapping[str, Any] | None = None,
     speedup: float | None = None,
     psnr: float | None = None,
     samples: int = 4,
@@ -55,11 +56,14 @@ def tune(
             generator=torch.Generator().manual_seed(0))``; or, if it takes an argument, the sample
             of that number: ``lambda i: pipe(prompts[i],
             generator=torch.Generator().manual_seed(i))``. Returns pictures, tensors, or a
-            pipeline's output.
+            pipeline's output. None to call the pipeline itself, with prompts of dcompile's or class
+            labels far apart, a seed for each sample, and its own defaults for all else.
+        arguments: of these calls: ``{"num_inference_steps": 20, "prompt": [...]}``. Lists of
+            prompts and class labels are taken in turn.
         speedup: find the schedule with the highest PSNR at this speed-up in FLOPs; or
         psnr: find the fastest schedule with at least this mean PSNR against the uncached result,
             in dB.
-        samples: number of samples, if ``run`` takes a number. Judge the result on others.
+        samples: number of samples, unless ``run`` takes no number. Judge the result on others.
         depths: cuts to try, alone and several at once (as a ``MultiLevel``); those that the network
             does not have are ignored. None for the outermost six whose reuse step takes at most
             60 % of a refresh step's compute.
@@ -74,13 +78,12 @@ def tune(
 
     Raises:
         TuneError: ``run`` is not repeatable, calls the network less than twice, at timesteps that
-            are not elements of one tensor, or changes its number of steps.
+            are not elements of one tensor, or changes its number of steps; or there is none, and
+            ``module`` is no pipeline or needs more arguments.
         ScheduleError: neither or both of ``speedup`` and ``psnr``; a speed-up beyond reach.
         DepthError: none of ``depths`` exists.
     """
     _check_target(speedup, psnr)
-    if not callable(run):
-        raise TuneError(f"run: expected a function, got {run!r}")
     _check_choices(depths, forecasts, intervals)
     for what, number, least in (
         ("trials", trials, 1),
@@ -89,7 +92,8 @@ def tune(
     ):
         if type(number) is not int or number < least:
             raise TuneError(f"{what}: expected an int of at least {least}, got {number!r}")
-    with Harness(module, samples_of(run, samples), backend, sampler, verbose) as harness:
+    runs = runs_of(module, run, samples, arguments)
+    with Harness(module, runs, backend, sampler, verbose) as harness:
         measurement = Measurement(harness, memory)
         measurement.record(depths)
         measurement.correct_gains()
