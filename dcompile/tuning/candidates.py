@@ -7,9 +7,10 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, combinations, pairwise, product
 
-from dcompile.policy.forecast import Damped, resolve_forecast
+from dcompile.policy.forecast import Damped, Forecast, resolve_forecast
 from dcompile.policy.placement import by_load, evenly
 from dcompile.policy.tuned import Levels
+from dcompile.tuning.nested_levels import LONGEST, best_nested_levels
 from dcompile.tuning.objective import Objective
 
 Choice = tuple[Levels, str]
@@ -47,7 +48,8 @@ def choices(
 
     With one cut: as many refreshes as the speed-up allows, placed evenly, by the sampler's error
     gains, and by the recorded features. With each combination of two or three depths: constant
-    intervals, and as many refreshes as the speed-up allows.
+    intervals, as many refreshes as the speed-up allows, and the levels with the least predicted
+    error.
 
     Args:
         objectives: depth -> its predicted errors.
@@ -69,7 +71,38 @@ def choices(
         for cuts, multiples in product(combinations(depths, number), _MULTIPLES[number]):
             for levels in _nested(cuts, multiples, objectives, ratios, speedup, power):
                 found += [(levels, name) for name in names]
+    found += _best_nested(objectives, names, steps / speedup)
     return list(dict.fromkeys(found))
+
+
+def _best_nested(
+    objectives: Mapping[int, Objective], names: Sequence[str], budget: float
+) -> list[Choice]:
+    """For each combination of up to three depths the levels with the least predicted error.
+
+    Args:
+        objectives: depth -> its predicted errors.
+        names: of forecasts.
+        budget: FLOPs of the run over FLOPs of a refresh step.
+    """
+    ratios = {depth: objective.ratio for depth, objective in objectives.items()}
+    cuts = [c for number in (1, 2, 3) for c in combinations(sorted(ratios), number)]
+    found: dict[Forecast, list[Levels]] = {}
+    for forecast in map(_undamped, names):
+        if forecast not in found:
+            errors = {
+                depth: objective.errors_by_age(forecast, LONGEST)
+                for depth, objective in objectives.items()
+            }
+            levels = [best_nested_levels(errors, ratios, own, budget) for own in cuts]
+            found[forecast] = [own for own in levels if own is not None]
+    return [(levels, name) for name in names for levels in found[_undamped(name)]]
+
+
+def _undamped(name: str) -> Forecast:
+    """How far damping goes depends on all earlier refreshes; without it, on the latest few."""
+    forecast = resolve_forecast(name)
+    return forecast.forecast if isinstance(forecast, Damped) else forecast
 
 
 def most_refreshes(speedup: float, steps: int, ratio: float) -> int:
@@ -171,8 +204,7 @@ def single_cuts(
     }
     found: dict[tuple[str, tuple[int, ...]], float] = {}
     for name in names:
-        forecast = resolve_forecast(name)
-        searched = forecast.forecast if isinstance(forecast, Damped) else forecast
+        forecast, searched = resolve_forecast(name), _undamped(name)
         for start in sorted(starts):
             chosen = objective.improved(searched, start)
             found[name, chosen] = objective(forecast, chosen)

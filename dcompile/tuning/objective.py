@@ -171,6 +171,28 @@ class Objective:
         squares = np.maximum(0.0, np.einsum("si,rsij,sj->rs", given, blocks, given, optimize=True))
         return float((squares * self._scale[:, latest + 1 : after]).sum())
 
+    def errors_by_age(self, forecast: Forecast, longest: int) -> Array:
+        """The squared error of the result that each step adds, by the age of its boundary.
+
+        A forecast from several boundaries is given earlier refreshes at equal intervals, the
+        shortest at which the boundary gets that old.
+
+        Returns:
+            Shape (steps, longest + 1). Older boundaries err no less; those from before the run's
+            first step are taken to err as its first one does.
+        """
+        found = np.zeros((self.steps, longest + 1))
+        for step in range(1, self.steps):
+            for age in range(1, longest + 1):
+                if age <= step:
+                    past = range(step - age, -1, -(age + 1))[: forecast.history]
+                    given = np.array([*coefficients_of(forecast, step, past)[: len(past)], -1.0])
+                    at = np.array([*past, step])
+                    squares = given @ self._gram[:, at[:, None], at[None, :]] @ given
+                    found[step, age] = float((np.maximum(squares, 0) * self._scale[:, step]).sum())
+                found[step, age] = max(found[step, age], found[step, age - 1])
+        return found
+
     def best_by_dynamic_programming(self, count: int) -> tuple[int, ...]:
         """The ``count`` refresh steps with the least predicted error of plain reuse."""
         steps = self.steps

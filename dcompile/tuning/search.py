@@ -66,7 +66,8 @@ class Search:
         while len(self.trials) < trials:
             untried = self._untried(pool)
             choice = None
-            if 2 * len(self.trials) < trials:  # one of each kind: predictions learn from them
+            # The best predicted first; then one of each kind, from which predictions learn.
+            if 0 < 2 * len(self.trials) < trials:
                 choice = self._unexplored(untried, forecasts, self.predictor)
             elif 4 * len(self.trials) >= 3 * trials:  # the rest: neighbours of the best so far
                 choice = self._untried_neighbour(max(self.trials, key=lambda trial: trial.psnr))
