@@ -21,6 +21,7 @@ _LAUNCH_NOTHING = frozenset(
         "args.clear",
         "assert_alignment",
         "assert_size_stride",
+        "copy_if_misaligned",  # which tensors of torch's allocator never are
         "empty_strided_cuda",
         "get_raw_stream",
         "reinterpret_tensor",

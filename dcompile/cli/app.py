@@ -262,7 +262,7 @@ def tune(
             help="A forecast to try; repeat for several. Default: reuse, damped, linear, taylor."
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Schedules to try in real runs.")] = 24,
+    trials: Annotated[int, typer.Option(min=1, help="Schedules to try in real runs.")] = 8,
     interval: Annotated[
         list[int] | None,
         typer.Option(

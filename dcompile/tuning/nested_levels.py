@@ -36,7 +36,7 @@ def best_nested_levels(
         budget: FLOPs of the run over FLOPs of a refresh step.
 
     Returns:
-        The levels, or None if these cuts do not keep to the budget, or not all of them are used.
+        The levels, or None if these cuts do not keep to the budget, or not all of them are read.
     """
     steps, deepest = len(errors[cuts[0]]), len(cuts)
     costs = np.array([*(ratios[depth] for depth in cuts), 1.0])
@@ -69,7 +69,7 @@ def best_nested_levels(
             low = middle
         else:
             high, found = middle, levels
-    if found is None or (set(found[1:]) != set(range(deepest + 1)) and deepest > 1):
+    if found is None or not set(range(deepest)) <= set(found[1:]):
         return None
     return tuple(
         (depth, tuple(step for step, level in enumerate(found) if level > number))

@@ -14,7 +14,7 @@ from dcompile.tuning.images import squared_error
 from dcompile.tuning.objective import Objective
 from dcompile.tuning.predictor import Predictor
 
-# A schedule whose predicted error is more than this times the target is not tried.
+# A schedule whose predicted error is more than this times the target, or the least, is not tried.
 LARGEST_EXCESS = 10.0
 # Number of speed-ups from which candidates are taken when the target is a PSNR.
 SPEEDS = 8
@@ -68,7 +68,9 @@ class Search:
             choice = None
             # The best predicted first; then one of each kind, from which predictions learn.
             if 0 < 2 * len(self.trials) < trials:
-                choice = self._unexplored(untried, forecasts, self.predictor)
+                choice = self._other_forecast(forecasts) or self._unexplored(
+                    self._promising(untried), forecasts, self.predictor
+                )
             elif 4 * len(self.trials) >= 3 * trials:  # the rest: neighbours of the best so far
                 choice = self._untried_neighbour(max(self.trials, key=lambda trial: trial.psnr))
             choice = choice or self.predictor.best(untried)
@@ -140,6 +142,18 @@ class Search:
     def _untried(self, pool: Iterable[Choice]) -> list[Choice]:
         tried = {trial.key for trial in self.trials}
         return [choice for choice in pool if choice not in tried]
+
+    def _promising(self, untried: Sequence[Choice]) -> list[Choice]:
+        """Those that are not predicted to be far worse than the best."""
+        predicted = {choice: self.predictor(choice) for choice in untried}
+        limit = LARGEST_EXCESS * min(predicted.values(), default=0.0)
+        return [choice for choice, error in predicted.items() if error <= limit]
+
+    def _other_forecast(self, forecasts: Sequence[str]) -> Choice | None:
+        """The best levels so far with a forecast that was never tried."""
+        tried = {trial.forecast for trial in self.trials}
+        levels = max(self.trials, key=lambda trial: trial.psnr).levels
+        return next(((levels, name) for name in forecasts if name not in tried), None)
 
     def _unexplored(
         self, untried: Sequence[Choice], forecasts: Sequence[str], key: Callable[[Choice], float]

@@ -37,7 +37,7 @@ def tune(
     samples: int = 4,
     depths: Sequence[int] | None = None,
     forecasts: Sequence[str] = FORECASTS,
-    trials: int = 24,
+    trials: int = 8,
     intervals: Sequence[int] = (),
     backend: str = "eager",
     sampler: Any = None,
