@@ -65,7 +65,7 @@ def lora_folder(pipe: Any, folder: Path, seed: int) -> Path:
 def test_loras(name: str, tmp_path: Path, compatible: Callable[..., dict[str, Any]]) -> None:
     """Loaded, weighted, switched off and on, fused and unloaded, each seen by the next run."""
     (pipe, kwargs), (plain, _) = pipeline(name), pipeline(name)
-    compatible("add-on", f"LoRA, {type(pipe.transformer).__name__}")
+    compatible("add-on", f"LoRA on {type(pipe.transformer).__name__}")
     folders = [lora_folder(pipeline(name)[0], tmp_path / str(seed), seed) for seed in (1, 2)]
     cached(pipe)
     pictures = [require_same(pipe, plain, name, kwargs)]
@@ -182,7 +182,7 @@ def test_image_adapters(
 ) -> None:
     (pipe, kwargs), (plain, _) = pipeline(name), pipeline(name)
     assert isinstance(pipe, (FluxIPAdapterMixin, SD3IPAdapterMixin))
-    compatible("add-on", f"IP-Adapter, {type(pipe.transformer).__name__}")
+    compatible("add-on", f"IP-Adapter on {type(pipe.transformer).__name__}")
     cached(pipe)
     before = require_same(pipe, plain, name, kwargs)
     for each in (pipe, plain):
