@@ -21,7 +21,10 @@ _LAUNCH_NOTHING = frozenset(
         "args.clear",
         "assert_alignment",
         "assert_size_stride",
+        "assert_size_stride_grouped",
+        "assert_tensor_metadata",
         "copy_if_misaligned",  # which tensors of torch's allocator never are
+        "copy_misaligned",
         "empty_strided_cuda",
         "get_raw_stream",
         "reinterpret_tensor",
