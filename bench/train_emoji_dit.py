@@ -1,6 +1,6 @@
 """Train emoji-dit, a small Stable Diffusion 3 that draws emoji from their names.
 
-    python bench/train_emoji_dit.py                 # two CPU cores: three hours; a GPU: minutes
+    python bench/train_emoji_dit.py                 # two CPU cores: two hours; a GPU: minutes
     python bench/train_emoji_dit.py --minutes 8     # stop in time; the same line goes on later
 
 Its autoencoder and larger text encoder are emoji-sd's; trained are the transformer, by flow

@@ -344,6 +344,7 @@ def test_cuts_that_do_not_go_together(outer: Any, tmp_path: Path) -> None:
 
 
 def test_the_tuner_tries_several_cuts() -> None:
+    """With extrapolation a single cut of this network is exact, and several would not be tried."""
     found = tuned(speedup=1.2, trials=9, depths=(0, 1), forecasts=("reuse",))
     assert any(trial.outer for trial in found.trials)
     assert all(trial.speedup >= 1.2 for trial in found.trials)
