@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -66,3 +66,30 @@ class Display:
 
     def _log(self, text: str, *, asked: bool) -> None:
         logger.log(logging.INFO if asked else logging.DEBUG, "%s: %s", self.subject, text)
+
+
+class StepBar:
+    """Replaces the tqdm bar of a pipeline, the one progress hook that all pipelines have.
+
+    Args:
+        iterable: what the pipeline goes over, if it does not call ``update`` itself.
+        tick: called with how many steps are done.
+    """
+
+    def __init__(self, iterable: Iterable[Any], tick: Callable[[int], object]) -> None:
+        self._iterable, self._tick, self._done = iterable, tick, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable:
+            yield item
+            self.update()
+
+    def __enter__(self) -> StepBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        self._tick(self._done)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import cycle, islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from dcompile.cli.clock import StepClock, at_each_step
 from dcompile.cli.loading import is_unconditional, set_sample_size
 from dcompile.cli.settings import SampleSettings
 from dcompile.errors import DcompileError, ModelError
+from dcompile.progress import StepBar
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, how many of its steps are done, and how many it has."""
@@ -124,31 +125,9 @@ class Sampler:
         return pictures, seconds
 
 
-def _step_bar(begin: Callable[[], None], tick: Callable[[int], None]) -> Callable[..., _StepBar]:
-    def progress_bar(iterable: Iterable[Any] = (), total: int | None = None) -> _StepBar:
+def _step_bar(begin: Callable[[], None], tick: Callable[[int], None]) -> Callable[..., StepBar]:
+    def progress_bar(iterable: Iterable[Any] = (), total: int | None = None) -> StepBar:
         begin()
-        return _StepBar(iterable, tick)
+        return StepBar(iterable, tick)
 
     return progress_bar
-
-
-class _StepBar:
-    """Replaces the tqdm bar of a pipeline, the one progress hook that all pipelines have."""
-
-    def __init__(self, iterable: Iterable[Any], tick: Callable[[int], None]) -> None:
-        self._iterable, self._tick, self._done = iterable, tick, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self._iterable:
-            yield item
-            self.update()
-
-    def __enter__(self) -> _StepBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def update(self, count: int = 1) -> None:
-        self._done += count
-        self._tick(self._done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from dcompile.errors import DcompileError, TuneError
 from dcompile.integrations.pipelines import is_pipeline, network_of
+from dcompile.progress import StepBar
 
 PROMPTS = (
     "a red apple on a wooden table",
@@ -127,36 +128,18 @@ def _labels(pipeline: Any, samples: int) -> tuple[int, ...]:
 @contextmanager
 def _without_progress_bar(pipeline: Any) -> Iterator[None]:
     """Ours shows the progress."""
-    given = vars(pipeline).get("progress_bar")
-    bar = pipeline.progress_bar if hasattr(pipeline, "progress_bar") else None
-    if bar is not None:
-        pipeline.progress_bar = _Silent
+    own = vars(pipeline)
+    before = {"progress_bar": own["progress_bar"]} if "progress_bar" in own else {}
+    pipeline.progress_bar = _silent
     try:
         yield
     finally:
-        if given is not None:
-            pipeline.progress_bar = given
-        elif bar is not None:
-            del pipeline.progress_bar
+        del pipeline.progress_bar
+        own.update(before)
 
 
-class _Silent:
-    """In place of a pipeline's tqdm bar, the one that all pipelines have."""
-
-    def __init__(self, iterable: Any = (), total: int | None = None) -> None:
-        self._iterable = iterable
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._iterable)
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, count: int = 1) -> None:
-        pass
+def _silent(iterable: Iterable[Any] = (), total: int | None = None) -> StepBar:
+    return StepBar(iterable, lambda done: None)
 
 
 __all__ = ["PROMPTS", "runs_of"]
