@@ -39,7 +39,7 @@ from generated_code import Counts, counted  # noqa: E402
 from gpu import code_version  # noqa: E402
 from kernels_page import key, page  # noqa: E402
 from pretended_gpu import DEVICE, PROPERTIES, pretended_h100  # noqa: E402
-from shapes import GPU_SHAPES, Shape  # noqa: E402
+from shapes import UNETS, Shape  # noqa: E402
 from torch.fx import GraphModule, Node  # noqa: E402
 from training import replace_file  # noqa: E402
 
@@ -261,7 +261,7 @@ def _write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(GPU_SHAPES)}.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(UNETS)}.")] = None,
     graph: Annotated[list[GraphName] | None, typer.Option(help="Default: both.")] = None,
     tiny: Annotated[bool, typer.Option(help="Tiny networks, to try it.")] = False,
     channels_last: Annotated[
@@ -278,17 +278,17 @@ def main(
     if only_page:
         file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
         return
-    if unknown := set(shape or ()) - set(GPU_SHAPES):
-        raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {', '.join(GPU_SHAPES)}")
+    if unknown := set(shape or ()) - set(UNETS):
+        raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {', '.join(UNETS)}")
     if reason := reason_to_skip():
         typer.echo(f"Skipped: {reason}")
         return
     # Counts of tiny networks are not for the results.
     record = None if tiny and json_file is None else Record(file, made_with(tiny))
     layouts = (False, True) if channels_last is None else (channels_last,)
-    for name in shape or GPU_SHAPES:
+    for name in shape or UNETS:
         for layout in layouts:
-            graphs = graphs_of(GPU_SHAPES[name], tiny, layout)
+            graphs = graphs_of(UNETS[name], tiny, layout)
             for which in graph or GraphName:
                 started = time.monotonic()
                 counts = counted(generated_code(graphs[which], SETTINGS.get(name, {})))

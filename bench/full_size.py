@@ -15,7 +15,7 @@ from diffusers import (
     UNetMotionModel,
 )
 from rich.progress import track
-from shapes import GPU_SHAPES
+from shapes import UNETS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcompile.compiler.call import CallForms
@@ -58,7 +58,7 @@ def _tensors(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of(name: str) -> Published:
-    shape = GPU_SHAPES[name]
+    shape = UNETS[name]
     return Published(shape.network, shape.config, shape.sizes)
 
 

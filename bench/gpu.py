@@ -7,7 +7,8 @@ most important first, each in a process of its own (gpu_job.py): several compile
 measured at a time. After every measurement it writes gpu.json and gpu.md (see gpu_page.py);
 tracebacks and what processes printed go to gpu.log, tables of kernels to gpu-profiles.txt. It ends
 in time (--budget), and the same command again goes on with what is missing. What it needs: torch,
-diffusers, DeepCache, typer, rich, pytest; no network, no installed dcompile. A rehearsal of
+diffusers, DeepCache, cache-dit, typer, rich, pytest; no network, no installed dcompile. Full-size
+transformers compile beside each other: 140 GiB of GPU memory, or --at-once 2. A rehearsal of
 everything but CUDA, on tiny networks:
 
     python bench/gpu.py --rehearse --out /tmp/rehearsal
@@ -42,24 +43,15 @@ sys.path[:0] = [str(ROOT)]  # a bare checkout will do
 import torch  # noqa: E402
 import typer  # noqa: E402
 from gpu_job import Device, Job, Row  # noqa: E402
-from gpu_page import BARS, INTERVALS, WAYS, ShapeResults, key, page  # noqa: E402
+from gpu_page import BARS, INTERVALS, WAYS, ShapeResults, key, page, ways_of  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from shapes import GPU_SHAPES  # noqa: E402
+from shapes import GPU_SHAPES, TRANSFORMERS  # noqa: E402
 from training import replace_file  # noqa: E402
 
 import dcompile  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
-TESTS = (
-    "tests/runtime/test_cuda_graphs.py",
-    "tests/runtime/test_state.py",
-    "tests/policy/test_adaptive.py",
-    "tests/policy/test_forecasts.py",
-    "tests/policy/test_multi_level.py",
-    "tests/compiler/test_dynamic_sizes.py",
-    "tests/integrations/test_pipelines.py",
-)
 TESTS_SECONDS = 240  # while networks compile
 PREPARE_SECONDS = 300  # of a job: building, capturing, compiling
 MEASURE_SECONDS = 90  # of a job
@@ -80,33 +72,53 @@ class Planned:
 
 # Rounds: what the bars need comes first. Jobs of a round compile side by side.
 PLAN: tuple[tuple[Planned, ...], ...] = (
-    tuple(
-        job
-        for shape in ("sd15", "sdxl")
-        for job in (
-            Planned(shape, ("eager", "dcompile-eager"), (1, 3), makes_references=True),
-            Planned(shape, ("dcompile-graphs", "dcompile-inductor"), profiled=True),
-            Planned(shape, ("deepcache",)),
-            Planned(shape, ("torch-graphs",), profiled=True),
-        )
+    (
+        *(
+            job
+            for shape in ("sd15", "sdxl")
+            for job in (
+                Planned(shape, ("eager", "dcompile-eager"), (1, 3), makes_references=True),
+                Planned(shape, ("dcompile-graphs",), profiled=True),
+                Planned(shape, ("deepcache",)),
+                Planned(shape, ("torch-graphs",)),
+            )
+        ),
+        Planned("flux", ("eager", "dcompile-eager"), (1, 3), makes_references=True),
+        Planned("flux", ("dcompile-graphs",), (3, 1), profiled=True),
+        Planned("flux", ("torch-graphs",)),
     ),
     (
-        Planned("sd15", ("dcompile-graphs-last",), (3, 1), profiled=True),
-        Planned("sdxl", ("dcompile-graphs-last",), (3, 1), profiled=True),
-        Planned("sd15", ("dcompile-autotuned",)),
-        Planned("sd15", ("torch-graphs-last",)),
+        Planned("flux", ("cache-dit-blocks",)),
+        Planned("flux", ("dcompile-regions",), profiled=True),
+        Planned("wan", ("eager", "dcompile-eager", "cache-dit"), (1, 3), makes_references=True),
+        Planned("wan", ("dcompile-graphs",), (3, 1), profiled=True),
+        Planned("wan", ("torch-graphs",)),
+        Planned("wan", ("cache-dit-blocks",)),
         Planned("svd", ("eager", "dcompile-eager"), (1, 3), makes_references=True),
         Planned("svd", ("dcompile-graphs",), (3, 1), profiled=True),
         Planned("svd", ("torch-graphs",)),
+        Planned("sdxl", ("dcompile-regions",)),
+        Planned("sd15", ("torch-graphs-last",)),
+        Planned("sdxl", ("torch-graphs-last",)),
     ),
     (
+        Planned("flux", ("cache-dit",)),
+        Planned("wan", ("dcompile-regions",)),
+        Planned("svd", ("deepcache",), (3,)),
+        Planned("sd15", ("dcompile-inductor",)),
+        Planned("sd15", ("dcompile-autotuned",)),
         Planned("sdxl", ("dcompile-autotuned",)),
-        Planned("sdxl", ("torch-graphs-last",)),
         Planned("sd15", ("torch-compile",)),
         Planned("sdxl", ("torch-compile",)),
-        Planned("svd", ("deepcache",), (3,)),
     ),
 )
+
+
+def gpu_tests() -> list[str]:
+    """Files with tests that run on a GPU, too."""
+    marks = re.compile(r'mark\.gpu|usefixtures\("graphs"\)|\bgraphs: str')
+    files = sorted((ROOT / "tests").glob("*/test_*.py"))
+    return [str(file) for file in files if marks.search(file.read_text())]
 
 
 def code_version() -> str:
@@ -138,7 +150,7 @@ def card_of(device: Device) -> Row:
 
 def versions() -> Row:
     found: Row = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
-    for package in ("torch", "triton", "diffusers", "DeepCache"):
+    for package in ("torch", "triton", "diffusers", "DeepCache", "cache-dit"):
         try:
             found[package.lower()] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -277,7 +289,7 @@ class Suite:
         self.tests_started = time.monotonic()
         with self.tests_log.open("w") as log:
             self.tests = subprocess.Popen(
-                [*command, *TESTS],
+                [*command, *gpu_tests()],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -356,7 +368,7 @@ class Suite:
         """What is missing of it."""
         ways = {}
         for way in planned.ways:
-            offered = [n for n in planned.intervals if n in WAYS[way].intervals]
+            offered = [n for n in planned.intervals if n in ways_of(planned.shape)[way].intervals]
             missing = [n for n in offered if not self.record.has(planned.shape, way, n, self.retry)]
             if missing:
                 ways[way] = missing
@@ -511,15 +523,23 @@ def names_of(text: str, known: Sequence[str], option: str) -> list[str]:
 
 
 def rehearsed(plan: Sequence[Sequence[Planned]]) -> Iterator[list[Planned]]:
-    """Every way on one shape, and the main ones on all: compiling for a CPU takes its time."""
-    main_ways = {"eager", "dcompile-eager", "deepcache", "dcompile-graphs"}
-    first = plan[0][0].shape if plan[0] else ""
+    """Every way on one shape, and some on all: compiling for a CPU takes its time."""
+    on_all = {"eager", "dcompile-eager", "deepcache"}
+    shape_of: dict[tuple[str, bool], str] = {}
     for part in plan:
-        yield [
-            replace(job, ways=tuple(w for w in job.ways if job.shape == first or w in main_ways))
-            for job in part
-            if job.shape == first or main_ways & set(job.ways)
-        ]
+        jobs = []
+        for job in part:
+            kind = job.shape in TRANSFORMERS
+            ways = tuple(
+                way
+                for way in job.ways
+                if way in on_all
+                or shape_of.setdefault((way, kind and way == "dcompile-graphs"), job.shape)
+                == job.shape
+            )
+            if ways:
+                jobs.append(replace(job, ways=ways))
+        yield jobs
 
 
 def chosen(

@@ -7,12 +7,15 @@ when nothing else is running. What it compiles is compiled before "ready", besid
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import fcntl
 import gc
+import io
 import json
 import logging
 import math
 import os
+import pstats
 import statistics
 import sys
 import tempfile
@@ -25,12 +28,15 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
+from peers import cache_dit_masked, compile_blocks
 from shapes import GPU_SHAPES, Call, Shape
 
 import dcompile
 from dcompile.backends.inductor import Inductor
+from dcompile.runtime import cuda_graphs
 from dcompile.runtime.cuda_recorder import RECORDERS
 
 WARM_SECONDS = 0.6  # until clocks are up, apart from everything lazy
@@ -44,6 +50,7 @@ TORCH_MODES = {
     "torch-graphs": "reduce-overhead",
     "torch-graphs-last": "reduce-overhead",
 }
+UNCOMPILED = ("eager", "deepcache", "cache-dit", "dcompile-eager")
 
 Step = Callable[[torch.Tensor], Any]
 Row = dict[str, Any]
@@ -112,18 +119,26 @@ class Loop:
     """Generations: walks over a scheduler's timesteps, each a tensor of its own, on the device."""
 
     def __init__(
-        self, step: Step, scheduler: Any, steps: int, interval: int, device: Device
+        self,
+        step: Step,
+        scheduler: Any,
+        steps: int,
+        interval: int,
+        device: Device,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._step = step
-        self._scheduler = scheduler
+        self.scheduler = scheduler  # where a pipeline has it
         self._steps = steps
         self._interval = interval
         self._device = device
+        self._begin = begin
         self.refreshes = self.reuses = 0  # as they should be
 
     def generation(self) -> list[Callable[[], Any]]:
         """The calls of one; begin it once it is clear that it will be run."""
-        self._scheduler.set_timesteps(self._steps, device=self._device.device)
+        self.scheduler.set_timesteps(self._steps, device=self._device.device)
+        self._begin()
 
         def call(index: int, t: torch.Tensor) -> Any:
             if index % self._interval:
@@ -134,7 +149,7 @@ class Loop:
 
         return [
             lambda index=index, t=t: call(index, t)
-            for index, t in enumerate(self._scheduler.timesteps)
+            for index, t in enumerate(self.scheduler.timesteps)
         ]
 
     def first_two(self) -> tuple[list[torch.Tensor], list[float]]:
@@ -167,23 +182,28 @@ class Loop:
             cycles += [times[i : i + self._interval] for i in range(0, len(times), self._interval)]
         return cycles
 
-    def host_times(self) -> list[float]:
+    def host_times(self, around: Callable[[], Any] = contextlib.nullcontext) -> list[float]:
         """Seconds each reuse call keeps the CPU, while the device works on the refresh step.
 
         It waits for the device before each refresh step only: what is measured is neither idle
-        time nor a full launch queue.
+        time nor a full launch queue. Where nothing is cached, every third call is left out.
+
+        Args:
+            around: makes a context that these calls are in, and none else.
         """
         seconds: list[float] = []
+        cycle = self._interval if self._interval > 1 else 3
         until = time.monotonic() + HOST_SECONDS
         while not seconds or time.monotonic() < until:
             for index, run in enumerate(self.generation()):
-                if index % self._interval == 0:
+                if index % cycle == 0:
                     self._device.synchronize()
                     run()
                     continue
-                started = time.perf_counter()
-                run()
-                seconds.append(time.perf_counter() - started)
+                with around():
+                    started = time.perf_counter()
+                    run()
+                    seconds.append(time.perf_counter() - started)
             self._device.synchronize()
         return seconds
 
@@ -204,8 +224,46 @@ class Loop:
         if self._interval > 1:
             row["refresh_ms"] = statistics.median(cycle[0] for cycle in cycles)
             row["reuse_ms"] = statistics.median(ms for cycle in cycles for ms in cycle[1:])
-            row["host_us"] = 1e6 * statistics.median(self.host_times())
+        row["host_us"] = 1e6 * statistics.median(self.host_times())
         return row
+
+    def host_parts(self) -> list[float]:
+        """Microseconds of a reuse call in copies of inputs, launching, and copies of results."""
+        with timed_parts() as spent:
+            taken = len(self.host_times())
+        return [1e6 * seconds / taken for seconds in spent]
+
+    def host_profile(self) -> str:
+        """The Python functions that reuse calls spend most time in."""
+        profiler = cProfile.Profile()
+        taken = len(self.host_times(lambda: profiler))
+        text = io.StringIO()
+        pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(40)
+        return f"{taken} reuse calls\n{text.getvalue()}"
+
+
+@contextmanager
+def timed_parts() -> Iterator[list[float]]:
+    """Seconds that recorded programs spend in the calls of CUDA that a reuse step makes."""
+    spent = [0.0, 0.0, 0.0]
+
+    def timed(function: Callable[..., Any], part: int) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args)
+            spent[part] += time.perf_counter() - started
+            return result
+
+        return call
+
+    recorder: Any = RECORDERS.get("cpu", cuda_graphs.RECORDERS["cuda"])
+    with contextlib.ExitStack() as stack:
+        for part, (owner, name) in enumerate(
+            ((cuda_graphs.compat_cuda, "copy_all"), (recorder, "replay"), (cuda_graphs, "_copy"))
+        ):
+            replaced = timed(getattr(owner, name), part)
+            stack.enter_context(mock.patch.object(owner, name, replaced))
+        yield spent
 
 
 def shallow_autotuned(graph_module: Any, inputs: list[Any]) -> Callable[..., Any]:
@@ -215,6 +273,7 @@ def shallow_autotuned(graph_module: Any, inputs: list[Any]) -> Callable[..., Any
 
 
 BACKENDS = {"dcompile-eager": "eager", "dcompile-autotuned": shallow_autotuned}
+OPTIONS = {"dcompile-regions": {"regions": True}}
 
 
 class Subject:
@@ -226,8 +285,10 @@ class Subject:
         self._shape = shape
         self._least_steps = steps
         self._device = device
-        self.network, self._call = shape.build(device.device, dtype, tiny)
+        half = dtype if dtype.itemsize == 4 else getattr(torch, shape.half)
+        self.network, self._call = shape.build(device.device, half, tiny)
         self._cached = False
+        self._cache_dit_mask: list[int] = []
         self.references: dict[str, torch.Tensor] = {}
 
     def compiled(self, way: str, interval: int) -> list[float]:
@@ -249,6 +310,8 @@ class Subject:
                 row["reuse_error"] = self._error("reuse", interval, results[1])
             del results
             row |= loop.measure()
+            if way.startswith("dcompile") and interval > 1:
+                row["host_parts_us"] = loop.host_parts()
             self._check(way, loop)
         if way in TORCH_MODES:
             from torch._dynamo.utils import counters
@@ -267,7 +330,10 @@ class Subject:
         tables = []
         with self._loop(way, interval) as loop:
             loop.warm_up()
-            for title, run in zip(("refresh step", "reuse step"), loop.generation(), strict=False):
+            if way.startswith("dcompile") and interval > 1:
+                tables.append(loop.host_profile())
+            titles = ("refresh step", "reuse step")[:interval]
+            for title, run in zip(titles, loop.generation(), strict=False):
                 self._device.synchronize()
                 with profile(activities=activities, acc_events=True) as found:
                     run()
@@ -276,7 +342,7 @@ class Subject:
                     sort_by=order, row_limit=20, max_name_column_width=90
                 )
                 tables.append(f"{title if interval > 1 else 'step'}\n{table}")
-        return "\n".join(tables[:interval])
+        return "\n".join(tables)
 
     def make_references(self, interval: int) -> None:
         """Results of the first two steps: diffusers' own, and of dcompile without compiler."""
@@ -300,9 +366,35 @@ class Subject:
         return interval * max(2, math.ceil(self._least_steps / interval))
 
     def _step(self, network: Any) -> Step:
-        sample = self._call["sample"]
-        rest: Call = {name: value for name, value in self._call.items() if name != "sample"}
-        return lambda t: network(sample, t, **rest)
+        rest: Call = dict(self._call)
+        sample, timestep = rest.pop(self._shape.sample), self._shape.timestep
+        if self._shape.sample == "sample":  # U-Nets take both by position, as DeepCache expects
+            return lambda t: network(sample, timestep(t, sample.dtype), **rest)
+        return lambda t: network(sample, timestep=timestep(t, sample.dtype), **rest)
+
+    def _enable_cache_dit(self, interval: int, compiled: bool) -> None:
+        """For good: a process with cache-dit has one interval, and no other way after it."""
+        import cache_dit
+
+        if self._cached:
+            dcompile.handle(self.network).remove()
+            self._cached = False
+        steps = self._steps(interval)
+        mask = [int(step % interval == 0) for step in range(steps)]
+        if self._cache_dit_mask:
+            return
+        self._cache_dit_mask = mask
+        cache_dit_masked(self.network, mask, enable_separate_cfg=False)  # one call a step
+        if compiled:
+            cache_dit.set_compile_configs()
+            compile_blocks(self.network)
+
+    def _begin(self) -> None:
+        """What somebody who calls a network without a pipeline has to do before a generation."""
+        if self._cache_dit_mask:
+            import cache_dit
+
+            cache_dit.refresh_context(self.network, num_inference_steps=len(self._cache_dit_mask))
 
     @contextmanager
     def _loop(self, way: str, interval: int, steps: int | None = None) -> Iterator[Loop]:
@@ -310,7 +402,7 @@ class Subject:
         # That dcompile runs on without CUDA graphs must not go into a table unseen.
         with _warnings_as_errors(), self._installed(way, interval, scheduler) as step:
             steps = steps or self._steps(interval)
-            yield Loop(step, scheduler, steps, interval, self._device)
+            yield Loop(step, scheduler, steps, interval, self._device, self._begin)
 
     @contextmanager
     def _installed(self, way: str, interval: int, scheduler: Any) -> Iterator[Step]:
@@ -334,13 +426,21 @@ class Subject:
                 yield self._step(self.network)
             finally:
                 helper.disable()
+        elif way.startswith("cache-dit"):
+            self._enable_cache_dit(interval, compiled=way == "cache-dit-blocks")
+            yield self._step(self.network)
         elif way.startswith("dcompile"):
             backend: Any = BACKENDS.get(way, "inductor")
             graphs: Any = way not in ("dcompile-eager", "dcompile-inductor")
             if graphs and "cpu" in RECORDERS:
                 graphs = "auto"  # simulated
             dcompile.cache_compile(
-                self.network, interval=interval, backend=backend, cuda_graphs=graphs, verbose=False
+                self.network,
+                interval=interval,
+                backend=backend,
+                cuda_graphs=graphs,
+                options=OPTIONS.get(way),
+                verbose=False,
             )
             self._cached = True
             yield self._step(self.network)
@@ -464,7 +564,7 @@ def run(job: Job, tell: Tell, wait: Callable[[], bool]) -> None:
                 os.replace(f"{job.references}.part", job.references)
                 tell("facts", facts=subject.facts())
         for way, intervals in job.ways.items():
-            if way in ("eager", "deepcache", "dcompile-eager"):
+            if way in UNCOMPILED:
                 continue
             with noted(way):
                 seconds[way] = subject.compiled(way, max(intervals))

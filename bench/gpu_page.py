@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shapes import GPU_SHAPES
+from shapes import GPU_SHAPES, TRANSFORMERS, UNETS
 
 INTERVALS = (2, 3, 5)
 NOT_YET = "not measured yet"
@@ -26,29 +26,38 @@ class Way:
         label: for tables.
         intervals: refresh intervals to measure, 1 where nothing is cached.
         uncached: the way that does the same without a cache: at interval 1.
+        shapes: what it can run.
     """
 
     label: str
     intervals: tuple[int, ...]
     uncached: str = ""
+    shapes: tuple[str, ...] = tuple(GPU_SHAPES)
 
 
 WAYS = {
     "eager": Way("diffusers, eager", (1,)),
     "torch-compile": Way("torch.compile", (1,)),
     "torch-graphs": Way("torch.compile, CUDA graphs", (1,)),
-    "torch-graphs-last": Way("torch.compile, CUDA graphs, channels last", (1,)),
-    "deepcache": Way("DeepCache package", INTERVALS, "eager"),
+    "torch-graphs-last": Way(
+        "torch.compile, CUDA graphs, channels last", (1,), shapes=("sd15", "sdxl")
+    ),
+    "deepcache": Way("DeepCache package", INTERVALS, "eager", shapes=tuple(UNETS)),
+    "cache-dit": Way("cache-dit", (3,), "eager", shapes=tuple(TRANSFORMERS)),
+    "cache-dit-blocks": Way("cache-dit, blocks compiled", (3,), shapes=tuple(TRANSFORMERS)),
     "dcompile-eager": Way("dcompile, eager", (3,), "eager"),
     "dcompile-inductor": Way("dcompile, inductor", (1, 3), "dcompile-inductor"),
     "dcompile-graphs": Way("dcompile, inductor, CUDA graphs", (1, *INTERVALS), "dcompile-graphs"),
-    "dcompile-graphs-last": Way(
-        "dcompile, inductor, CUDA graphs, channels last", (1, 3), "dcompile-graphs-last"
-    ),
+    "dcompile-regions": Way("dcompile, inductor by regions, CUDA graphs", (3,), "dcompile-graphs"),
     "dcompile-autotuned": Way(
         "dcompile, inductor, CUDA graphs, shallow graph max-autotune", (3,), "dcompile-graphs"
     ),
 }
+
+
+def ways_of(shape: str) -> dict[str, Way]:
+    """Those that can run a shape."""
+    return {name: way for name, way in WAYS.items() if shape in way.shapes}
 
 
 def key(way: str, interval: int) -> str:
@@ -116,6 +125,16 @@ class ShapeResults:
         if found[3] is None:
             return None
         return min(ratio for ratio in found.values() if ratio is not None)
+
+    def over_blocks(self) -> float | None:
+        """Over cache-dit with compiled blocks, at the same steps."""
+        return quotient(self.step_ms("cache-dit-blocks", 3), self.step_ms("dcompile-graphs", 3))
+
+    def compiling_by_regions(self) -> float | None:
+        return quotient(
+            self.value("dcompile-graphs", 3, "compile_seconds"),
+            self.value("dcompile-regions", 3, "compile_seconds"),
+        )
 
     def memory_over_uncached(self) -> float | None:
         return quotient(
@@ -204,6 +223,23 @@ BARS = (
         False,
         "x",
         ShapeResults.over_package,
+        shapes=tuple(UNETS),
+    ),
+    Bar(
+        "inductor with CUDA graphs over cache-dit with compiled blocks at the same steps, N=3",
+        1.1,
+        False,
+        "x",
+        ShapeResults.over_blocks,
+        shapes=tuple(TRANSFORMERS),
+    ),
+    Bar(
+        "compiling by regions: how many times faster",
+        4,
+        False,
+        "x",
+        ShapeResults.compiling_by_regions,
+        shapes=("sdxl", *TRANSFORMERS),
     ),
     Bar(
         "host time of a reuse step with CUDA graphs, N=3",
@@ -228,7 +264,7 @@ def page(results: Results) -> str:
     tflops = results.get("matrix_tflops")
     lines = ["# Compiled feature caching on a GPU", "", *heading(results), "", *bars_table(shapes)]
     for name, shape in GPU_SHAPES.items():
-        lines += ["", f"## {shape.title}", "", *shape_table(shapes[name], tflops)]
+        lines += ["", f"## {shape.title}", "", *shape_table(name, shapes[name], tflops)]
     return "\n".join([*lines, "", *LEGEND, ""])
 
 
@@ -239,7 +275,9 @@ LEGEND = (
     "Reuse over its FLOP share: time of a reuse step over r times the uncached step, 1 is ideal. "
     "Roofline: FLOPs of a mean step over its time, as a share of the measured matrix rate. Peak "
     "memory is what the allocator reserved, weights and CUDA graphs' pools included. Host: what a "
-    "reuse call keeps the CPU for, while the GPU still works on what came before. Compiling: "
+    "reuse call (an uncached one where nothing is cached) keeps the CPU for, while the GPU still "
+    "works on what came before; in brackets how much of it CUDA calls take: copies of inputs, "
+    "launching the graph, copies of results. Compiling: "
     "seconds of the first two calls, with empty caches, several networks at once; a dash where "
     "another row's are used. Eager ways are bound by the host, which launches kernel by kernel: "
     "where they exceed the limit, the uncached one waited for the host more than for the GPU.",
@@ -258,7 +296,7 @@ def heading(results: Results) -> list[str]:
         f"CUDA {versions['cuda']}",
         f"torch {versions['torch']}",
         f"diffusers {versions['diffusers']}",
-        f"{results['settings']['dtype']}, random weights, depth 0",
+        f"{results['settings']['dtype']} unless a title says otherwise, random weights, depth 0",
         f"{results['date']}.",
     ]
     rate, tests = results.get("matrix_tflops"), results.get("tests")
@@ -301,7 +339,7 @@ COLUMNS = (
 )
 
 
-def shape_table(shape: ShapeResults, tflops: float | None) -> list[str]:
+def shape_table(title: str, shape: ShapeResults, tflops: float | None) -> list[str]:
     r, flops = shape.ratio(), shape.data.get("flops")
     if r is None or flops is None:
         facts = f"FLOPs and r: {NOT_YET}."
@@ -309,7 +347,7 @@ def shape_table(shape: ShapeResults, tflops: float | None) -> list[str]:
         limits = ", ".join(f"{shape.limit(n):.2f}x at N={n}" for n in INTERVALS)
         facts = f"{flops / 1e12:.4g} TFLOPs a step, r = {r:.4f}; the limit is {limits}."
     lines = [facts, "", f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
-    for name, way in WAYS.items():
+    for name, way in ways_of(title).items():
         for interval in way.intervals:
             cells = [way.label, str(interval), *way_cells(shape, name, interval, tflops)]
             lines.append(f"| {' | '.join(cells)} |")
@@ -332,9 +370,16 @@ def way_cells(shape: ShapeResults, way: str, interval: int, tflops: float | None
         number(shape.reuse_of_flop_share(way, interval), "{:.2f}"),
         number(shape.roofline(way, interval, tflops), "{:.1%}"),
         number(None if memory is None else memory / 2**30, "{:.2f}"),
-        number(row.get("host_us"), "{:.0f}"),
+        host(row),
         number(row.get("compile_seconds"), "{:.1f}"),
     ]
+
+
+def host(row: Row) -> str:
+    parts = row.get("host_parts_us")
+    return number(row.get("host_us"), "{:.0f}") + (
+        f" ({', '.join(f'{part:.0f}' for part in parts)})" if parts else ""
+    )
 
 
 def number(value: float | None, form: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shapes import GPU_SHAPES
+from shapes import UNETS
 from tables import verdict
 
 NOT_YET = "not counted yet"
@@ -55,7 +55,7 @@ def launches_and_calls(row: Row) -> int:
 BARS = (
     Bar(
         "weights transposed in any of the graphs, the most",
-        tuple((shape, graph) for shape in GPU_SHAPES for graph in GRAPHS),
+        tuple((shape, graph) for shape in UNETS for graph in GRAPHS),
         0,
         "bytes",
         lambda row: int(row["transposed_bytes"]),
@@ -91,7 +91,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield "| --- | --- | --- | --- |"
     for bar in BARS:
         yield bar.line(rows)
-    for name, shape in GPU_SHAPES.items():
+    for name, shape in UNETS.items():
         yield ""
         yield f"## {shape.title}"
         yield ""

@@ -37,6 +37,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from peers import cache_dit_masked, compile_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcompile
@@ -150,34 +151,6 @@ def uncached(pipe: Any) -> None:
     """Nothing is done to it."""
 
 
-def cache_dit_masked(pipe: Any) -> None:
-    import cache_dit
-
-    cache_dit.enable_cache(
-        pipe,
-        cache_config=cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1,
-            Bn_compute_blocks=0,
-            max_warmup_steps=0,
-            residual_diff_threshold=1e9,
-            num_inference_steps=STEPS,
-            steps_computation_mask=MASK,
-            steps_computation_policy="static",
-        ),
-    )
-
-
-def compile_blocks(network: torch.nn.Module, **options: Any) -> None:
-    """As diffusers recommends; where it does not know a network's blocks, all in its lists."""
-    if getattr(network, "_repeated_blocks", None):
-        network.compile_repeated_blocks(**options)
-        return
-    for blocks in network.children():
-        if isinstance(blocks, torch.nn.ModuleList):
-            for block in blocks:
-                block.compile(**options)
-
-
 def compiled(pipe: Any) -> None:
     compile_blocks(pipe.transformer, fullgraph=True)
 
@@ -186,7 +159,7 @@ def cache_dit_compiled(pipe: Any) -> None:
     """As its documentation says: the cache first, then the blocks."""
     import cache_dit
 
-    cache_dit_masked(pipe)
+    cache_dit_masked(pipe, MASK)
     cache_dit.set_compile_configs()
     compile_blocks(pipe.transformer)
 
@@ -211,7 +184,7 @@ def first_block_cache(threshold: float) -> Callable[[Any], None]:
 
 WAYS: dict[str, Callable[[Any], None]] = {
     "diffusers": uncached,
-    "cache-dit": cache_dit_masked,
+    "cache-dit": lambda pipe: cache_dit_masked(pipe, MASK),
     "dcompile, eager": ours,
     "torch.compile of blocks": compiled,
     "cache-dit, blocks compiled": cache_dit_compiled,

@@ -10,8 +10,12 @@ import torch
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     UNet2DConditionModel,
     UNetSpatioTemporalConditionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
 )
 
 Call = dict[str, Any]
@@ -87,6 +91,10 @@ class Shape:
         tiny: what differs in the tiny one, which only serves to try a script.
         sizes: shapes of a call's tensors; batches of 2 are guidance's.
         tiny_sizes: the same for the tiny network.
+        sample: name of the network's first argument.
+        half: the dtype people run it in on GPUs.
+        timestep: what its pipeline passes for an element of the scheduler's timesteps, given that
+            and the sample's dtype.
     """
 
     title: str
@@ -96,19 +104,23 @@ class Shape:
     tiny: Mapping[str, Any]
     sizes: Mapping[str, Any]
     tiny_sizes: Mapping[str, Any]
+    sample: str = "sample"
+    half: str = "float16"
+    timestep: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = lambda t, dtype: t
 
     def build(
         self, device: torch.device, dtype: torch.dtype, tiny: bool = False
     ) -> tuple[torch.nn.Module, Call]:
         """The network with random weights, made on the device, and a call without timestep."""
         network = self.unfilled(device, dtype, tiny)
-        assert not list(network.buffers()), "a buffer's values would be lost"
         _random(network)
+        generator = torch.Generator(device).manual_seed(1)
         with torch.no_grad():
+            for table in network.buffers():  # of rotary embeddings: their values are not kept
+                table.uniform_(-1, 1, generator=generator)
             for name, parameter in network.named_parameters():
                 if parameter.dim() == 1 and name.endswith("weight"):  # a norm's scale
                     parameter.add_(1)
-        generator = torch.Generator(device).manual_seed(1)
 
         def noise(size: Any) -> torch.Tensor:
             return torch.randn(size, generator=generator, device=device, dtype=dtype)
@@ -143,7 +155,7 @@ _STABLE_DIFFUSION = {
     "timestep_spacing": "leading",
 }
 
-GPU_SHAPES = {
+UNETS = {
     "sd15": Shape(
         title="SD 1.5-shaped, 512x512, batch 1 with guidance",
         network=UNet2DConditionModel,
@@ -242,3 +254,67 @@ GPU_SHAPES = {
         },
     ),
 }
+
+TRANSFORMERS = {
+    "flux": Shape(
+        title="FLUX.1-shaped, 1024x1024, batch 1, bfloat16",
+        network=FluxTransformer2DModel,
+        scheduler=lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+        config={"guidance_embeds": True},
+        tiny={
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_single_layers": 3,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 16,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        sizes={
+            "hidden_states": (1, 4096, 64),
+            "encoder_hidden_states": (1, 512, 4096),
+            "pooled_projections": (1, 768),
+            "img_ids": (4096, 3),
+            "txt_ids": (512, 3),
+            "guidance": (1,),
+        },
+        tiny_sizes={
+            "hidden_states": (1, 16, 16),
+            "encoder_hidden_states": (1, 5, 32),
+            "pooled_projections": (1, 16),
+            "img_ids": (16, 3),
+            "txt_ids": (5, 3),
+            "guidance": (1,),
+        },
+        sample="hidden_states",
+        half="bfloat16",
+        timestep=lambda t, dtype: t.expand(1).to(dtype) / 1000,
+    ),
+    "wan": Shape(
+        title="Wan 2.1 1.3B-shaped, 33 frames at 480x832, one call of guidance, bfloat16",
+        network=WanTransformer3DModel,
+        scheduler=lambda: UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        config={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        tiny={
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "text_dim": 16,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "num_layers": 3,
+        },
+        sizes={
+            "hidden_states": (1, 16, 9, 60, 104),
+            "encoder_hidden_states": (1, 512, 4096),
+        },
+        tiny_sizes={"hidden_states": (1, 16, 2, 4, 4), "encoder_hidden_states": (1, 5, 16)},
+        sample="hidden_states",
+        half="bfloat16",
+        timestep=lambda t, dtype: t.expand(1),
+    ),
+}
+
+GPU_SHAPES = {**UNETS, **TRANSFORMERS}

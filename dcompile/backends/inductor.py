@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch.fx import GraphModule
 
 from dcompile.compat import inductor
 from dcompile.errors import BackendError
+from dcompile.notices import warn
 from dcompile.passes import OutlineRegions
 
 _REGIONS = "regions"
+# Of a result's norm: more than rounding makes of it in any dtype, less than a mistake.
+_WRONG = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,20 @@ class Inductor:
             for option, value in self.options.items()
             if option != _REGIONS
         }
+        if self.folds_weights:
+            return inductor.compile_with_weights(graph_module, inputs, patches)
         if self.compiles_regions:
             outlined = OutlineRegions()(graph_module)
             if outlined.modified:
-                graph_module = inductor.call_regions(outlined.graph_module)
-        if self.folds_weights:
-            return inductor.compile_with_weights(graph_module, inputs, patches)
+                called = inductor.call_regions(outlined.graph_module)
+                artifact = inductor.compile_standalone(called, inputs, patches)
+                if _compute_the_same(graph_module, inductor.callable_of(artifact), inputs):
+                    return _noted(artifact)
+                warn(
+                    "options={'regions': True}: Inductor's code for the regions of a graph of "
+                    f"{len(graph_module.graph.nodes)} nodes computes something else than the "
+                    "graph; it is compiled as a whole instead"
+                )
         return _noted(inductor.compile_standalone(graph_module, inputs, patches))
 
     def dump(self, run: Callable[..., Any]) -> dict[str, bytes]:
@@ -116,6 +128,24 @@ class _Restored(NamedTuple):
 
 # Callables that can be saved, and what saves them.
 _artifacts: weakref.WeakKeyDictionary[Callable[..., Any], Any] = weakref.WeakKeyDictionary()
+
+
+def _compute_the_same(
+    graph_module: GraphModule, run: Callable[..., Any], inputs: Sequence[Any]
+) -> bool:
+    """Whether compiled code returns what its graph does, but for rounding.
+
+    Few people compile subgraphs: it is worth one run of either.
+    """
+    if any(value.is_meta for value in inputs if isinstance(value, torch.Tensor)):
+        return True  # nothing can be run
+    for found, expected in zip(run(*inputs), graph_module(*inputs), strict=True):
+        if isinstance(expected, torch.Tensor) and expected.is_floating_point():
+            difference = (found.double() - expected.double()).norm()
+            # An overflow, of features or of their norm, tells nothing.
+            if not difference <= _WRONG * expected.double().norm() and expected.isfinite().all():
+                return False
+    return True
 
 
 def _noted(artifact: Any) -> Callable[..., Any]:

@@ -7,8 +7,9 @@ kernels are cached. Seen in torch 2.11 to 2.15.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -49,7 +50,13 @@ def compile_standalone(
     Returns:
         Inductor's artefact; see ``callable_of``.
     """
-    options = {"config_patches": patches}
+    with _offsets_of_regions_counted_once():
+        return _compile_standalone(graph_module, inputs, {"config_patches": patches})
+
+
+def _compile_standalone(
+    graph_module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]
+) -> Any:
     fakes = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
     fake_mode = fake_mode_of(fakes)
     if fake_mode is None:
@@ -85,6 +92,36 @@ def call_regions(graph_module: GraphModule) -> GraphModule:
         graph.erase_node(node)
     graph_module.recompile()
     return graph_module
+
+
+@contextlib.contextmanager
+def _offsets_of_regions_counted_once() -> Iterator[None]:
+    """What a subgraph returns begins where its own tensor begins.
+
+    Inductor gives the results of ``invoke_subgraph`` the offsets that they have inside of the
+    subgraph's buffers. The tensors that come out have these offsets already, so kernels outside
+    read beyond them (torch 2.11 to 2.15). What was compiled without this is not taken from
+    Inductor's cache.
+    """
+    import sympy
+    from torch._inductor import ir
+
+    create = ir.InvokeSubgraph.create
+
+    def created(*args: Any, **kwargs: Any) -> Any:
+        outputs = create(*args, **kwargs)
+        for output in outputs:
+            layout = getattr(output, "layout", None)
+            if isinstance(layout, ir.FixedLayout):
+                layout.offset = sympy.S.Zero
+        return outputs
+
+    config: Any = torch.compiler.config
+    with (
+        config.patch(cache_key_tag=f"{config.cache_key_tag}-dcompile-offsets"),
+        mock.patch.object(ir.InvokeSubgraph, "create", created),
+    ):
+        yield
 
 
 def callable_of(artifact: Any) -> Callable[..., Any]:

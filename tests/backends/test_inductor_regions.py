@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from heard import noticed, silent
 from plain import Plain, compiled, picture, sampled, timesteps
 from torch import nn
 
 import dcompile
+from dcompile.backends.inductor import Inductor
 from dcompile.compat import inductor
 from dcompile.errors import BackendError
 
@@ -82,3 +86,67 @@ def test_it_excludes_freezing() -> None:
 def test_it_is_off_by_default(outlined: list[Any]) -> None:
     sampled(compiled(deep(), backend="inductor"), picture(), timesteps())
     assert not outlined
+
+
+class Modulated(nn.Module):
+    """Its region returns a part of a larger buffer: the gate, which is used outside."""
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 3 * width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        shift, factor, gate = self.modulation(F.silu(embedding)).chunk(3, dim=-1)
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + factor) + shift
+        joined = torch.cat([layer(h) for layer in self.layers], dim=1)
+        return x + gate * (F.relu(joined)[:, : x.shape[1]] * self.scale)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Modulated(16, 1 + number / 10) for number in range(4))
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor]:
+        for block in self.blocks:
+            x = block(x, embedding)
+        return (x,)
+
+
+def exported_gated() -> tuple[Any, list[Any]]:
+    torch.manual_seed(0)
+    example = (torch.randn(2, 5, 16), torch.randn(2, 1, 16))
+    exported = torch.export.export(Gated().eval(), example)
+    graph_module = exported.graph_module
+    state = {**exported.state_dict, **exported.constants}
+    names = {spec.arg.name: spec.target for spec in exported.graph_signature.input_specs}
+    given = iter(example)
+    inputs = [
+        state[target] if (target := names[node.name]) is not None else next(given)
+        for node in graph_module.graph.find_nodes(op="placeholder")
+    ]
+    return graph_module, inputs
+
+
+def test_a_region_that_returns_a_part_of_a_buffer(outlined: list[Any]) -> None:
+    """Its offset within the buffer was counted twice, and memory behind it was read."""
+    graph_module, inputs = exported_gated()
+    with torch.no_grad(), silent():
+        run = Inductor({"regions": True}).compile(graph_module, inputs)
+        torch.testing.assert_close(run(*inputs), graph_module(*inputs))
+    assert outlined
+
+
+def test_wrong_code_of_regions_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, outlined: list[Any]
+) -> None:
+    graph_module, inputs = exported_gated()
+    monkeypatch.setattr(inductor, "_offsets_of_regions_counted_once", contextlib.nullcontext)
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "with offsets counted twice")
+    with torch.no_grad(), noticed("computes something else than the graph"):
+        run = Inductor({"regions": True}).compile(graph_module, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*inputs), graph_module(*inputs))
+    assert outlined

@@ -16,7 +16,7 @@ import typer
 from count_kernels import ATTENTION, FLASH_ATTENTION, Recorder, on_the_card
 from generated_code import Counts, counted
 from kernels_page import BARS, GRAPHS, LAYOUTS, NOT_YET, key, page
-from shapes import GPU_SHAPES
+from shapes import UNETS
 from typer.testing import CliRunner, Result
 
 needs_triton = pytest.mark.skipif(
@@ -166,7 +166,7 @@ def test_graphs_are_moved_to_the_card() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", list(GPU_SHAPES))
+@pytest.mark.parametrize("shape", list(UNETS))
 def test_dcompile_cuts_networks_without_weights(
     shape: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +177,7 @@ def test_dcompile_cuts_networks_without_weights(
         return lambda *_: made
 
     monkeypatch.setattr(Recorder, "__call__", recorded)  # the card takes Triton, even a pretended
-    graphs = count_kernels.graphs_of(GPU_SHAPES[shape], True, channels_last)
+    graphs = count_kernels.graphs_of(UNETS[shape], True, channels_last)
     assert list(graphs) == ["full", "shallow"]
     full, shallow = (len(graph.module.graph.nodes) for graph in graphs.values())
     assert full > 2 * shallow
@@ -204,7 +204,7 @@ COUNTS = Counts(30, 20, {"addmm": 5, "_scaled_dot_product_flash_attention": 3}, 
 
 
 def test_the_bars_are_judged() -> None:
-    names = [key(shape, graph, True) for shape in GPU_SHAPES for graph in GRAPHS]
+    names = [key(shape, graph, True) for shape in UNETS for graph in GRAPHS]
     rows: dict[str, Any] = {name: asdict(COUNTS) for name in names}
     reached = [bar.line(rows) for bar in BARS]
     assert [line.rsplit(" | ", 2)[1:] for line in reached] == [
@@ -224,7 +224,7 @@ def test_without_counts_nothing_is_claimed() -> None:
     text = page({"made_with": IDENTITY, "rows": {}})
     assert "reached" not in text
     assert "missed" not in text
-    assert text.count(NOT_YET) == len(BARS) + len(GPU_SHAPES) * len(GRAPHS) * len(LAYOUTS)
+    assert text.count(NOT_YET) == len(BARS) + len(UNETS) * len(GRAPHS) * len(LAYOUTS)
 
 
 def test_counts_of_the_same_code_are_kept(tmp_path: Path) -> None:

@@ -17,12 +17,18 @@ import gpu_job
 import pytest
 import torch
 import typer
-from gpu_page import BARS, NOT_YET, WAYS, ShapeResults, key, page
+from gpu_page import BARS, NOT_YET, WAYS, ShapeResults, key, page, ways_of
 from rich.console import Console
-from shapes import GPU_SHAPES
+from shapes import GPU_SHAPES, TRANSFORMERS
 from typer.testing import CliRunner, Result
 
-PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "svd": 1_524_623_082}
+PARAMETERS = {
+    "sd15": 859_520_964,
+    "sdxl": 2_567_463_684,
+    "svd": 1_524_623_082,
+    "flux": 11_901_408_320,
+    "wan": 1_418_996_800,
+}
 
 
 # --- one job --------------------------------------------------------------------------------------
@@ -62,9 +68,11 @@ def test_a_job_measures_what_it_was_given(shape: str, tmp_path: Path) -> None:
     assert told[3]["row"]["timed_steps"] == 6
     assert "reuse step" in told[4]["text"]
 
-    later = done(job(tmp_path, shape, deepcache=[3, 2]))  # another process of the same shape
+    # Another process of the same shape.
+    peer = {"cache-dit": [3]} if shape in TRANSFORMERS else {"deepcache": [3, 2]}
+    later = done(job(tmp_path, shape, **peer))
     rows = [message for message in later if message["kind"] == "row"]
-    assert [row["interval"] for row in rows] == [3, 2]
+    assert [[row["interval"] for row in rows]] == list(peer.values())
     assert all(row["row"]["reuse_error"] < 1e-3 for row in rows)
 
 
@@ -218,10 +226,13 @@ def test_all_of_the_plan_is_run(tmp_path: Path, played: PlayedJobs) -> None:
     found = suite_run(tmp_path)
     assert found.exit_code == 0, found.output
     assert "everything asked for is measured" in found.output
-    rows = read(tmp_path)["shapes"]["sd15"]["rows"]
-    assert set(rows) == {key(way, n) for way, one in WAYS.items() for n in one.intervals}
+    rows = read(tmp_path)["shapes"]["flux"]["rows"]
+    measured = {"eager", "torch-graphs", "cache-dit", "cache-dit-blocks", "dcompile-eager"}
+    measured |= {"dcompile-graphs", "dcompile-regions"}
+    assert {one.partition("@")[0] for one in rows} == measured
+    assert "deepcache@3" in read(tmp_path)["shapes"]["svd"]["rows"]
     first = [one for one in played.started if one.makes_references]
-    assert [one.shape for one in first] == list(GPU_SHAPES)
+    assert {one.shape for one in first} == set(GPU_SHAPES)
     assert len(played.stopped) >= len(played.started)
     assert "printed by a library" in (tmp_path / "gpu-dry-run.log").read_text()
 
@@ -350,6 +361,14 @@ def test_the_gpu_tests_are_run_and_noted(
     assert "boom" in (tmp_path / "gpu-tests.log").read_text()
 
 
+def test_all_files_with_gpu_tests_are_run() -> None:
+    files = {Path(file).name for file in gpu.gpu_tests()}
+    assert {"test_cuda_graphs.py", "test_hoisting.py", "test_on_a_gpu.py", "test_pipelines.py"} <= (
+        files
+    )
+    assert "test_gpu.py" not in files
+
+
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     assert "expected some of sd15, sdxl, svd" in " ".join(
         suite_run(tmp_path, "--shapes", "sd16").output.replace("│", " ").split()
@@ -388,9 +407,9 @@ def row(ms: float, **more: float) -> dict[str, float]:
 def test_without_results_nothing_is_claimed(tmp_path: Path) -> None:
     text = page({})
     judged = [line for line in text.splitlines() if "| <= " in line or "| >= " in line]
-    assert len(judged) == len(BARS) == 8
+    assert len(judged) == len(BARS) == 10
     assert not any("reached" in line or "missed" in line for line in judged)
-    rows = sum(len(way.intervals) for way in WAYS.values()) * len(GPU_SHAPES)
+    rows = sum(len(way.intervals) for name in GPU_SHAPES for way in ways_of(name).values())
     assert sum(line.count(f"| {NOT_YET} |  |") for line in text.splitlines()) == rows
     app = typer.Typer()
     app.command()(gpu.main)
@@ -427,6 +446,8 @@ def test_the_bars_are_judged() -> None:
         "2.5x, reached",
         "–",
         "1.6x, reached",
+        "–",
+        "–",
         "40 us, **missed**",
         "1.2x, **missed**",
     ]
