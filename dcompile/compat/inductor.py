@@ -103,7 +103,6 @@ def _offsets_of_regions_counted_once() -> Iterator[None]:
     read beyond them (torch 2.11 to 2.15). What was compiled without this is not taken from
     Inductor's cache.
     """
-    import sympy
     from torch._inductor import ir
 
     create = ir.InvokeSubgraph.create
@@ -113,7 +112,7 @@ def _offsets_of_regions_counted_once() -> Iterator[None]:
         for output in outputs:
             layout = getattr(output, "layout", None)
             if isinstance(layout, ir.FixedLayout):
-                layout.offset = sympy.S.Zero
+                layout.offset *= 0
         return outputs
 
     config: Any = torch.compiler.config
