@@ -39,9 +39,9 @@ from dcompile.backends.inductor import Inductor
 from dcompile.runtime import cuda_graphs
 from dcompile.runtime.cuda_recorder import RECORDERS
 
-WARM_SECONDS = 0.6  # until clocks are up, apart from everything lazy
-TIMED_SECONDS = 1.0  # at least one whole run
-HOST_SECONDS = 0.4  # likewise
+WARM_SECONDS = 0.4  # until clocks are up, apart from everything lazy
+TIMED_SECONDS = 0.8  # at least one whole run
+HOST_SECONDS = 0.2  # likewise
 WORST_ERROR = 0.1  # of a step against the eager reference; a wrong result is off by more than 1
 SHALLOW_NODES = 400  # graphs with fewer nodes are autotuned thoroughly; full graphs have 1,500
 
@@ -224,14 +224,17 @@ class Loop:
         if self._interval > 1:
             row["refresh_ms"] = statistics.median(cycle[0] for cycle in cycles)
             row["reuse_ms"] = statistics.median(ms for cycle in cycles for ms in cycle[1:])
-        row["host_us"] = 1e6 * statistics.median(self.host_times())
+        seconds = self.host_times()
+        row["host_us"] = 1e6 * statistics.median(seconds)
+        later = max(self._interval, 3) - 1  # calls between two refreshes
+        row["host_us_each"] = [1e6 * statistics.median(seconds[n::later]) for n in range(later)]
         return row
 
     def host_parts(self) -> list[float]:
         """Microseconds of a reuse call in copies of inputs, launching, and copies of results."""
-        with timed_parts() as spent:
-            taken = len(self.host_times())
-        return [1e6 * seconds / taken for seconds in spent]
+        with Parts() as parts:
+            self.host_times(parts.of_call)
+        return [1e6 * statistics.median(seconds) for seconds in zip(*parts.calls, strict=True)]
 
     def host_profile(self) -> str:
         """The Python functions that reuse calls spend most time in."""
@@ -242,28 +245,48 @@ class Loop:
         return f"{taken} reuse calls\n{text.getvalue()}"
 
 
-@contextmanager
-def timed_parts() -> Iterator[list[float]]:
-    """Seconds that recorded programs spend in the calls of CUDA that a reuse step makes."""
-    spent = [0.0, 0.0, 0.0]
+class Parts:
+    """Times the parts of recorded programs that call CUDA, in calls inside of ``of_call``.
 
-    def timed(function: Callable[..., Any], part: int) -> Callable[..., Any]:
+    Attributes:
+        calls: for each, the seconds in copies of inputs, launching, and copies of results.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[list[float]] = []
+        self._spent = [0.0, 0.0, 0.0]
+
+    def __enter__(self) -> Parts:
+        recorder: Any = RECORDERS.get("cpu", RECORDERS["cuda"])
+        parts = (
+            (cuda_graphs.compat_cuda, "copy_all"),
+            (recorder, "replay"),
+            (cuda_graphs, "_copy"),
+        )
+        self._patches = contextlib.ExitStack()
+        for part, (owner, name) in enumerate(parts):
+            timed = self._timed(getattr(owner, name), part)
+            self._patches.enter_context(mock.patch.object(owner, name, timed))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    @contextmanager
+    def of_call(self) -> Iterator[None]:
+        """One call."""
+        self._spent[:] = 0.0, 0.0, 0.0
+        yield
+        self.calls.append(self._spent.copy())
+
+    def _timed(self, function: Callable[..., Any], part: int) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             started = time.perf_counter()
             result = function(*args)
-            spent[part] += time.perf_counter() - started
+            self._spent[part] += time.perf_counter() - started
             return result
 
         return call
-
-    recorder: Any = RECORDERS.get("cpu", cuda_graphs.RECORDERS["cuda"])
-    with contextlib.ExitStack() as stack:
-        for part, (owner, name) in enumerate(
-            ((cuda_graphs.compat_cuda, "copy_all"), (recorder, "replay"), (cuda_graphs, "_copy"))
-        ):
-            replaced = timed(getattr(owner, name), part)
-            stack.enter_context(mock.patch.object(owner, name, replaced))
-        yield spent
 
 
 def shallow_autotuned(graph_module: Any, inputs: list[Any]) -> Callable[..., Any]:

@@ -93,6 +93,8 @@ class Shape:
         tiny_sizes: the same for the tiny network.
         sample: name of the network's first argument.
         half: the dtype people run it in on GPUs.
+        scale: of the random weights. Many blocks with large ones amplify rounding: results of two
+            ways to compute the same could not be compared.
         timestep: what its pipeline passes for an element of the scheduler's timesteps, given that
             and the sample's dtype.
     """
@@ -106,6 +108,7 @@ class Shape:
     tiny_sizes: Mapping[str, Any]
     sample: str = "sample"
     half: str = "float16"
+    scale: float = 1.0
     timestep: Callable[[torch.Tensor, torch.dtype], torch.Tensor] = lambda t, dtype: t
 
     def build(
@@ -116,6 +119,8 @@ class Shape:
         _random(network)
         generator = torch.Generator(device).manual_seed(1)
         with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(self.scale)
             for table in network.buffers():  # of rotary embeddings: their values are not kept
                 table.uniform_(-1, 1, generator=generator)
             for name, parameter in network.named_parameters():
@@ -289,6 +294,7 @@ TRANSFORMERS = {
         },
         sample="hidden_states",
         half="bfloat16",
+        scale=0.4,
         timestep=lambda t, dtype: t.expand(1).to(dtype) / 1000,
     ),
     "wan": Shape(

@@ -31,8 +31,9 @@ def find_step_invariant(graph_module: GraphModule, varying: Iterable[str]) -> tu
 
     1. None of them depends on an input that varies, not even on its size, nor on random numbers:
        the same operators on the same inputs give the same bits whenever they run.
-    2. Each takes compute, a matrix product or a convolution: cheap operators on weights or inputs
-       stay where they are, and compilers fuse them with what reads them.
+    2. Each takes compute, a matrix product or a convolution, or comes from another device, which
+       a GPU waits for and no CUDA graph may do: cheap operators on weights or inputs stay where
+       they are, and compilers fuse them with what reads them.
     3. Each is read by something that does vary. A view, and a cheap result that is larger than what
        it is made of, is computed again from its operands, which are kept instead.
 
@@ -49,7 +50,7 @@ def find_step_invariant(graph_module: GraphModule, varying: Iterable[str]) -> tu
     worthwhile: set[Node] = set()
     for node in graph.nodes:
         if node not in varies and (
-            _takes_compute(node) or any(operand in worthwhile for operand in node.all_input_nodes)
+            _takes_time(node) or any(operand in worthwhile for operand in node.all_input_nodes)
         ):
             worthwhile.add(node)
     found: set[Node] = set()
@@ -136,8 +137,22 @@ def _varying(graph: Graph, names: set[str]) -> set[Node]:
     return varies
 
 
-def _takes_compute(node: Node) -> bool:
-    return node_cost(node).flops > 0
+def _takes_time(node: Node) -> bool:
+    return node_cost(node).flops > 0 or _comes_from_elsewhere(node)
+
+
+def _comes_from_elsewhere(node: Node) -> bool:
+    """Whether it copies from another device. Operators take single numbers of a CPU as they are."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return False
+    operands = [operand.meta.get("val") for operand in node.all_input_nodes]
+    return any(
+        isinstance(operand, torch.Tensor)
+        and operand.device != value.device
+        and (operand.dim() > 0 or len(operands) == 1)
+        for operand in operands
+    )
 
 
 def _is_view(node: Node) -> bool:
@@ -150,7 +165,7 @@ def _smallest(node: Node, worthwhile: set[Node]) -> set[Node]:
     size = tensor_bytes(node.meta.get("val"))
     larger = size > sum(tensor_bytes(operand.meta.get("val")) for operand in operands)
     kept = isinstance(node.meta.get("val"), torch.Tensor)
-    if kept and (_takes_compute(node) or not operands or not (_is_view(node) or larger)):
+    if kept and (_takes_time(node) or not operands or not (_is_view(node) or larger)):
         return {node}
     if not operands:  # no tensor: it stays where it is
         return set()

@@ -79,8 +79,10 @@ class WeightLayout:
 
 def _has_memory_of_its_own(weight: torch.Tensor) -> bool:
     """Not a view of a larger buffer, nor shared with another process."""
-    whole = storage_of(weight).nbytes() == weight.nbytes
-    return whole and not weight.is_shared()  # type: ignore[no-untyped-call]
+    if storage_of(weight).nbytes() != weight.nbytes:
+        return False
+    # It calls every tensor on a GPU shared.
+    return weight.device.type != "cpu" or not weight.is_shared()  # type: ignore[no-untyped-call]
 
 
 __all__ = ["WeightLayout"]

@@ -147,13 +147,16 @@ class RecordedProgram:
         self._owner: weakref.ref[HeldBoundary] | None = None
         weights = [weight for graph in bound.graphs for weight in graph.weights]
         self._storages = [storage_of(weight) for weight in weights]
-        self._addresses = _addresses(bound)
+        # The values of single numbers on a CPU, which launches take with them, are recorded.
+        self._records_values = any(weight.device != device for weight in weights)
+        self._addresses = _addresses(bound, device)
 
     def still_fits(self, bound: BoundProgram) -> bool:
         """Whether another binding of the program has its weights at the recorded addresses."""
-        if bound is self._bound:
+        if bound is self._bound and not self._records_values:
             return True
-        return bound.program is self.program and _addresses(bound) == self._addresses
+        addresses = _addresses(bound, self._device)
+        return bound.program is self.program and addresses == self._addresses
 
     def refresh(
         self,
@@ -423,10 +426,21 @@ def _narrowed(tensor: torch.Tensor, expanded: tuple[int, ...]) -> torch.Tensor:
     return tensor
 
 
-def _addresses(bound: BoundProgram) -> tuple[Any, ...]:
-    """Where the weights are, and how they lie there."""
+def _version(weight: torch.Tensor) -> Any:
+    version = version_of(weight)
+    return object() if version is None else version  # unknown: like no other
+
+
+def _addresses(bound: BoundProgram, device: torch.device) -> tuple[Any, ...]:
+    """Where the weights are, and how they lie there; changes with values of other devices."""
     return tuple(
-        (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+        (
+            weight.data_ptr(),
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            None if weight.device == device else _version(weight),
+        )
         for graph in bound.graphs
         for weight in graph.weights
     )

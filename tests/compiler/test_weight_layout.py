@@ -151,3 +151,16 @@ def test_a_load_that_fails_leaves_the_weights_alone(tmp_path: Path) -> None:
 def test_a_bad_value() -> None:
     with pytest.raises(BackendError, match='channels_last: expected "auto", True or False'):
         compiled(channels_last="yes")
+
+
+def test_weights_on_a_gpu_are_all_called_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says so of every tensor that is not on a CPU: they are laid out nevertheless."""
+    monkeypatch.setattr(torch.Tensor, "is_shared", lambda tensor: True)
+    network = plain()
+    layout = WeightLayout(network)
+    layout.configure(True, resolve("eager", None))
+    layout.apply()
+    assert channels_last_in(network) == set()
+    network.to("meta")
+    layout.apply()
+    assert channels_last_in(network) == LAID_OUT

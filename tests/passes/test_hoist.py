@@ -227,3 +227,45 @@ def test_what_is_left_has_nothing_more_to_hoist(varying: set[str]) -> None:
     present = {str(node.target) for node in rest.graph.find_nodes(op="placeholder")}
     assert set(hoisted) <= present
     assert find_step_invariant(rest, present & {*varying}) == ()
+
+
+def test_a_table_that_lies_on_another_device() -> None:
+    """Tables that are no buffers stay on the CPU, and are copied to the GPU at every step."""
+
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.randn(4, 8)
+            self.factor = torch.tensor(2.0)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            positions = self.table.to("meta") * self.factor
+            return sample * positions.cos() + timestep
+
+    graph_module = exported(
+        Embedding(), torch.randn(2, 4, 8, device="meta"), torch.ones((), device="meta")
+    )
+    (value,) = find_step_invariant(graph_module, VARYING)
+    assert value.target is torch.ops.aten.cos.default  # with all that leads to it
+    mark_step_invariant(graph_module, VARYING)
+    left = without_hoisted(graph_module)
+    called = {str(node.target) for node in left.graph.nodes if node.op == "call_function"}
+    assert not any(name.startswith("aten.to.") for name in called), called
+
+
+def test_a_number_that_lies_on_another_device() -> None:
+    """Operators take it as it is."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = torch.tensor(2.0)
+
+        def forward(
+            self, sample: torch.Tensor, timestep: torch.Tensor, size: torch.Tensor
+        ) -> torch.Tensor:
+            return sample * (size * self.factor) + timestep
+
+    numbers = (torch.ones((), device="meta") for _ in range(2))
+    graph_module = exported(Scaled(), torch.randn(2, 4, device="meta"), *numbers)
+    assert find_step_invariant(graph_module, VARYING) == ()

@@ -51,6 +51,11 @@ def recorded_of(module: Any) -> list[RecordedProgram]:
     return list(dispatcher_of(module).state.binder._recorded.values())
 
 
+def is_recorded(recorded: RecordedProgram) -> bool:
+    """Whether it has graphs: its recording has not failed."""
+    return bool(recorded._graphs)
+
+
 def runs_of(module: Any) -> list[Run]:
     """The runs that are tracked now."""
     tracker = dispatcher_of(module).state.tracker
