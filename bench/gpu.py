@@ -70,8 +70,8 @@ class Planned:
     profiled: bool = False
 
 
-# Rounds: what the bars need comes first. Jobs of a round compile side by side, up to two minutes, and
-# are measured in this order.
+# Rounds: what the bars need comes first. Jobs of a round compile side by side, up to two minutes,
+# and are measured in this order.
 PLAN: tuple[tuple[Planned, ...], ...] = (
     (
         Planned("flux", ("eager", "dcompile-eager", "cache-dit-blocks"), (1, 3), True),
