@@ -306,6 +306,8 @@ def heading(results: Results) -> list[str]:
     measured = NOT_YET if rate is None else f"{rate:.4g} TFLOP/s"
     lines += ["", f"Matrix rate, {results['settings']['matrix']}: {measured}. "]
     lines[-1] += f"GPU-marked tests: {NOT_YET if tests is None else tests['summary']}."
+    for note in results.get("notes", ()):
+        lines += ["", note]
     return lines
 
 
