@@ -147,16 +147,13 @@ class RecordedProgram:
         self._owner: weakref.ref[HeldBoundary] | None = None
         weights = [weight for graph in bound.graphs for weight in graph.weights]
         self._storages = [storage_of(weight) for weight in weights]
-        # The values of single numbers on a CPU, which launches take with them, are recorded.
-        self._records_values = any(weight.device != device for weight in weights)
         self._addresses = _addresses(bound, device)
 
     def still_fits(self, bound: BoundProgram) -> bool:
         """Whether another binding of the program has its weights at the recorded addresses."""
-        if bound is self._bound and not self._records_values:
+        if bound is self._bound and not self._addresses.with_values:
             return True
-        addresses = _addresses(bound, self._device)
-        return bound.program is self.program and addresses == self._addresses
+        return bound.program is self.program and _addresses(bound, self._device) == self._addresses
 
     def refresh(
         self,
@@ -431,9 +428,22 @@ def _version(weight: torch.Tensor) -> Any:
     return object() if version is None else version  # unknown: like no other
 
 
-def _addresses(bound: BoundProgram, device: torch.device) -> tuple[Any, ...]:
-    """Where the weights are, and how they lie there; changes with values of other devices."""
-    return tuple(
+class _Addresses(NamedTuple):
+    """Where weights are, and how they lie there.
+
+    Attributes:
+        found: for each weight.
+        with_values: some are on a CPU. Launches take single numbers of a CPU along, and recorded
+            launches go on taking those of their recording: the weight's version counts, too.
+    """
+
+    found: tuple[Any, ...]
+    with_values: bool
+
+
+def _addresses(bound: BoundProgram, device: torch.device) -> _Addresses:
+    weights = [weight for graph in bound.graphs for weight in graph.weights]
+    found = tuple(
         (
             weight.data_ptr(),
             weight.shape,
@@ -441,9 +451,9 @@ def _addresses(bound: BoundProgram, device: torch.device) -> tuple[Any, ...]:
             weight.dtype,
             None if weight.device == device else _version(weight),
         )
-        for graph in bound.graphs
-        for weight in graph.weights
+        for weight in weights
     )
+    return _Addresses(found, any(weight.device != device for weight in weights))
 
 
 __all__ = ["HeldBoundary", "RecordedProgram", "Reordered"]
