@@ -43,6 +43,7 @@ from dcompile.progress import Display
 from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
 from dcompile.runtime.install import install, install_companions
 from dcompile.runtime.settings import Settings
+from dcompile.selftuning import self_tune
 from dcompile.storage.artifact import Artifact, read
 
 M = TypeVar("M")
@@ -53,6 +54,7 @@ def cache_compile(
     *,
     interval: int | None = None,
     speedup: float | None = None,
+    autotune: Literal["first", False] = False,
     schedule: Schedule | RefreshRule | None = None,
     forecast: str | Forecast | None = None,
     sampler: Any = None,
@@ -90,6 +92,10 @@ def cache_compile(
             where the sampler's error gain is largest (``GainWeighted``), and features are
             forecast for samplers that add no noise: closer to the uncached result than an interval
             at the same cost.
+        autotune: with ``speedup``, "first" has the first run of each kind (number of steps, sampler
+            and its settings) refresh at every step, on the eager backend, and watches it; later
+            runs refresh several cuts at the steps that were found. Much closer to the uncached
+            result. The first run's result is the uncached one, and takes up to 1.3 times as long.
         schedule: decides which steps refresh: any object with ``refresh(step, steps) -> bool``,
             or a ``dcompile.Schedule``. A ``Tuned`` one brings its depths and forecast, a
             ``MultiLevel`` its depths.
@@ -139,7 +145,8 @@ def cache_compile(
 
     Raises:
         ScheduleError: a bad interval, speedup, schedule or forecast, or several of the first
-            three; ``speedup``, ``GainWeighted`` or "auto" without a sampler.
+            three; ``autotune`` without ``speedup``, or with a depth or forecast; ``speedup``,
+            ``GainWeighted`` or "auto" without a sampler.
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device;
@@ -151,6 +158,7 @@ def cache_compile(
             given for it or for the sample.
     """
     plan = _schedule_of(interval, schedule, speedup)
+    _check_autotune(autotune, speedup, depth, forecast)
     depths = _depths_of(plan, depth)
     if forecast is None and speedup is not None:
         forecast = "auto"
@@ -172,7 +180,10 @@ def cache_compile(
     for network in map(network_of, denoisers_of(module).values()):
         plan.require_fit(identity_of(network))
     for network in take_denoisers(module):
-        _install(network, settings, module)
+        dispatcher = _install(network, settings, module)
+        if autotune:
+            assert speedup is not None
+            self_tune(dispatcher, settings, speedup)
     return module if is_pipeline(module) else cast(M, network_of(module))
 
 
@@ -297,6 +308,15 @@ def _schedule_of(
     if schedule is None:
         return Uniform(3 if interval is None else interval)
     return as_schedule(schedule)
+
+
+def _check_autotune(autotune: object, speedup: float | None, depth: int, forecast: object) -> None:
+    if autotune not in ("first", False):
+        raise ScheduleError(f'autotune: expected "first" or False, got {autotune!r}')
+    if autotune and speedup is None:
+        raise ScheduleError("autotune needs the speedup to tune for: give speedup=2.5, say")
+    if autotune and (depth != 0 or forecast is not None):
+        raise ScheduleError("autotune finds depths and forecast itself: give neither")
 
 
 def _depths_of(schedule: Schedule, depth: int) -> tuple[int, ...]:

@@ -127,6 +127,19 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
+class _NoModules:
+    """In the place of FlopCounterMode's ModuleTracker, which hooks all modules of the process.
+
+    Other threads would run these hooks, and take them for a change of their modules.
+    """
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 @lru_cache(maxsize=4096)
 def _operator_flops(
     target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
@@ -147,6 +160,7 @@ def _operator_flops(
         return argument
 
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     try:
         # In inference mode composite operators reach the counter whole.
         with torch.inference_mode(False), torch.no_grad(), counter:

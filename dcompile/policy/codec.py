@@ -12,14 +12,19 @@ from dcompile.policy.fixed import NonUniform, Steps, Uniform
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.multi_level import MultiLevel
 from dcompile.policy.schedule import Schedule
+from dcompile.policy.self_tuned import SelfTuned
 from dcompile.policy.tuned import Tuned
 
 _CLASSES: dict[str, type[Schedule]] = {
     kind.__name__: kind
-    for kind in (Uniform, Steps, NonUniform, GainWeighted, Adaptive, MultiLevel, Tuned)
+    for kind in (Uniform, Steps, NonUniform, GainWeighted, Adaptive, MultiLevel, Tuned, SelfTuned)
 }
 # How to build one from its fields, where that takes more than the constructor.
-_BUILDERS: dict[str, Callable[..., Schedule]] = {**_CLASSES, "Tuned": Tuned.of_fields}
+_BUILDERS: dict[str, Callable[..., Schedule]] = {
+    **_CLASSES,
+    "Tuned": Tuned.of_fields,
+    "SelfTuned": SelfTuned.of_fields,
+}
 
 
 def to_json(schedule: Schedule) -> dict[str, Any] | None:
@@ -27,6 +32,8 @@ def to_json(schedule: Schedule) -> dict[str, Any] | None:
     name = type(schedule).__name__
     if _CLASSES.get(name) is not type(schedule):
         return None
+    if isinstance(schedule, SelfTuned):
+        return {"kind": name, **schedule.as_json()}
     return {"kind": name, **asdict(schedule)}  # type: ignore[call-overload]
 
 

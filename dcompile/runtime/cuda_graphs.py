@@ -125,13 +125,14 @@ class RecordedProgram:
 
     Stands where a ``BoundProgram`` stands. Recorded at first use; where that fails, for lack of
     memory or because something in the graph cannot be recorded, one warning names the cause, all
-    that was taken is released, and calls run as if there were no CUDA graphs.
+    that was taken is released, and calls run as if there were no CUDA graphs. ``unrecorded`` is the
+    program without them.
     """
 
     def __init__(self, bound: BoundProgram, device: torch.device) -> None:
         self.program: Program = bound.program
         self.prologue = bound.prologue  # not recorded: it runs once
-        self._bound = bound
+        self.unrecorded = bound
         self._device = device
         self._recorder: Recorder | None = None
         # One set of buffers: calls from several threads take turns while they launch.
@@ -151,7 +152,7 @@ class RecordedProgram:
 
     def still_fits(self, bound: BoundProgram) -> bool:
         """Whether another binding of the program has its weights at the recorded addresses."""
-        if bound is self._bound and not self._addresses.with_values:
+        if bound is self.unrecorded and not self._addresses.with_values:
             return True
         return bound.program is self.program and _addresses(bound, self._device) == self._addresses
 
@@ -174,7 +175,7 @@ class RecordedProgram:
         if level is None:
             level = self._levels
         if level < self._levels and not isinstance(previous, HeldBoundary):
-            return self._bound.refresh(leaves, previous, level, coefficients)
+            return self.unrecorded.refresh(leaves, previous, level, coefficients)
         with self._turn:
             if not self._graphs and not self._failed:
                 self._record(self._levels, leaves)
@@ -193,16 +194,16 @@ class RecordedProgram:
                     results = self._refresh_outer(leaves, level, coefficients)
                 held = HeldBoundary(self._boundary, self)
                 self._owner = weakref.ref(held)
-                return self._bound.packed(results), held
+                return self.unrecorded.packed(results), held
         kept = getattr(previous, "tensors", previous)
-        return self._bound.refresh(leaves, kept, level, coefficients)
+        return self.unrecorded.refresh(leaves, kept, level, coefficients)
 
     def reuse(
         self, leaves: Sequence[Any], cached: Any, coefficients: Any = None
     ) -> tuple[Any, Any]:
         """Run the smallest graph from what is cached: what the module returns, and the drift."""
         if not isinstance(cached, HeldBoundary):  # cached after recording had failed
-            return self._bound.reuse(leaves, cached, coefficients)
+            return self.unrecorded.reuse(leaves, cached, coefficients)
         with self._turn:
             if self._graphs:
                 self._last_stream.follow()
@@ -212,8 +213,8 @@ class RecordedProgram:
             if 0 in self._graphs:
                 values = self._run(self._graphs[0], leaves, coefficients)
                 drift = values[-1] if self.program.probed else None
-                return self._bound.packed(values[: self._bound.results]), drift
-        return self._bound.reuse(leaves, cached.tensors, coefficients)
+                return self.unrecorded.packed(values[: self.unrecorded.results]), drift
+        return self.unrecorded.reuse(leaves, cached.tensors, coefficients)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -227,7 +228,7 @@ class RecordedProgram:
         if previous:
             for cut in self.program.cached:
                 self._move_on(cut, previous)
-        results = self._run(self._graphs[self._levels], leaves)[: self._bound.results]
+        results = self._run(self._graphs[self._levels], leaves)[: self.unrecorded.results]
         if not previous:
             for cut in self.program.cached:
                 latest = self._boundary[cut.latest]
@@ -237,8 +238,8 @@ class RecordedProgram:
     def _refresh_outer(self, leaves: Sequence[Any], level: int, coefficients: Any) -> Tensors:
         """A graph in between returns the outer boundaries, and they are copied to their place."""
         graph = self._graphs[level]
-        results = self._run(graph, leaves, coefficients)[: self._bound.results]
-        made = graph.outputs[self._bound.results :]
+        results = self._run(graph, leaves, coefficients)[: self.unrecorded.results]
+        made = graph.outputs[self.unrecorded.results :]
         for cut in self.program.cached[:level]:
             self._move_on(cut, self._boundary)
             self._copy_in(self._boundary[cut.latest], made[: cut.size])
@@ -280,7 +281,7 @@ class RecordedProgram:
         self._recorder.replay(graph.recording)
         if reuses:
             return tuple(map(_copy, graph.outputs))
-        return tuple(map(_copy, graph.outputs[: self._bound.results]))
+        return tuple(map(_copy, graph.outputs[: self.unrecorded.results]))
 
     def _take(self, held: HeldBoundary) -> None:
         """Make ``held`` the owner of the static boundary."""
@@ -308,7 +309,7 @@ class RecordedProgram:
                     return
                 self._prepare(leaves)
                 full = self._capture(level, ())
-                made = full.outputs[self._bound.results :]
+                made = full.outputs[self.unrecorded.results :]
                 boundary: list[Any] = []
                 for cut in cached:
                     latest, made = made[: cut.size], made[cut.size :]
@@ -321,7 +322,7 @@ class RecordedProgram:
     def _prepare(self, leaves: Sequence[Any]) -> None:
         """Make the static inputs, laid out as the call's own: compiled code relies on that."""
         self._recorder = RECORDERS[self._device.type](self._device)
-        taken = sorted({i for graph in self._bound.graphs for i in graph.inputs})
+        taken = sorted({i for graph in self.unrecorded.graphs for i in graph.inputs})
         for i, leaf in zip(taken, materialize([leaves[i] for i in taken]), strict=True):
             if not isinstance(leaf, torch.Tensor):
                 self._static[i] = leaf
@@ -341,7 +342,7 @@ class RecordedProgram:
 
     def _capture(self, level: int, cached: Tensors) -> _Graph:
         assert self._recorder is not None
-        graph = self._bound.graphs[level]
+        graph = self.unrecorded.graphs[level]
         inputs = [self._static[i] for i in graph.inputs]
         coefficients = None
         if level < self._levels and self.program.cached[level].history > 1:
@@ -371,10 +372,13 @@ class RecordedProgram:
 
 
 class Reordered:
-    """A recorded program for calls that are written in another way."""
+    """A program for calls that are written in another way."""
 
     def __init__(
-        self, recorded: RecordedProgram, order: tuple[int, ...], prologue: Bound | None
+        self,
+        recorded: RecordedProgram | BoundProgram,
+        order: tuple[int, ...],
+        prologue: Bound | None,
     ) -> None:
         self.program = recorded.program
         self.prologue = prologue
@@ -384,6 +388,14 @@ class Reordered:
             (-i for graph in self.program.graphs for i in graph.convention.inputs), default=0
         )
         self._order = (*order, *range(-hoisted, 0))
+        self._own_order = order
+
+    @property
+    def unrecorded(self) -> Reordered | None:
+        """The program without CUDA graphs; None if it has none."""
+        if isinstance(self._recorded, RecordedProgram):
+            return Reordered(self._recorded.unrecorded, self._own_order, self.prologue)
+        return None
 
     def refresh(
         self,

@@ -70,6 +70,7 @@ class Dispatcher(ForwardWrapper):
             return self._run_copy(state, copy, args, kwargs)
         if not state.enabled:
             return call_original(self, args, kwargs)
+        state = state.prepare(args, kwargs) if state.prepare is not None else state
         if innermost_transformation() is not None:
             return self._run_uncached(state, UNDER_TORCH_FUNC, args, kwargs)
         call = state.reader.read(args, kwargs)
@@ -162,18 +163,17 @@ class Dispatcher(ForwardWrapper):
     ) -> Any:
         """Call the module's own forward, unless it was called already and returned ``result``."""
         state.counters.uncached(reason.splitlines()[0])
-        said = "uncached" in reason
-        state.notices.warn(
-            reason if said else f"{reason}; {type(self.module).__name__} runs uncached"
+        runs_uncached = (
+            "" if "uncached" in reason else f"; {type(self.module).__name__} runs uncached"
         )
+        state.notices.warn(reason + runs_uncached)
         return result[0] if result else call_original(self, args, kwargs)
 
     def _count_refresh(
         self, state: State, run: Run, lane: Lane, bound: Runner, level: int, wanted: int
     ) -> None:
         forced = run.why_forced(lane) if level > wanted else None
-        full = level == len(run.due)
-        state.counters.refresh(bound.program.cost(level), full=full, forced=forced)
+        state.counters.refresh(bound.program.cost(level), full=level == len(run.due), forced=forced)
 
     def _run_copy(
         self, state: State, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class State:
         counters: counts calls.
         notices: shows messages to the user.
         observer: sees every refresh; None for nobody.
+        prepare: is given the arguments of the next call, and returns the state that runs it.
     """
 
     settings: Settings
@@ -69,6 +70,7 @@ class State:
     counters: Counters
     notices: Notices
     observer: Callable[[RefreshRecord], None] | None = None
+    prepare: Callable[[tuple[Any, ...], Mapping[str, Any]], State] | None = None
 
     @staticmethod
     def of(module: nn.Module, forms: CallForms, settings: Settings) -> State:

@@ -7,14 +7,11 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, combinations, pairwise, product
 
-from dcompile.policy.forecast import Damped, Forecast, resolve_forecast
+from dcompile.policy.forecast import resolve_forecast
 from dcompile.policy.placement import by_load, evenly
 from dcompile.policy.tuned import Levels
-from dcompile.tuning.nested_levels import LONGEST, best_nested_levels
-from dcompile.tuning.objective import Objective
-
-Choice = tuple[Levels, str]
-"""Cuts with their refresh steps, and the name of the forecast used at all of them."""
+from dcompile.prediction.levels import Choice, best_levels, compute_of, undamped
+from dcompile.prediction.objective import Objective
 
 # Number of cuts -> how many times as often as the next deeper one each of them is refreshed.
 _MULTIPLES = {
@@ -22,23 +19,6 @@ _MULTIPLES = {
     2: tuple((n,) for n in (2, 3, 4, 5, 6, 8)),
     3: tuple(product((2, 3, 4), (2, 3))),
 }
-
-
-def compute_of(levels: Levels, steps: int, ratios: Mapping[int, float]) -> float:
-    """FLOPs of a run over FLOPs of a refresh step.
-
-    Args:
-        levels: cuts and their refresh steps.
-        steps: number of steps of the run.
-        ratios: depth -> r, FLOPs of its reuse step over FLOPs of a refresh step.
-    """
-    counts = [steps, *(len(own) for _, own in levels)]
-    costs = [*(ratios[depth] for depth, _ in levels), 1.0]
-    # A step computes everything outside the next cut deeper than those it refreshes.
-    return costs[-1] * counts[-1] + sum(
-        cost * (count - fewer)
-        for cost, (count, fewer) in zip(costs, pairwise(counts), strict=False)
-    )
 
 
 def choices(
@@ -71,38 +51,8 @@ def choices(
         for cuts, multiples in product(combinations(depths, number), _MULTIPLES[number]):
             for levels in _nested(cuts, multiples, objectives, ratios, speedup, power):
                 found += [(levels, name) for name in names]
-    found += _best_nested(objectives, names, steps / speedup)
+    found += best_levels(objectives, names, steps / speedup)
     return list(dict.fromkeys(found))
-
-
-def _best_nested(
-    objectives: Mapping[int, Objective], names: Sequence[str], budget: float
-) -> list[Choice]:
-    """For each combination of up to three depths the levels with the least predicted error.
-
-    Args:
-        objectives: depth -> its predicted errors.
-        names: of forecasts.
-        budget: FLOPs of the run over FLOPs of a refresh step.
-    """
-    ratios = {depth: objective.ratio for depth, objective in objectives.items()}
-    cuts = [c for number in (1, 2, 3) for c in combinations(sorted(ratios), number)]
-    found: dict[Forecast, list[Levels]] = {}
-    for forecast in map(_undamped, names):
-        if forecast not in found:
-            errors = {
-                depth: objective.errors_by_age(forecast, LONGEST)
-                for depth, objective in objectives.items()
-            }
-            levels = [best_nested_levels(errors, ratios, own, budget) for own in cuts]
-            found[forecast] = [own for own in levels if own is not None]
-    return [(levels, name) for name in names for levels in found[_undamped(name)]]
-
-
-def _undamped(name: str) -> Forecast:
-    """How far damping goes depends on all earlier refreshes; without it, on the latest few."""
-    forecast = resolve_forecast(name)
-    return forecast.forecast if isinstance(forecast, Damped) else forecast
 
 
 def most_refreshes(speedup: float, steps: int, ratio: float) -> int:
@@ -204,7 +154,7 @@ def single_cuts(
     }
     found: dict[tuple[str, tuple[int, ...]], float] = {}
     for name in names:
-        forecast, searched = resolve_forecast(name), _undamped(name)
+        forecast, searched = resolve_forecast(name), undamped(name)
         for start in sorted(starts):
             chosen = objective.improved(searched, start)
             found[name, chosen] = objective(forecast, chosen)

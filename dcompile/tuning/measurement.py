@@ -11,10 +11,10 @@ from dcompile.errors import TuneError
 from dcompile.policy.forecast import Reuse
 from dcompile.policy.multi_level import MultiLevel
 from dcompile.policy.tuned import Levels
+from dcompile.prediction.objective import Objective, Recording
+from dcompile.prediction.recorder import Recorder
 from dcompile.tuning.harness import Harness
 from dcompile.tuning.images import squared_error
-from dcompile.tuning.objective import Objective, Recording
-from dcompile.tuning.recorder import Recorder
 
 # By default, cuts with at most this ratio of reuse to refresh FLOPs are tried, the outermost
 # MOST_DEPTHS of them.

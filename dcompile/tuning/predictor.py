@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from dcompile.policy.forecast import resolve_forecast
-from dcompile.tuning.candidates import Choice
-from dcompile.tuning.objective import Objective
+from dcompile.prediction.levels import Choice
+from dcompile.prediction.objective import Objective
 
 # Half of a prediction's error is attributed to depths and forecast, half to their combination.
 _SHARED = 0.5

@@ -9,9 +9,10 @@ from typing import Protocol
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.placement import evenly
 from dcompile.policy.tuned import Levels, Trial
-from dcompile.tuning.candidates import Choice, choices, compute_of
+from dcompile.prediction.levels import Choice, compute_of
+from dcompile.prediction.objective import Objective
+from dcompile.tuning.candidates import choices
 from dcompile.tuning.images import squared_error
-from dcompile.tuning.objective import Objective
 from dcompile.tuning.predictor import Predictor
 
 # A schedule whose predicted error is more than this times the target, or the least, is not tried.

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcompile.passes import Cost, node_cost, total_cost
-from dcompile.passes.cost import tensor_bytes, tensor_sizes
+from dcompile.passes.cost import _operator_flops, tensor_bytes, tensor_sizes
 
 aten = torch.ops.aten
 
@@ -175,3 +175,18 @@ def test_bytes_of_tensors_and_of_everything_else() -> None:
     assert tensor_bytes(torch.zeros(3, 5, dtype=torch.float16)) == 30
     assert tensor_bytes(torch.zeros(())) == 4
     assert [tensor_bytes(value) for value in (None, 3, "text", [torch.zeros(2)])] == [0, 0, 0, 0]
+
+
+def test_other_threads_see_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting operators hooks no modules: all threads would run the hooks."""
+
+    def hook(*_: Any, **__: Any) -> None:
+        raise AssertionError("a global hook was registered")
+
+    for name in ("register_module_forward_pre_hook", "register_module_forward_hook"):
+        monkeypatch.setattr(f"torch.utils.module_tracker.{name}", hook)
+    _operator_flops.cache_clear()
+    graph_module = torch.export.export(
+        torch.nn.Linear(3, 5), (torch.randn(2, 3),), strict=False
+    ).graph_module
+    assert total_cost(graph_module.graph.nodes).flops == 2 * 2 * 3 * 5

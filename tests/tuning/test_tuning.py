@@ -15,9 +15,10 @@ from plain import Plain, picture, plain, sampled, timesteps
 import dcompile
 from dcompile import DepthError, NotCompiledError, ScheduleError, Tuned, TuneError
 from dcompile.policy.forecast import Damped, Lagrange, Reuse, Taylor
-from dcompile.tuning.candidates import choices, compute_of
+from dcompile.prediction.levels import compute_of
+from dcompile.prediction.objective import Objective, Recording, boundary_errors
+from dcompile.tuning.candidates import choices
 from dcompile.tuning.images import pictures_of, psnr_between
-from dcompile.tuning.objective import Objective, Recording, boundary_errors
 from dcompile.tuning.predictor import Predictor
 
 STEPS = 12

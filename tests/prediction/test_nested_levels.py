@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dcompile.policy.forecast import Lagrange, Reuse
-from dcompile.tuning.candidates import compute_of
-from dcompile.tuning.nested_levels import LONGEST, best_nested_levels
-from dcompile.tuning.objective import Objective, Recording
+from dcompile.prediction.levels import compute_of
+from dcompile.prediction.nested_levels import LONGEST, best_nested_levels
+from dcompile.prediction.objective import Objective, Recording
 
 RATIOS = {0: 0.1, 2: 0.3, 3: 0.55}
 SCALES = {0: 1.0, 2: 0.3, 3: 0.02}  # of the errors

@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 LONGEST = 12
 """The most steps between two refreshes of one cut."""
 
-_BISECTIONS = 40
+_BISECTIONS = 22
 
 
 def best_nested_levels(

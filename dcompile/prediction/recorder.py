@@ -14,8 +14,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dcompile.errors import TuneError
+from dcompile.prediction.objective import Recording
 from dcompile.runtime.state import RefreshRecord
-from dcompile.tuning.objective import Recording
 
 
 class FeatureMemory:
@@ -84,14 +84,22 @@ class Recorder:
     Args:
         depths: number of cuts.
         limit: bytes of features to keep in memory.
+        every: the reaction is measured at every step of this distance, and between them what the
+            neighbours suggest; each takes a step of each smaller graph.
+        elements: of a boundary, about as many are kept; None for all. Evenly spaced ones give
+            nearly the same distances.
 
     Attributes:
         steps: numbers of timesteps of the runs seen.
     """
 
-    def __init__(self, depths: int, limit: int) -> None:
+    def __init__(
+        self, depths: int, limit: int, every: int = 1, elements: int | None = None
+    ) -> None:
         self._depths = depths
         self._memory = FeatureMemory(limit)
+        self._every = every
+        self._elements = elements
         self._lanes: dict[int, LaneRecord] = {}
         self._ratios: tuple[float, ...] = ()
         self.steps: set[int] = set()
@@ -114,6 +122,10 @@ class Recorder:
         )
         program = seen.program.program
         self._ratios = program.ratios
+        # Recorded graphs would run in their buffers, which hold the run's own features.
+        unrecorded = getattr(seen.program, "unrecorded", None)
+        runner = unrecorded or seen.program
+        measured = (seen.step - 1) % self._every == 0 or seen.step == seen.steps - 1
         for level, cut in enumerate(program.cached):
             boundary = seen.cached[cut.latest]
             tensors = [b for b in boundary if isinstance(b, torch.Tensor) and b.is_floating_point()]
@@ -121,18 +133,18 @@ class Recorder:
                 raise TuneError(
                     f"features of step {seen.step} are not finite: nothing can be tuned"
                 )
-            reaction = 0.0
-            if record.cached is not None:
+            reaction = 0.0 if measured else math.nan
+            if measured and record.cached is not None:
                 if level == 0:
-                    stale, _ = seen.program.reuse(seen.leaves, record.cached)
+                    stale, _ = runner.reuse(seen.leaves, record.cached)
                 else:
-                    stale, _ = seen.program.refresh(seen.leaves, record.cached, level)
+                    stale, _ = runner.refresh(seen.leaves, record.cached, level)
                 moved = _distance(tree_leaves(stale), tree_leaves(seen.result))
                 changed = _distance(record.cached[cut.latest], boundary)
                 reaction = math.sqrt(moved / changed) if changed > 0 else 0.0
-            record.features[level].append(tensors)
+            record.features[level].append(self._sample_of(tensors))
             record.reactions[level].append(reaction)
-        record.cached = seen.cached
+        record.cached = seen.cached if unrecorded is None else tuple(map(_copy, seen.cached))
 
     def recordings(self) -> list[list[Recording]]:
         """For each depth, one for each lane of the run."""
@@ -143,9 +155,34 @@ class Recorder:
                 if len(scale) < 2:
                     continue
                 scale[0] = scale[1]
-                found[level].append(Recording(features.gram(), scale, self._ratios[level]))
+                found[level].append(Recording(features.gram(), _filled(scale), self._ratios[level]))
                 features.close()
         return found
+
+    def _sample_of(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Of each tensor evenly spaced elements, scaled so that distances stay what they are."""
+        if self._elements is None:
+            return tensors
+        found = []
+        for tensor in tensors:
+            apart = max(1, tensor.numel() // self._elements) | 1  # odd: over all channels
+            found.append(tensor.detach().flatten()[::apart].float() * math.sqrt(apart))
+        return found
+
+
+def _filled(scale: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Positive numbers along a run, where they are missing interpolated in their logarithms."""
+    known = np.flatnonzero(np.isfinite(scale) & (scale > 0))
+    if not len(known):
+        return np.zeros_like(scale)
+    missing = np.flatnonzero(np.isnan(scale))
+    filled = scale.copy()
+    filled[missing] = np.exp(np.interp(missing, known, np.log(scale[known])))
+    return filled
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _distance(one: Iterable[Any], other: Iterable[Any]) -> float:

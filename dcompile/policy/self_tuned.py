@@ -1,0 +1,147 @@
+"""``SelfTuned``: for each kind of run the refresh steps that were found by watching one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from dcompile.errors import ScheduleError
+from dcompile.policy.checks import require_speedup
+from dcompile.policy.fixed import Steps
+from dcompile.policy.forecast import resolve_forecast
+from dcompile.policy.gain_weighted import GainWeighted
+from dcompile.policy.multi_level import IntervalsPlan
+from dcompile.policy.schedule import Plan, RunInfo, Schedule
+from dcompile.policy.tuned import TunedPlan
+
+
+class Placed(NamedTuple):
+    """What was found for a kind of run.
+
+    Attributes:
+        refresh: for each cut, the outermost first, the steps that refresh it.
+        length: steps of the run that was watched, which may end before its timesteps do; later
+            steps refresh all cuts.
+    """
+
+    refresh: tuple[tuple[int, ...], ...]
+    length: int
+
+
+# Error gains are compared to this many decimals: they are computed in float32.
+_DECIMALS = 5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Runs that share refresh steps.
+
+    Attributes:
+        steps: of a run.
+        gains: the sampler's error gains, rounded; they differ with its settings.
+    """
+
+    steps: int
+    gains: tuple[float, ...]
+
+    @staticmethod
+    def of(run: RunInfo) -> Kind | None:
+        """None where the run's steps are not known."""
+        if run.steps is None:
+            return None
+        gains = run.gains[-run.steps :] if run.gains is not None else ()
+        if len(gains) < run.steps:
+            gains = (1.0,) * run.steps
+        return Kind(run.steps, tuple(round(gain, _DECIMALS) for gain in gains))
+
+
+@dataclass(frozen=True, eq=False)
+class SelfTuned(Schedule):
+    """What ``cache_compile(pipe, speedup=..., autotune="first")`` runs: the second run on.
+
+    A kind of run that it does not know is refreshed at every step and watched. Where nobody
+    watches, as after loading it from a file, it is placed by the sampler's error gains.
+
+    Attributes:
+        speedup: that was asked for, in FLOPs.
+        cuts: depths, ascending.
+        forecast: name of the forecast used at all of them.
+        known: kinds of runs, and what was found for them.
+        watch: is told of a run that is not known; returns whether it will be watched.
+    """
+
+    speedup: float
+    cuts: tuple[int, ...]
+    forecast: str
+    known: dict[Kind, Placed] = field(default_factory=dict)
+    watch: Callable[[RunInfo], bool] | None = field(default=None, repr=False)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return self.cuts
+
+    @property
+    def forecasts(self) -> tuple[str, ...]:
+        return (self.forecast,) * len(self.cuts)
+
+    @property
+    def uses_sampler(self) -> bool:
+        return True
+
+    def plan(self, run: RunInfo) -> Plan:
+        kind = Kind.of(run)
+        found = self.known.get(kind) if kind is not None else None
+        if found is not None:
+            return TunedPlan(tuple(map(frozenset, found.refresh)), found.length)
+        if self.watch is not None and self.watch(run):
+            return IntervalsPlan((1,) * run.cuts, run.steps)
+        return GainWeighted(speedup=self.speedup).plan(run)
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, as JSON has them."""
+        known = [
+            {
+                "steps": kind.steps,
+                "gains": list(kind.gains),
+                "refresh": [list(own) for own in placed.refresh],
+                "length": placed.length,
+            }
+            for kind, placed in self.known.items()
+        ]
+        return {
+            "speedup": self.speedup,
+            "cuts": list(self.cuts),
+            "forecast": self.forecast,
+            "known": known,
+        }
+
+    @staticmethod
+    def of_fields(
+        speedup: float, cuts: Sequence[int], forecast: str, known: Sequence[Mapping[str, Any]]
+    ) -> SelfTuned:
+        """The schedule with these fields.
+
+        Raises:
+            ScheduleError: they do not describe one.
+        """
+        require_speedup(speedup)
+        resolve_forecast(forecast)
+        found: dict[Kind, Placed] = {}
+        try:
+            if not cuts or list(cuts) != sorted({int(depth) for depth in cuts}) or cuts[0] < 0:
+                raise ValueError(f"cuts are {cuts!r}")
+            for entry in known:
+                kind = Kind(int(entry["steps"]), tuple(float(gain) for gain in entry["gains"]))
+                refresh = tuple(Steps(own).refresh_steps for own in entry["refresh"])
+                nested = all(set(outer) >= set(inner) for outer, inner in pairwise(refresh))
+                if len(refresh) != len(cuts) or not nested or len(kind.gains) != kind.steps:
+                    raise ValueError(f"refresh steps are {entry['refresh']!r}")
+                found[kind] = Placed(refresh, int(entry["length"]))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ScheduleError(f"SelfTuned: {error}") from error
+        return SelfTuned(float(speedup), tuple(cuts), forecast, found)
+
+
+__all__ = ["Kind", "Placed", "SelfTuned"]

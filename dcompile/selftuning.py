@@ -1,0 +1,300 @@
+"""``autotune="first"``: the first run of each kind is watched, and later ones run what was found.
+
+1. At the first call the network is captured, and its cuts are known. The first run refreshes at
+   every step, on the eager backend, which compiles nothing, with all cuts worth trying. So its
+   result is the uncached one.
+2. An observer records the boundaries of all cuts, and at every fourth step how strongly the output
+   reacts to them (``prediction.recorder``).
+3. At the run's last step the levels with the least predicted error are found by dynamic
+   programming (``prediction.levels``). The dispatcher is configured for their cuts and the backend
+   that was asked for, which compiles at the next run.
+4. Another kind of run, with other steps or another sampler, is watched in the same way later on,
+   with the cuts that were chosen.
+
+Whatever prevents this, such as features that are not finite, leaves a schedule by the sampler's
+error gains, and one message says so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dcompile.backends import resolve
+from dcompile.errors import DcompileError
+from dcompile.notices import logger
+from dcompile.policy.forecast import Reuse, resolve_forecast
+from dcompile.policy.schedule import RunInfo
+from dcompile.policy.self_tuned import Kind, Placed, SelfTuned
+from dcompile.prediction.levels import Choice, best_levels, compute_of, predicted_error
+from dcompile.prediction.objective import Objective
+from dcompile.prediction.recorder import Recorder
+from dcompile.report.explain import explain
+from dcompile.runtime.dispatcher import Dispatcher
+from dcompile.runtime.lanes import Lane
+from dcompile.runtime.settings import Settings
+from dcompile.runtime.state import RefreshRecord, State
+from dcompile.runtime.warmup import captured_network
+
+# Cuts with at most this ratio of reuse to refresh FLOPs are watched, the outermost MOST_CUTS.
+LARGEST_RATIO = 0.6
+MOST_CUTS = 6
+# Steps from one measurement of the output's reaction to the next, elements kept of a boundary,
+# and bytes of them kept in memory.
+EVERY = 4
+ELEMENTS = 1 << 16
+MEMORY = 1 << 30
+# A run that is watched has so many steps at least; it may end before its timesteps do, as that of
+# one of two denoisers.
+LEAST_STEPS = 3
+# So many runs whose number of steps is not known, and none other, are enough.
+MOST_UNCLEAR = 3
+# A forecast's errors are predicted from true features, which reuse steps do not see: it has to be
+# so many times better than reuse, in squared errors, to be taken.
+MARGIN = 1.5
+# The network corrects an error of the first step by about exp(-1) until the last one.
+CORRECTED = 1.0
+
+
+class SelfTuner:
+    """Watches the runs of one network, and places its refreshes.
+
+    Args:
+        dispatcher: of the network.
+        settings: what was asked for; they stay where nothing can be watched.
+        speedup: in FLOPs.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, settings: Settings, speedup: float) -> None:
+        self._dispatcher = dispatcher
+        self._asked = settings
+        self._speedup = speedup
+        self._lock = threading.RLock()
+        self._watched = _Watched()
+        self._schedule: SelfTuned | None = None  # once cuts are chosen
+        self._settled: set[Kind | None] = set()  # kinds for which there is something, or nothing
+        self._unclear = 0  # runs without a number of steps
+
+    def begin(self) -> None:
+        """Have the first call prepare for watching."""
+        state = self._dispatcher.state
+        self._dispatcher.state = replace(state, prepare=self._prepare)
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> State:
+        """At the first call: find the cuts, and watch all that are worth it."""
+        with self._lock:
+            dispatcher = self._dispatcher
+            if dispatcher.state.prepare != self._prepare:  # another thread came first
+                return dispatcher.state
+            dispatcher.state = replace(dispatcher.state, prepare=None)
+            try:
+                network = captured_network(dispatcher, args, dict(kwargs))
+                rows = explain(network, (0,), type(dispatcher.module).__name__).depths
+            except DcompileError:  # the call itself says why, and runs uncached
+                return dispatcher.state
+            worth = [row.depth for row in rows if row.ratio <= LARGEST_RATIO][:MOST_CUTS]
+            cuts = tuple(worth or [row.depth for row in rows[:1]])
+            if not cuts:
+                return dispatcher.state
+            watching = SelfTuned(self._speedup, cuts, "reuse", watch=self._begins)
+            self._configure(
+                replace(
+                    self._asked,
+                    schedule=watching,
+                    depths=cuts,
+                    forecasts=(Reuse(),) * len(cuts),
+                    backend=resolve("eager", None),
+                    cuda_graphs=False,
+                )
+            )
+            return dispatcher.state
+
+    def _configure(self, settings: Settings, *, watches: bool = True) -> None:
+        """Keeps what was counted so far."""
+        dispatcher = self._dispatcher
+        counters = dispatcher.state.counters
+        dispatcher.configure(settings)
+        observer = self._observe if watches else None
+        dispatcher.state = replace(dispatcher.state, counters=counters, observer=observer)
+
+    def _begins(self, run: RunInfo) -> bool:
+        """A run of an unknown kind begins: whether it is watched."""
+        with self._lock:
+            if run.steps is None:
+                self._unclear += 1
+                if self._unclear >= MOST_UNCLEAR and not self._settled:
+                    self._give_up("the network's timesteps are not elements of one tensor")
+                return False
+            if run.steps < LEAST_STEPS or Kind.of(run) in self._settled:
+                return False
+            if self._watched.is_under_way():
+                if self._watched.is_among(self._dispatcher.state.tracker.lanes()):
+                    return False  # two runs at a time: the second one is not watched
+                if self._watched.length >= LEAST_STEPS:  # it has ended before its timesteps did
+                    self._finish()
+            self._watched.begin(run)
+            return True
+
+    def _observe(self, seen: RefreshRecord) -> None:
+        with self._lock:
+            try:
+                self._forget_what_is_too_short(seen)
+                self._watched.take(seen)
+                if self._watched.is_complete():
+                    self._finish()
+            except Exception as error:  # watching may fail, a picture may not
+                self._give_up(str(error) or type(error).__name__)
+
+    def _forget_what_is_too_short(self, seen: RefreshRecord) -> None:
+        """A run that goes further than the one that was watched is watched next time."""
+        known = self._schedule.known if self._schedule is not None else {}
+        for kind, placed in list(known.items()):
+            if kind.steps == seen.steps and placed.length == seen.step:
+                del known[kind]
+                self._settled.discard(kind)
+
+    def _finish(self) -> None:
+        """Place the refreshes of the kind of run that was watched."""
+        run, recorder = self._watched.run, self._watched.recorder
+        kind = Kind.of(run) if run is not None else None
+        assert kind is not None
+        assert recorder is not None
+        settings = self._dispatcher.settings
+        recordings = recorder.recordings()
+        length = len(recordings[0][0].gram)
+        weights = np.exp(CORRECTED * (np.arange(length) - (length - 1)) / length)
+        objectives = {
+            depth: Objective(tuple(own), np.array(kind.gains[:length]) * weights)
+            for depth, own in zip(settings.depths, recordings, strict=True)
+        }
+        self._watched = _Watched()
+        names = ("reuse", "damped") if self._schedule is None else (self._schedule.forecast,)
+        choice = best_choice(objectives, names, length / self._speedup)
+        self._settled.add(kind)
+        if choice is None:
+            logger.info(
+                "dcompile: runs of %d steps cannot be %g times as fast with cuts at depths %s: "
+                "their refreshes are placed by the sampler",
+                kind.steps,
+                self._speedup,
+                ", ".join(map(str, settings.depths)),
+            )
+            return
+        levels, name = choice
+        ratios = {depth: objective.ratio for depth, objective in objectives.items()}
+        reached = length / compute_of(levels, length, ratios)
+        logger.info(
+            "dcompile: tuned for runs of %d steps: %s, forecast %s, %.2fx fewer FLOPs",
+            kind.steps,
+            ", ".join(f"depth {depth} refreshed {len(own)} times" for depth, own in levels),
+            name,
+            reached,
+        )
+        if self._schedule is not None:
+            own = dict(levels)
+            inner: tuple[int, ...] = (0,)
+            refresh: list[tuple[int, ...]] = []
+            for depth in reversed(self._schedule.cuts):
+                inner = own.get(depth, inner)
+                refresh.insert(0, inner)
+            self._schedule.known[kind] = Placed(tuple(refresh), length)
+            return
+        cuts = tuple(depth for depth, _ in levels)
+        placed = Placed(tuple(own for _, own in levels), length)
+        self._schedule = SelfTuned(self._speedup, cuts, name, {kind: placed}, self._begins)
+        forecasts = (resolve_forecast(name),) * len(cuts)
+        self._configure(
+            replace(self._asked, schedule=self._schedule, depths=cuts, forecasts=forecasts)
+        )
+
+    def _give_up(self, reason: str) -> None:
+        """Place refreshes by the sampler's error gains."""
+        self._watched = _Watched()
+        self._dispatcher.state.notices.warn(
+            f"autotune: {reason}; refreshes are placed by the sampler instead"
+        )
+        self._configure(self._asked, watches=False)
+
+
+class _Watched:
+    """The run that is watched: its lanes, each from the first step on."""
+
+    def __init__(self) -> None:
+        self.run: RunInfo | None = None
+        self.recorder: Recorder | None = None
+        self._latest: dict[int, int] = {}  # step, by the lane's id; the recorder keeps the lane
+
+    @property
+    def length(self) -> int:
+        """Steps that all lanes have taken."""
+        return min(self._latest.values(), default=-1) + 1
+
+    def begin(self, run: RunInfo) -> None:
+        """Watch this run from its first step on; if one like it begins just now, both."""
+        if self.length != 1 or self.run is None or Kind.of(self.run) != Kind.of(run):
+            self.run = run
+            self.recorder = Recorder(run.cuts, MEMORY, EVERY, ELEMENTS)
+            self._latest = {}
+
+    def is_under_way(self) -> bool:
+        """Whether it is past its first step."""
+        return any(self._latest.values())
+
+    def is_among(self, lanes: Sequence[Lane]) -> bool:
+        """Whether one of its lanes is one of these."""
+        return not self._latest.keys().isdisjoint(map(id, lanes))
+
+    def take(self, seen: RefreshRecord) -> None:
+        """Record a refresh, if it is this run's."""
+        if self.recorder is None or self.run is None or seen.steps != self.run.steps:
+            return
+        latest = self._latest.get(id(seen.lane))
+        if latest is not None and seen.step == 0:  # another run over the same timesteps
+            self._latest = {}
+            self.begin(self.run)
+        elif latest is None and (seen.step or self.is_under_way()):
+            return  # of a run that is not watched
+        elif latest is not None and seen.step != latest + 1:
+            return
+        self.recorder(seen)
+        self._latest[id(seen.lane)] = seen.step
+
+    def is_complete(self) -> bool:
+        """Whether all lanes have come to the run's last step."""
+        return self.run is not None and self.length == self.run.steps
+
+
+def best_choice(
+    objectives: Mapping[int, Objective], names: tuple[str, ...], budget: float
+) -> Choice | None:
+    """The levels and the forecast with the least predicted error.
+
+    Args:
+        objectives: depth -> its predicted errors.
+        names: of forecasts; those after the first have to be better by ``MARGIN``.
+        budget: FLOPs of the run over FLOPs of a refresh step.
+    """
+    error: Callable[[Choice], float] = lambda choice: predicted_error(objectives, choice)  # noqa: E731
+    best: Choice | None = None
+    for name in names:
+        found = min(best_levels(objectives, (name,), budget), key=error, default=None)
+        if found is not None and (best is None or MARGIN * error(found) < error(best)):
+            best = found
+    return best
+
+
+def self_tune(dispatcher: Dispatcher, settings: Settings, speedup: float) -> None:
+    """Have a network place its refreshes by what it sees of its first runs.
+
+    Args:
+        dispatcher: installed with ``settings``.
+        speedup: in FLOPs.
+    """
+    SelfTuner(dispatcher, settings, speedup).begin()
+
+
+__all__ = ["SelfTuner", "best_choice", "self_tune"]

@@ -1,0 +1,313 @@
+"""``autotune="first"``: the first run of a kind is watched, and later ones run what was found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import seam
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from heard import noticed, silent
+from plain import Plain, picture, plain, sampled
+from simulated_graphs import SimulatedRecorder
+from transformer_pipelines import pipeline
+
+import dcompile
+from dcompile import GainWeighted, models
+from dcompile.policy import codec
+from dcompile.policy.schedule import RunInfo
+from dcompile.policy.self_tuned import Kind, Placed, SelfTuned
+from dcompile.prediction.recorder import Recorder
+from dcompile.runtime.cuda_recorder import RECORDERS
+
+STEPS = 12
+PROMPTS = ("red apple", "rocket", "blue heart", "snowman")
+
+
+@pytest.fixture(scope="module")
+def shared_pipe() -> Any:
+    pipe = StableDiffusionPipeline.from_pretrained(models.path("emoji-sd"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(shared_pipe: Any) -> Iterator[Any]:
+    shared_pipe.scheduler = DPMSolverMultistepScheduler.from_config(shared_pipe.scheduler.config)
+    yield shared_pipe
+    with contextlib.suppress(dcompile.NotCompiledError):
+        dcompile.handle(shared_pipe).remove()
+
+
+def drawn(pipe: Any, number: int = 0, steps: int = STEPS, **more: Any) -> torch.Tensor:
+    images: torch.Tensor = pipe(
+        PROMPTS[number],
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(number),
+        output_type="pt",
+        **more,
+    ).images
+    return images
+
+
+def self_tuned(module: Any, speedup: float = 2.0, **more: Any) -> Any:
+    settings = {"backend": "eager", "verbose": False, "autotune": "first", **more}
+    return dcompile.cache_compile(module, speedup=speedup, **settings)
+
+
+def psnr(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return -10 * math.log10(max(float((found - expected).square().mean()), 1e-12))
+
+
+def schedule_of(module: Any) -> SelfTuned:
+    schedule = seam.settings_of(module).schedule
+    assert isinstance(schedule, SelfTuned)
+    return schedule
+
+
+def test_the_second_run_is_far_closer_than_deepcache(pipe: Any) -> None:
+    expected = [drawn(pipe, number) for number in range(4)]
+    dcompile.cache_compile(pipe, interval=2, backend="eager", verbose=False)
+    plainly = [drawn(pipe, number) for number in range(1, 4)]
+    speedup = dcompile.handle(pipe).stats.flops_speedup
+    self_tuned(pipe, speedup)
+    assert torch.equal(drawn(pipe, 0), expected[0])
+    before = dcompile.handle(pipe).stats
+    assert (before.refresh_steps, before.reuse_steps, before.uncached_calls) == (STEPS, 0, 0)
+    found = [drawn(pipe, number) for number in range(1, 4)]
+    after = dcompile.handle(pipe).stats
+    assert after.forced_steps == after.uncached_calls == 0
+    assert after.runs == 3  # since the cuts were chosen
+    gains = [
+        psnr(own, true) - psnr(other, true)
+        for own, other, true in zip(found, plainly, expected[1:], strict=True)
+    ]
+    assert min(gains) > 6
+    calls = after.refresh_steps + after.partial_steps + after.reuse_steps
+    cost = calls / after.flops_speedup - STEPS  # without the run that was watched
+    assert 3 * STEPS / cost >= speedup - 1e-6
+
+
+def test_it_is_deterministic_and_is_run_again_unchanged(pipe: Any) -> None:
+    found = []
+    for _ in range(2):
+        self_tuned(pipe)
+        drawn(pipe)
+        found.append((schedule_of(pipe).as_json(), drawn(pipe, 1)))
+        dcompile.handle(pipe).remove()
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_another_kind_of_run_is_watched_too(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECORDERS, "cpu", SimulatedRecorder)
+    expected = {steps: drawn(pipe, steps=steps) for steps in (STEPS, 8)}
+    self_tuned(pipe)
+    for steps in (STEPS, 8):
+        assert torch.equal(drawn(pipe, steps=steps), expected[steps])
+    cuts = schedule_of(pipe).cuts
+    for steps in (STEPS, 8):
+        assert not torch.equal(drawn(pipe, steps=steps), expected[steps])
+        assert psnr(drawn(pipe, steps=steps), expected[steps]) > 18
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    uncached = drawn(pipe)
+    dcompile.handle(pipe).disable()
+    assert torch.equal(uncached, drawn(pipe))
+    dcompile.handle(pipe).enable()
+    assert not torch.equal(drawn(pipe), uncached)
+    known = schedule_of(pipe).known
+    assert sorted(kind.steps for kind in known) == [8, STEPS, STEPS]
+    assert schedule_of(pipe).cuts == cuts
+    assert all(len(placed.refresh) == len(cuts) for placed in known.values())
+
+
+def test_an_interrupted_run(pipe: Any) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            raise StopError
+        return kwargs
+
+    expected = drawn(pipe)
+    self_tuned(pipe)
+    with pytest.raises(StopError):
+        drawn(pipe, callback_on_step_end=stop)
+    for _ in range(3):  # however it was taken, no picture gets worse
+        assert psnr(drawn(pipe), expected) > 20
+    drawn(pipe)
+    (placed,) = (p for kind, p in schedule_of(pipe).known.items() if kind.steps == STEPS)
+    assert placed.length == STEPS
+    before = dcompile.handle(pipe).stats.reuse_steps + dcompile.handle(pipe).stats.partial_steps
+    drawn(pipe)
+    after = dcompile.handle(pipe).stats
+    assert after.reuse_steps + after.partial_steps > before
+
+
+def test_threads_share_what_is_found() -> None:
+    network, reference = plain(), plain()
+    scheduler = _Sampler()
+    self_tuned(network, 1.5, sampler=scheduler)
+    pictures = [picture(seed) for seed in range(4)]
+
+    def draw(own: torch.Tensor) -> torch.Tensor:
+        return sampled(network, own, scheduler.timesteps.clone())
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(draw, pictures))
+        later = list(pool.map(draw, pictures))
+    for own, true in zip((*found, *later), (*pictures, *pictures), strict=True):
+        expected = sampled(reference, true, scheduler.timesteps)
+        assert float((own - expected).norm() / expected.norm()) < 0.5
+    assert not dcompile.handle(network).stats.uncached_reasons
+    # A run that was under way when the cuts were chosen goes on as one of fewer steps.
+    assert 9 in [kind.steps for kind in schedule_of(network).known]
+
+
+class _Sampler(DDIMScheduler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_timesteps(9)
+
+
+def test_features_that_are_not_finite() -> None:
+    network, sampler = plain(), _Sampler()
+    with torch.no_grad():
+        network.deep[0].bias.fill_(math.inf)
+    self_tuned(network, 1.5, sampler=sampler)
+    with noticed("autotune: features of step 0 are not finite"):
+        sampled(network, picture(), sampler.timesteps)
+    assert seam.settings_of(network).schedule == GainWeighted(speedup=1.5)
+
+
+def test_timesteps_that_say_no_steps() -> None:
+    network, sampler = plain(), _Sampler()
+    self_tuned(network, 1.5, sampler=sampler)
+    with (
+        noticed("autotune: the network's timesteps are not elements of one tensor"),
+        torch.no_grad(),
+    ):
+        for _ in range(4):
+            for t in sampler.timesteps.tolist():
+                network(picture(), float(t))
+    assert dcompile.handle(network).stats.reuse_steps > 0
+
+
+def test_a_network_that_cannot_be_captured() -> None:
+    class Branching(Plain):
+        def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+            if float(sample.sum()) > 1e9:
+                sample = sample + 1
+            return super().forward(sample, timestep, condition)
+
+    network, sampler = Branching().eval(), _Sampler()
+    self_tuned(network, 1.5, sampler=sampler)
+    with noticed("cannot be captured"):
+        sampled(network, picture(), sampler.timesteps)
+    assert dcompile.handle(network).stats.uncached_calls == 9
+
+
+def test_two_denoisers() -> None:
+    """The first one's runs end before their timesteps do."""
+    pipe, kwargs = pipeline("wan22")
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        result: torch.Tensor = pipe(
+            **kwargs, num_inference_steps=10, generator=generator, output_type="latent"
+        )[0]
+        return result
+
+    expected = draw()
+    self_tuned(pipe, 1.3)
+    assert torch.equal(draw(), expected)
+    for _ in range(4):
+        found = draw()
+    error = float((found - expected).norm() / expected.norm())
+    assert 0 < error < 0.1
+    for network in (pipe.transformer, pipe.transformer_2):
+        stats = dcompile.handle(network).stats
+        assert stats.reuse_steps + stats.partial_steps > 0
+        assert stats.uncached_calls == 0
+
+
+def test_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
+    self_tuned(pipe)
+    drawn(pipe)
+    found = drawn(pipe)
+    folder = dcompile.handle(pipe).save(tmp_path / "saved")
+    dcompile.handle(pipe).remove()
+    with silent():
+        dcompile.load(pipe, folder, verbose=False)
+        assert torch.equal(drawn(pipe), found)
+        drawn(pipe, steps=7)  # unknown: by the sampler's error gains
+    stats = dcompile.handle(pipe).stats
+    assert stats.captures == 0
+    assert stats.reuse_steps > 0
+
+
+def test_settings_that_do_not_go_together() -> None:
+    for settings, message in (
+        ({"autotune": "first"}, "autotune needs the speedup"),
+        ({"autotune": "later", "speedup": 2.0}, 'expected "first" or False'),
+        ({"autotune": True, "speedup": 2.0}, 'expected "first" or False'),
+        ({"autotune": "first", "speedup": 2.0, "depth": 1}, "finds depths and forecast itself"),
+        ({"autotune": "first", "speedup": 2.0, "forecast": "linear"}, "finds depths and forecast"),
+        ({"autotune": "first", "speedup": 2.0}, "sampler"),
+    ):
+        with pytest.raises(dcompile.ScheduleError, match=message):
+            dcompile.cache_compile(plain(), verbose=False, **settings)
+
+
+def test_it_survives_json() -> None:
+    kind = Kind(4, (0.5, 0.4, 0.3, 0.2))
+    schedule = SelfTuned(2.0, (0, 2), "reuse", {kind: Placed(((0, 2), (0,)), 4)})
+    entry = json.loads(json.dumps(codec.to_json(schedule)))
+    again = codec.from_json(entry)
+    assert isinstance(again, SelfTuned)
+    assert again.as_json() == schedule.as_json()
+    plan = again.plan(RunInfo(4, 2, 0.1, kind.gains))
+    assert [plan.level(step) for step in range(5)] == [2, 0, 1, 0, 2]
+    for field, value in (
+        ("speedup", 0.5),
+        ("cuts", [2, 0]),
+        ("cuts", []),
+        ("forecast", "nonsense"),
+        ("known", [{"steps": 4}]),
+        ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0], [0, 2]], "length": 4}]),
+        ("known", [{"steps": 4, "gains": [1.0], "refresh": [[0, 2], [0]], "length": 4}]),
+        ("known", 3),
+    ):
+        with pytest.raises(dcompile.ScheduleError):
+            codec.from_json({**entry, field: value})
+
+
+def test_fewer_measurements_of_the_reaction(pipe: Any) -> None:
+    """Every fourth step and evenly spaced elements say nearly the same."""
+    found = {}
+    for every, elements in ((1, None), (4, 1 << 12)):
+        depths = (0, 2)
+        dcompile.cache_compile(
+            pipe,
+            schedule=dcompile.MultiLevel([(depth, 1) for depth in depths]),
+            backend="eager",
+            verbose=False,
+        )
+        recorder = Recorder(len(depths), 1 << 28, every, elements)
+        dcompile.handle(pipe)._dispatcher.observer = recorder
+        drawn(pipe)
+        found[every] = [own[0] for own in recorder.recordings()]
+        dcompile.handle(pipe).remove()
+    for exact, sparse in zip(found[1], found[4], strict=True):
+        ratio = sparse.gram.diagonal() / exact.gram.diagonal()
+        assert ratio.min() > 0.8
+        assert ratio.max() < 1.25
+        assert abs(math.log(sparse.reaction[6] / exact.reaction[6])) < 0.7
