@@ -326,6 +326,7 @@ def main(
 
     vae = AutoencoderKL.from_pretrained(start, subfolder="vae").to(device)
     vae.requires_grad_(False).eval()
+    vae.register_to_config(shift_factor=0.0)  # the pipeline of SD 3 adds it
     tokenizer = CLIPTokenizer.from_pretrained(start, subfolder="tokenizer")
     text_encoder = text_encoder_of_emoji_sd(start).to(device)
     torch.manual_seed(0)

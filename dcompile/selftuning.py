@@ -45,7 +45,7 @@ LARGEST_RATIO = 0.6
 MOST_CUTS = 6
 # Steps from one measurement of the output's reaction to the next, elements kept of a boundary,
 # and bytes of them kept in memory.
-EVERY = 4
+EVERY = 8
 ELEMENTS = 1 << 16
 MEMORY = 1 << 30
 # A run that is watched has so many steps at least; it may end before its timesteps do, as that of
@@ -75,6 +75,8 @@ class SelfTuner:
         self._speedup = speedup
         self._lock = threading.RLock()
         self._watched = _Watched()
+        self._installed = settings.schedule
+        self._is_prepared = False
         self._schedule: SelfTuned | None = None  # once cuts are chosen
         self._settled: set[Kind | None] = set()  # kinds for which there is something, or nothing
         self._unclear = 0  # runs without a number of steps
@@ -88,8 +90,9 @@ class SelfTuner:
         """At the first call: find the cuts, and watch all that are worth it."""
         with self._lock:
             dispatcher = self._dispatcher
-            if dispatcher.state.prepare != self._prepare:  # another thread came first
-                return dispatcher.state
+            if self._is_prepared or dispatcher.settings.schedule is not self._installed:
+                return dispatcher.state  # another thread came first
+            self._is_prepared = True
             dispatcher.state = replace(dispatcher.state, prepare=None)
             try:
                 network = captured_network(dispatcher, args, dict(kwargs))
@@ -114,8 +117,11 @@ class SelfTuner:
             return dispatcher.state
 
     def _configure(self, settings: Settings, *, watches: bool = True) -> None:
-        """Keeps what was counted so far."""
+        """Keeps what was counted. Does nothing once somebody has asked for other settings."""
         dispatcher = self._dispatcher
+        if dispatcher.settings.schedule is not self._installed:
+            return
+        self._installed = settings.schedule
         counters = dispatcher.state.counters
         dispatcher.configure(settings)
         observer = self._observe if watches else None
@@ -159,6 +165,9 @@ class SelfTuner:
 
     def _finish(self) -> None:
         """Place the refreshes of the kind of run that was watched."""
+        if self._dispatcher.settings.schedule is not self._installed:
+            self._watched = _Watched()
+            return
         run, recorder = self._watched.run, self._watched.recorder
         kind = Kind.of(run) if run is not None else None
         assert kind is not None

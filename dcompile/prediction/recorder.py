@@ -125,7 +125,7 @@ class Recorder:
         # Recorded graphs would run in their buffers, which hold the run's own features.
         unrecorded = getattr(seen.program, "unrecorded", None)
         runner = unrecorded or seen.program
-        measured = (seen.step - 1) % self._every == 0 or seen.step == seen.steps - 1
+        measured = (seen.step - 1) % self._every == 0
         for level, cut in enumerate(program.cached):
             boundary = seen.cached[cut.latest]
             tensors = [b for b in boundary if isinstance(b, torch.Tensor) and b.is_floating_point()]

@@ -152,6 +152,20 @@ def test_an_interrupted_run(pipe: Any) -> None:
     assert after.reuse_steps + after.partial_steps > before
 
 
+def test_settings_changed_while_a_run_is_watched(pipe: Any) -> None:
+    """What was asked for last stays."""
+
+    def change(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            dcompile.cache_compile(pipe, interval=4, backend="eager", verbose=False)
+        return kwargs
+
+    self_tuned(pipe)
+    drawn(pipe, callback_on_step_end=change)
+    drawn(pipe)
+    assert seam.settings_of(pipe).schedule == dcompile.Uniform(4)
+
+
 def test_threads_share_what_is_found() -> None:
     network, reference = plain(), plain()
     scheduler = _Sampler()
