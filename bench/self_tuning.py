@@ -206,7 +206,8 @@ def page(results: dict[str, Any]) -> str:
         "and worst. Watching: time of the first generation over an uncached one, without capturing "
         "and cutting the network and without the search, which follow, but with building the "
         "graphs that watch: some 0.2 s, which weigh much where a picture takes 0.3 s. "
-        f"Bar: 1.3x. On {results['threads']} thread of {results['processor']}, torch {results['torch']}, "
+        f"Bar: 1.3x. On {results['threads']} thread of {results['processor']}, torch "
+        f"{results['torch']}, "
         "eager backend.",
         "",
         "| subject | N | FLOPs | DeepCache | worst | ours | worst | gain | bar | cuts: refreshes | "

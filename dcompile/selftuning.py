@@ -28,6 +28,7 @@ from dcompile.backends import resolve
 from dcompile.errors import DcompileError
 from dcompile.notices import logger
 from dcompile.policy.forecast import Reuse, resolve_forecast
+from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.schedule import RunInfo
 from dcompile.policy.self_tuned import Kind, Placed, SelfTuned
 from dcompile.prediction.levels import Choice, best_levels, compute_of, predicted_error
@@ -51,7 +52,7 @@ MEMORY = 1 << 30
 # A run that is watched has so many steps at least; it may end before its timesteps do, as that of
 # one of two denoisers.
 LEAST_STEPS = 3
-# So many runs whose number of steps is not known, and none other, are enough.
+# So many runs that cannot be watched, and none other, are enough.
 MOST_UNCLEAR = 3
 # A forecast's errors are predicted from true features, which reuse steps do not see: it has to be
 # so many times better than reuse, in squared errors, to be taken.
@@ -79,7 +80,8 @@ class SelfTuner:
         self._is_prepared = False
         self._schedule: SelfTuned | None = None  # once cuts are chosen
         self._settled: set[Kind | None] = set()  # kinds for which there is something, or nothing
-        self._unclear = 0  # runs without a number of steps
+        self._unclear = 0  # runs that cannot be watched
+        self._seen_once: set[tuple[Kind, int]] = set()  # partial runs, with where they ended
 
     def begin(self) -> None:
         """Have the first call prepare for watching."""
@@ -99,10 +101,10 @@ class SelfTuner:
                 rows = explain(network, (0,), type(dispatcher.module).__name__).depths
             except DcompileError:  # the call itself says why, and runs uncached
                 return dispatcher.state
+            # Beyond reach: raised now, and not when the run is over.
+            GainWeighted(speedup=self._speedup).refreshes(1000, rows[0].ratio)
             worth = [row.depth for row in rows if row.ratio <= LARGEST_RATIO][:MOST_CUTS]
             cuts = tuple(worth or [row.depth for row in rows[:1]])
-            if not cuts:
-                return dispatcher.state
             watching = SelfTuned(self._speedup, cuts, "reuse", watch=self._begins)
             self._configure(
                 replace(
@@ -128,22 +130,43 @@ class SelfTuner:
         dispatcher.state = replace(dispatcher.state, counters=counters, observer=observer)
 
     def _begins(self, run: RunInfo) -> bool:
-        """A run of an unknown kind begins: whether it is watched."""
+        """A run of an unknown kind begins: whether it refreshes at every step."""
         with self._lock:
-            if run.steps is None:
+            kind = Kind.of(run)
+            if kind is None or kind.steps < LEAST_STEPS:
                 self._unclear += 1
                 if self._unclear >= MOST_UNCLEAR and not self._settled:
-                    self._give_up("the network's timesteps are not elements of one tensor")
+                    self._give_up(
+                        f"runs of less than {LEAST_STEPS} steps, or over timesteps that are not "
+                        "elements of one tensor, cannot be watched"
+                    )
                 return False
-            if run.steps < LEAST_STEPS or Kind.of(run) in self._settled:
+            if kind in self._settled:
                 return False
+            lanes = self._dispatcher.state.tracker.lanes()
             if self._watched.is_under_way():
-                if self._watched.is_among(self._dispatcher.state.tracker.lanes()):
-                    return False  # two runs at a time: the second one is not watched
-                if self._watched.length >= LEAST_STEPS:  # it has ended before its timesteps did
-                    self._finish()
-            self._watched.begin(run)
+                if self._watched.is_among(lanes):
+                    return True  # two runs at a time: the second one is not watched
+                self._has_ended_early()
+            # Of a run that is interrupted by other settings, a part goes on as a run of its own.
+            whole = run.gains is None or len(run.gains) <= kind.steps
+            if whole or self._is_known((kind, 0)):
+                self._watched.begin(run, lanes)
             return True
+
+    def _has_ended_early(self) -> None:
+        """A run ended before its timesteps did: it was interrupted, or they all do."""
+        run, length = self._watched.run, self._watched.length
+        kind = Kind.of(run) if run is not None else None
+        if kind is not None and length >= LEAST_STEPS and self._is_known((kind, length)):
+            self._finish()
+        self._watched = _Watched()
+
+    def _is_known(self, run: tuple[Kind, int]) -> bool:
+        """Whether there was such a run before; from now on there was."""
+        known = run in self._seen_once
+        self._seen_once.add(run)
+        return known
 
     def _observe(self, seen: RefreshRecord) -> None:
         with self._lock:
@@ -242,9 +265,15 @@ class _Watched:
         """Steps that all lanes have taken."""
         return min(self._latest.values(), default=-1) + 1
 
-    def begin(self, run: RunInfo) -> None:
-        """Watch this run from its first step on; if one like it begins just now, both."""
-        if self.length != 1 or self.run is None or Kind.of(self.run) != Kind.of(run):
+    def begin(self, run: RunInfo, lanes: Sequence[Lane]) -> None:
+        """Watch this run from its first step on; if one like it begins just now, both.
+
+        Args:
+            run: it.
+            lanes: of all runs at present.
+        """
+        begins = self.length == 1 and self._latest.keys() <= set(map(id, lanes))
+        if not begins or self.run is None or Kind.of(self.run) != Kind.of(run):
             self.run = run
             self.recorder = Recorder(run.cuts, MEMORY, EVERY, ELEMENTS)
             self._latest = {}
@@ -264,7 +293,7 @@ class _Watched:
         latest = self._latest.get(id(seen.lane))
         if latest is not None and seen.step == 0:  # another run over the same timesteps
             self._latest = {}
-            self.begin(self.run)
+            self.begin(self.run, ())
         elif latest is None and (seen.step or self.is_under_way()):
             return  # of a run that is not watched
         elif latest is not None and seen.step != latest + 1:

@@ -34,6 +34,7 @@ from dcompile.compiler.saved import SavedProgram
 from dcompile.errors import ArtifactError
 from dcompile.policy import codec
 from dcompile.policy.schedule import Schedule
+from dcompile.policy.self_tuned import SelfTuned
 from dcompile.storage.comparison import compare, compare_structures
 from dcompile.storage.folder import (
     FORMAT,
@@ -96,8 +97,13 @@ def write(folder: Path, artifact: Artifact, backend: Backend, device: torch.devi
     """Write an artefact; one that is there already is replaced when the new one is complete.
 
     Raises:
-        ArtifactError: the backend's programs cannot be saved, or the folder cannot be written.
+        ArtifactError: the backend's programs cannot be saved, the folder cannot be written, or
+            ``autotune`` has not found anything yet.
     """
+    if isinstance(artifact.schedule, SelfTuned) and not artifact.schedule.known:
+        raise ArtifactError(
+            "the first run is still being watched, and nothing is found yet: save after it"
+        )
     if not isinstance(backend, Saveable):
         raise ArtifactError(
             f"programs of backend {backend.name!r} cannot be saved; those of 'inductor' and "

@@ -128,12 +128,13 @@ def test_another_kind_of_run_is_watched_too(pipe: Any, monkeypatch: pytest.Monke
     assert all(len(placed.refresh) == len(cuts) for placed in known.values())
 
 
-def test_an_interrupted_run(pipe: Any) -> None:
+@pytest.mark.parametrize("at", [0, 4])
+def test_an_interrupted_run(at: int, pipe: Any) -> None:
     class StopError(Exception):
         pass
 
     def stop(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if step == 4:
+        if step == at:
             raise StopError
         return kwargs
 
@@ -202,11 +203,36 @@ def test_features_that_are_not_finite() -> None:
     assert seam.settings_of(network).schedule == GainWeighted(speedup=1.5)
 
 
+def test_runs_of_two_steps(pipe: Any) -> None:
+    self_tuned(pipe)
+    with noticed("autotune: runs of less than 3 steps"):
+        for _ in range(3):
+            drawn(pipe, steps=2)
+    assert seam.settings_of(pipe).schedule == GainWeighted(speedup=2.0)
+
+
+def test_other_settings_in_mid_run_and_back(pipe: Any) -> None:
+    """The rest of the run is not what cuts are chosen by."""
+
+    def change(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == STEPS - 5:
+            self_tuned(pipe)
+        return kwargs
+
+    expected = drawn(pipe)
+    self_tuned(pipe)
+    assert torch.equal(drawn(pipe, callback_on_step_end=change), expected)
+    assert torch.equal(drawn(pipe), expected)
+    drawn(pipe)
+    assert [kind.steps for kind in schedule_of(pipe).known] == [STEPS]
+    assert psnr(drawn(pipe), expected) > 35
+
+
 def test_timesteps_that_say_no_steps() -> None:
     network, sampler = plain(), _Sampler()
     self_tuned(network, 1.5, sampler=sampler)
     with (
-        noticed("autotune: the network's timesteps are not elements of one tensor"),
+        noticed("autotune: runs of less than 3 steps, or over timesteps that are not"),
         torch.no_grad(),
     ):
         for _ in range(4):
@@ -325,3 +351,20 @@ def test_fewer_measurements_of_the_reaction(pipe: Any) -> None:
         assert ratio.min() > 0.8
         assert ratio.max() < 1.25
         assert abs(math.log(sparse.reaction[6] / exact.reaction[6])) < 0.7
+
+
+def test_a_speedup_beyond_reach_is_said_at_once(pipe: Any) -> None:
+    self_tuned(pipe, 100.0)
+    with pytest.raises(dcompile.ScheduleError, match="a speed-up of 100 is beyond this network"):
+        drawn(pipe)
+
+
+def test_saved_before_anything_is_found(pipe: Any, tmp_path: Path) -> None:
+    def save(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            dcompile.handle(pipe).save(tmp_path / "saved")
+        return kwargs
+
+    self_tuned(pipe)
+    with pytest.raises(dcompile.ArtifactError, match="the first run is still being watched"):
+        drawn(pipe, callback_on_step_end=save)
