@@ -173,10 +173,10 @@ class SelfTuner:
             try:
                 self._forget_what_is_too_short(seen)
                 self._watched.take(seen)
-                if self._watched.is_complete():
-                    self._finish()
             except Exception as error:  # watching may fail, a picture may not
                 self._give_up(str(error) or type(error).__name__)
+            if self._watched.is_complete():
+                self._finish()
 
     def _forget_what_is_too_short(self, seen: RefreshRecord) -> None:
         """A run that goes further than the one that was watched is watched next time."""
@@ -188,6 +188,12 @@ class SelfTuner:
 
     def _finish(self) -> None:
         """Place the refreshes of the kind of run that was watched."""
+        try:
+            self._place()
+        except Exception as error:
+            self._give_up(str(error) or type(error).__name__)
+
+    def _place(self) -> None:
         if self._dispatcher.settings.schedule is not self._installed:
             self._watched = _Watched()
             return
@@ -208,13 +214,14 @@ class SelfTuner:
         choice = best_choice(objectives, names, length / self._speedup)
         self._settled.add(kind)
         if choice is None:
-            logger.info(
-                "dcompile: runs of %d steps cannot be %g times as fast with cuts at depths %s: "
-                "their refreshes are placed by the sampler",
-                kind.steps,
-                self._speedup,
-                ", ".join(map(str, settings.depths)),
+            reason = (
+                f"no refresh steps of the cuts at depths {', '.join(map(str, settings.depths))} "
+                f"make a run of {length} steps {self._speedup:g} times as fast"
             )
+            if self._schedule is None:
+                self._give_up(reason)
+            else:
+                logger.info("dcompile: %s: they are placed by the sampler", reason)
             return
         levels, name = choice
         ratios = {depth: objective.ratio for depth, objective in objectives.items()}

@@ -57,7 +57,7 @@ def test_the_results_are_cache_dits(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_its_cache_is_refused_by_name_until_it_is_removed() -> None:
     cache_dit = pytest.importorskip("cache_dit")
     pipe, call = pipeline("pixart_alpha")
-    residual.cache_dit_masked(pipe)
+    residual.cache_dit_masked(pipe, residual.MASK)
     residual.ours(pipe)
     residual.run(pipe, call)
     (reason,) = dcompile.handle(pipe).stats.uncached_reasons

@@ -20,7 +20,7 @@ from simulated_graphs import SimulatedRecorder
 from transformer_pipelines import pipeline
 
 import dcompile
-from dcompile import GainWeighted, models
+from dcompile import GainWeighted, models, selftuning
 from dcompile.policy import codec
 from dcompile.policy.schedule import RunInfo
 from dcompile.policy.self_tuned import Kind, Placed, SelfTuned
@@ -357,6 +357,35 @@ def test_a_speedup_beyond_reach_is_said_at_once(pipe: Any) -> None:
     self_tuned(pipe, 100.0)
     with pytest.raises(dcompile.ScheduleError, match="a speed-up of 100 is beyond this network"):
         drawn(pipe)
+
+
+def test_a_speedup_that_needs_no_cuts(pipe: Any) -> None:
+    expected = drawn(pipe)
+    self_tuned(pipe, 1.0)
+    with noticed("autotune: no refresh steps of the cuts at depths .* 12 steps 1 times as fast"):
+        drawn(pipe)
+    assert torch.equal(drawn(pipe), expected)
+
+
+@pytest.mark.parametrize("method", ["take", "best_choice"])
+def test_watching_that_fails(method: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture does not."""
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("of the watcher")
+
+    expected = drawn(pipe)
+    self_tuned(pipe)
+    if method == "take":
+        monkeypatch.setattr(selftuning._Watched, "take", fail)
+    else:
+        monkeypatch.setattr(selftuning, "best_choice", fail)
+    with noticed("autotune: of the watcher; refreshes are placed by the sampler instead"):
+        found = drawn(pipe)
+    if method != "take":
+        assert torch.equal(found, expected)
+    drawn(pipe)
+    assert dcompile.handle(pipe).stats.reuse_steps > 0
 
 
 def test_saved_before_anything_is_found(pipe: Any, tmp_path: Path) -> None:
