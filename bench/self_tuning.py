@@ -36,16 +36,7 @@ import dcompile
 from dcompile import models, selftuning
 
 RESULTS = Path(__file__).parent / "results"
-PROMPTS = (
-    "red apple",
-    "grinning face",
-    "blue heart",
-    "dog",
-    "pizza",
-    "rocket",
-    "cactus",
-    "snowman",
-)
+PROMPTS = models.defaults("emoji-sd").prompts
 PROMPTS += ("ghost", "skull", "crown", "tree", "fish", "star", "house", "clock")
 FIRST_SEED = 1000
 
@@ -100,7 +91,7 @@ SUBJECTS: dict[str, tuple[Callable[[], Subject], tuple[int, ...]]] = {
     "euler-10": (lambda: emoji_sd(EulerDiscreteScheduler, 10), (2,)),
     "euler-12": (lambda: emoji_sd(EulerDiscreteScheduler, 12), (2,)),
 }
-# Issue's bars: dB over DeepCache at equal FLOPs.
+# To be reached: dB over DeepCache at equal FLOPs.
 BARS = {
     ("ddpm-100", 3): 12,
     ("sd-50", 3): 10,
@@ -205,7 +196,7 @@ def page(results: dict[str, Any]) -> str:
         f"PSNR in dB of {results['pictures']} others against uncached ones of their seeds, mean "
         "and worst. Watching: time of the first generation over an uncached one, without capturing "
         "and cutting the network and without the search, which follow, but with building the "
-        "graphs that watch: some 0.2 s, which weigh much where a picture takes 0.3 s. "
+        "graphs that watch, which weighs much where a picture takes a fraction of a second. "
         f"Bar: 1.3x. On {results['threads']} thread of {results['processor']}, torch "
         f"{results['torch']}, "
         "eager backend.",

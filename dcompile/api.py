@@ -95,7 +95,7 @@ def cache_compile(
         autotune: with ``speedup``, "first" has the first run of each kind (number of steps, sampler
             and its settings) refresh at every step, on the eager backend, and watches it; later
             runs refresh several cuts at the steps that were found. Much closer to the uncached
-            result. The first run's result is the uncached one, and takes up to 1.3 times as long.
+            result. The first run's result is the uncached one, and takes somewhat longer.
         schedule: decides which steps refresh: any object with ``refresh(step, steps) -> bool``,
             or a ``dcompile.Schedule``. A ``Tuned`` one brings its depths and forecast, a
             ``MultiLevel`` its depths.
