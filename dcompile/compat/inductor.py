@@ -50,7 +50,10 @@ def compile_standalone(
     Returns:
         Inductor's artefact; see ``callable_of``.
     """
-    with _offsets_of_regions_counted_once():
+    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+
+    has_regions = graph_module.graph.find_nodes(op="call_function", target=invoke_subgraph)
+    with _offsets_of_regions_counted_once() if has_regions else contextlib.nullcontext():
         return _compile_standalone(graph_module, inputs, {"config_patches": patches})
 
 
