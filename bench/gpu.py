@@ -57,6 +57,7 @@ PREPARE_SECONDS = 300  # of a job: building, capturing, compiling
 MEASURE_SECONDS = 90  # of a job
 LEAST_SECONDS = 12  # no measurement is begun with less time left
 LEAST_SECONDS_TO_PREPARE = 60  # nothing is compiled with less time left
+ROW_SECONDS = 10  # that measuring a row of a full-size network takes, about
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,12 @@ class Running:
         stop_group(self.process)
 
 
+def _seconds_to_measure(running: Sequence[Running]) -> float:
+    """Time that the jobs that wait for the device will need, by and large."""
+    rows = sum(len(one.awaited) for one in running if one.state == "ready")
+    return LEAST_SECONDS + ROW_SECONDS * rows if rows else 0.0
+
+
 def stop_group(process: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -264,6 +271,7 @@ class Suite:
     deadline: float
     at_once: int
     retry: bool
+    profiles: bool
     console: Console
     scratch: Path
     messages: queue.Queue[tuple[Running, Row]] = field(default_factory=queue.Queue)
@@ -352,14 +360,20 @@ class Suite:
                     self._handle_next(running)
                 running.append(self._start(job))
             while any(one.state == "preparing" for one in running):
+                if self.left() < _seconds_to_measure(running):  # those that are late are given up
+                    break
                 self._handle_next(running)
+            for one in running:
+                if one.state == "preparing":
+                    self.say(f"{one.job.name}: not compiled in time", "bold yellow")
+                    one.stop()
             self.finish_tests()
             for one in running:
                 if one.state == "ready":
                     if self.left() < LEAST_SECONDS:
                         return False
                     self._measure(one, running)
-            return True
+            return all(not one.awaited for one in running)
         finally:
             for one in running:
                 self._close(one)
@@ -382,7 +396,7 @@ class Suite:
             ways=ways,
             references=str(references),
             makes_references=planned.makes_references and not references.exists(),
-            profiles=planned.ways[:1] if planned.profiled else (),
+            profiles=planned.ways[:1] if planned.profiled and self.profiles else (),
         )
 
     def _start(self, job: Job) -> Running:
@@ -580,6 +594,7 @@ def main(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget earlier results.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
     tests: Annotated[bool, typer.Option(help="Run the gpu-marked tests, too.")] = True,
+    profiles: Annotated[bool, typer.Option(help="Tables of kernels and functions.")] = True,
     at_once: Annotated[
         int | None, typer.Option(min=1, help="Networks that compile at a time.")
     ] = None,
@@ -628,7 +643,17 @@ def main(
     base = Job("", {}, "", device, dtype, tiny, steps, quick=rehearse, simulate=not place.is_cuda)
     at_once = at_once or max(2, min(12, (os.cpu_count() or 2) - 4))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        suite = Suite(record, place, base, deadline, at_once, retry, console, Path(scratch))
+        suite = Suite(
+            record=record,
+            device=place,
+            base=base,
+            deadline=deadline,
+            at_once=at_once,
+            retry=retry,
+            profiles=profiles,
+            console=console,
+            scratch=Path(scratch),
+        )
         suite.say(f"{identity['card']['name']}, torch {torch.__version__}")
         if record.resumed:
             suite.say(f"going on with what is missing in {record.json}")

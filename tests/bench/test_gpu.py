@@ -322,6 +322,21 @@ def test_out_of_time_is_no_failure(
     assert played.stopped
 
 
+def test_what_compiles_too_long_does_not_keep_the_rest_from_being_measured(
+    tmp_path: Path, played: PlayedJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LEAST_SECONDS_TO_PREPARE", 0)
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(gpu, "ROW_SECONDS", 1)
+    played.trouble = {"torch-graphs": "hangs"}
+    arguments = ("--shapes", "sd15", "--ways", "torch-graphs,deepcache", "--intervals", "3")
+    found = suite_run(tmp_path, *arguments, "--budget", "5")
+    assert found.exit_code == 0
+    assert "torch-graphs: not compiled in time" in found.output
+    assert set(read(tmp_path)["shapes"]["sd15"]["rows"]) == {"deepcache@3"}
+    assert "goes on with what is missing" in found.output
+
+
 @pytest.mark.full
 def test_processes_are_really_processes(tmp_path: Path) -> None:
     """End to end: what CI rehearses in full."""
@@ -351,7 +366,17 @@ def test_the_gpu_tests_are_run_and_noted(
     record = gpu.Record(tmp_path, "gpu", identity(), fresh=False)
     base = job(tmp_path, "")
     place = gpu_job.Device(torch.device("cpu"))
-    suite = gpu.Suite(record, place, base, time.monotonic() + seconds, 2, True, Console(), tmp_path)
+    suite = gpu.Suite(
+        record=record,
+        device=place,
+        base=base,
+        deadline=time.monotonic() + seconds,
+        at_once=2,
+        retry=True,
+        profiles=True,
+        console=Console(),
+        scratch=tmp_path,
+    )
     suite.start_tests()
     suite.finish_tests()
     noted = json.loads((tmp_path / "gpu.json").read_text())["tests"]
