@@ -63,6 +63,15 @@ def test_the_order_of_rows_does_not_matter() -> None:
     assert page(ROWS) == page(ROWS[::-1])
 
 
+def test_of_two_tests_of_one_name_the_smaller_promise_is_kept() -> None:
+    rows: list[Row] = [
+        {"kind": "pipeline", "name": "Twice", "ratio": ratio, "works": True}
+        for ratio in (0.38, 0.51)
+    ]
+    for ordered in (rows, rows[::-1]):
+        assert "| Twice | 0.51 | 1.48× | works |" in page(ordered)
+
+
 def test_small_differences_of_machines_do_not_matter() -> None:
     nearly = [{**row, "ratio": row["ratio"] + 1e-4} if "ratio" in row else row for row in ROWS]
     assert page(nearly) == page(ROWS)
