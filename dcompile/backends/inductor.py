@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.fx import GraphModule
 
+from dcompile.backends.accuracy import computes_the_same
 from dcompile.compat import inductor
 from dcompile.errors import BackendError
 from dcompile.notices import warn
 from dcompile.passes import OutlineRegions
 
 _REGIONS = "regions"
-# Of a result's norm: more than rounding makes of it in any dtype, less than a mistake.
-_WRONG = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,8 @@ class Inductor:
             if outlined.modified:
                 called = inductor.call_regions(outlined.graph_module)
                 artifact = inductor.compile_standalone(called, inputs, patches)
-                if _compute_the_same(graph_module, inductor.callable_of(artifact), inputs):
+                # Few people compile subgraphs: it is worth one run of either.
+                if computes_the_same(graph_module, inductor.callable_of(artifact), inputs):
                     return _noted(artifact)
                 warn(
                     "options={'regions': True}: Inductor's code for the regions of a graph of "
@@ -128,24 +127,6 @@ class _Restored(NamedTuple):
 
 # Callables that can be saved, and what saves them.
 _artifacts: weakref.WeakKeyDictionary[Callable[..., Any], Any] = weakref.WeakKeyDictionary()
-
-
-def _compute_the_same(
-    graph_module: GraphModule, run: Callable[..., Any], inputs: Sequence[Any]
-) -> bool:
-    """Whether compiled code returns what its graph does, but for rounding.
-
-    Few people compile subgraphs: it is worth one run of either.
-    """
-    if any(value.is_meta for value in inputs if isinstance(value, torch.Tensor)):
-        return True  # nothing can be run
-    for found, expected in zip(run(*inputs), graph_module(*inputs), strict=True):
-        if isinstance(expected, torch.Tensor) and expected.is_floating_point():
-            difference = (found.double() - expected.double()).norm()
-            # An overflow, of features or of their norm, tells nothing.
-            if not difference <= _WRONG * expected.double().norm() and expected.isfinite().all():
-                return False
-    return True
 
 
 def _noted(artifact: Any) -> Callable[..., Any]:
