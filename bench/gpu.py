@@ -75,7 +75,7 @@ class Planned:
 # and are measured in this order.
 PLAN: tuple[tuple[Planned, ...], ...] = (
     (
-        Planned("flux", ("eager", "dcompile-eager", "cache-dit-blocks"), (1, 3), True),
+        Planned("flux", ("eager", "dcompile-eager"), (1, 3), True),
         Planned("flux", ("dcompile-graphs",), (3, 1), profiled=True),
         Planned("flux", ("torch-graphs",)),
         Planned("flux", ("dcompile-regions",)),
@@ -89,7 +89,7 @@ PLAN: tuple[tuple[Planned, ...], ...] = (
                 Planned(shape, ("torch-graphs",)),
             )
         ),
-        Planned("wan", ("eager", "dcompile-eager", "cache-dit-blocks"), (1, 3), True),
+        Planned("wan", ("eager", "dcompile-eager"), (1, 3), True),
         Planned("wan", ("dcompile-graphs",), (3, 1), profiled=True),
         Planned("wan", ("torch-graphs",)),
     ),
@@ -101,6 +101,8 @@ PLAN: tuple[tuple[Planned, ...], ...] = (
         Planned("wan", ("dcompile-regions",)),
         Planned("sd15", ("torch-graphs-last",)),
         Planned("sdxl", ("torch-graphs-last",)),
+        Planned("flux", ("cache-dit-blocks",)),  # autotunes: minutes
+        Planned("wan", ("cache-dit-blocks",)),
         Planned("flux", ("cache-dit",)),
         Planned("wan", ("cache-dit",)),
     ),
