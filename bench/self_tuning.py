@@ -1,4 +1,4 @@
-"""``autotune="first"`` beside DeepCache's intervals, at equal FLOPs.
+"""``speedup=`` beside DeepCache's intervals, at equal FLOPs.
 
     python bench/self_tuning.py
 

@@ -54,7 +54,7 @@ def cache_compile(
     *,
     interval: int | None = None,
     speedup: float | None = None,
-    autotune: Literal["first", False] = False,
+    autotune: Literal["auto", "first", False] = "auto",
     schedule: Schedule | RefreshRule | None = None,
     forecast: str | Forecast | None = None,
     sampler: Any = None,
@@ -88,14 +88,15 @@ def cache_compile(
             original is compiled and returned.
         interval: refresh every ``interval``-th step, as DeepCache does; 3 if neither this nor
             ``speedup`` nor ``schedule`` is given.
-        speedup: FLOPs of an uncached run over FLOPs of a cached one. Refreshes are then placed
-            where the sampler's error gain is largest (``GainWeighted``), and features are
-            forecast for samplers that add no noise: closer to the uncached result than an interval
-            at the same cost.
+        speedup: FLOPs of an uncached run over FLOPs of a cached one, from the second run on: closer
+            to the uncached result than an interval at the same cost. See ``autotune``.
         autotune: with ``speedup``, "first" has the first run of each kind (number of steps, sampler
             and its settings) refresh at every step, on the eager backend, and watches it; later
-            runs refresh several cuts at the steps that were found. Much closer to the uncached
-            result. The first run's result is the uncached one, and takes somewhat longer.
+            runs refresh several cuts at the steps that were found. The first run's result is the
+            uncached one, and takes somewhat longer. "auto" does so where neither ``depth`` nor
+            ``forecast`` is given. False watches nothing: refreshes are placed where the sampler's
+            error gain is largest (``GainWeighted``), from the first run on, and features are
+            forecast for samplers that add no noise.
         schedule: decides which steps refresh: any object with ``refresh(step, steps) -> bool``,
             or a ``dcompile.Schedule``. A ``Tuned`` one brings its depths and forecast, a
             ``MultiLevel`` its depths.
@@ -104,8 +105,8 @@ def cache_compile(
             "taylor", extrapolated from the latest refreshes; "damped", linear as far as that was
             right at the latest refreshes; or an object of your own (see
             ``dcompile.policy.forecast``).
-            "auto", the default with ``speedup``: "reuse" if the sampler adds noise or the run
-            has few refreshes, "linear" if they are frequent, else "damped".
+            "auto", the default with ``speedup`` where nothing is watched: "reuse" if the sampler
+            adds noise or the run has few refreshes, "linear" if they are frequent, else "damped".
         sampler: a diffusers scheduler, if ``module`` is no pipeline that has one.
             Read at the start of each run by ``speedup``, ``GainWeighted`` and "auto".
         sample, timestep: names of these two parameters of the network's forward, where shapes and
@@ -145,7 +146,7 @@ def cache_compile(
 
     Raises:
         ScheduleError: a bad interval, speedup, schedule or forecast, or several of the first
-            three; ``autotune`` without ``speedup``, or with a depth or forecast; ``speedup``,
+            three; "first" without ``speedup``, or with a depth or forecast; ``speedup``,
             ``GainWeighted`` or "auto" without a sampler.
         DepthError: ``depth`` is negative or no int. Beyond the deepest: at the first call.
         CaptureError: ``dynamic`` is neither a bool nor ranges.
@@ -158,7 +159,7 @@ def cache_compile(
             given for it or for the sample.
     """
     plan = _schedule_of(interval, schedule, speedup)
-    _check_autotune(autotune, speedup, depth, forecast)
+    tunes = _tunes_itself(autotune, speedup, depth, forecast)
     depths = _depths_of(plan, depth)
     if forecast is None and speedup is not None:
         forecast = "auto"
@@ -181,9 +182,9 @@ def cache_compile(
         plan.require_fit(identity_of(network))
     for network in take_denoisers(module):
         dispatcher = _install(network, settings, module)
-        if autotune:
+        if tunes:
             assert speedup is not None
-            self_tune(dispatcher, settings, speedup)
+            self_tune(dispatcher, settings, speedup, warns=autotune == "first")
     return module if is_pipeline(module) else cast(M, network_of(module))
 
 
@@ -310,13 +311,15 @@ def _schedule_of(
     return as_schedule(schedule)
 
 
-def _check_autotune(autotune: object, speedup: float | None, depth: int, forecast: object) -> None:
-    if autotune not in ("first", False):
-        raise ScheduleError(f'autotune: expected "first" or False, got {autotune!r}')
-    if autotune and speedup is None:
+def _tunes_itself(autotune: object, speedup: float | None, depth: int, forecast: object) -> bool:
+    if autotune is not False and autotune not in ("auto", "first"):
+        raise ScheduleError(f'autotune: expected "auto", "first" or False, got {autotune!r}')
+    free = depth == 0 and forecast is None
+    if autotune == "first" and speedup is None:
         raise ScheduleError("autotune needs the speedup to tune for: give speedup=2.5, say")
-    if autotune and (depth != 0 or forecast is not None):
+    if autotune == "first" and not free:
         raise ScheduleError("autotune finds depths and forecast itself: give neither")
+    return autotune is not False and speedup is not None and free
 
 
 def _depths_of(schedule: Schedule, depth: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""``autotune="first"``: the first run of each kind is watched, and later ones run what was found.
+"""``speedup=``: the first run of each kind is watched, and later ones run what was found.
 
 1. At the first call the network is captured, and its cuts are known. The first run refreshes at
    every step, on the eager backend, which compiles nothing, with all cuts worth trying. So its
@@ -12,7 +12,7 @@
    with the cuts that were chosen.
 
 Whatever prevents this, such as features that are not finite, leaves a schedule by the sampler's
-error gains, and one message says so.
+error gains, and one message says so: a warning where ``autotune="first"`` asked for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import numpy as np
 
 from dcompile.backends import resolve
 from dcompile.errors import DcompileError
-from dcompile.notices import logger
 from dcompile.policy.forecast import Reuse, resolve_forecast
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.schedule import RunInfo
@@ -34,6 +33,7 @@ from dcompile.policy.self_tuned import Kind, Placed, SelfTuned
 from dcompile.prediction.levels import Choice, best_levels, compute_of, predicted_error
 from dcompile.prediction.objective import Objective
 from dcompile.prediction.recorder import Recorder
+from dcompile.progress import Display
 from dcompile.report.explain import explain
 from dcompile.runtime.dispatcher import Dispatcher
 from dcompile.runtime.lanes import Lane
@@ -52,8 +52,10 @@ MEMORY = 1 << 30
 # A run that is watched has so many steps at least; it may end before its timesteps do, as that of
 # one of two denoisers.
 LEAST_STEPS = 3
-# So many runs that cannot be watched, and none other, are enough.
+# So many runs that cannot be watched, or calls that cannot be captured, and none other, are enough.
 MOST_UNCLEAR = 3
+# So many kinds are watched; where no run is like another, watching is all that would happen.
+MOST_KINDS = 16
 # A forecast's errors are predicted from true features, which reuse steps do not see: it has to be
 # so many times better than reuse, in squared errors, to be taken.
 MARGIN = 1.5
@@ -68,12 +70,17 @@ class SelfTuner:
         dispatcher: of the network.
         settings: what was asked for; they stay where nothing can be watched.
         speedup: in FLOPs.
+        warns: whether it warns, where nothing can be watched.
     """
 
-    def __init__(self, dispatcher: Dispatcher, settings: Settings, speedup: float) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, settings: Settings, speedup: float, *, warns: bool
+    ) -> None:
         self._dispatcher = dispatcher
         self._asked = settings
         self._speedup = speedup
+        self._warns = warns
+        self._display = Display(type(dispatcher.module).__name__, settings.verbose)
         self._lock = threading.RLock()
         self._watched = _Watched()
         self._installed = settings.schedule
@@ -89,18 +96,21 @@ class SelfTuner:
         self._dispatcher.state = replace(state, prepare=self._prepare)
 
     def _prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> State:
-        """At the first call: find the cuts, and watch all that are worth it."""
+        """At the first call that can be cached: find the cuts, and watch all that are worth it."""
         with self._lock:
             dispatcher = self._dispatcher
             if self._is_prepared or dispatcher.settings.schedule is not self._installed:
                 return dispatcher.state  # another thread came first
-            self._is_prepared = True
-            dispatcher.state = replace(dispatcher.state, prepare=None)
             try:
                 network = captured_network(dispatcher, args, dict(kwargs))
                 rows = explain(network, (0,), type(dispatcher.module).__name__).depths
-            except DcompileError:  # the call itself says why, and runs uncached
+            except DcompileError:  # the call itself says why; the next one may be a better one
+                self._unclear += 1
+                if self._unclear >= MOST_UNCLEAR:
+                    dispatcher.state = replace(dispatcher.state, prepare=None)
                 return dispatcher.state
+            self._is_prepared, self._unclear = True, 0
+            dispatcher.state = replace(dispatcher.state, prepare=None)
             # Beyond reach: raised now, and not when the run is over.
             GainWeighted(speedup=self._speedup).refreshes(1000, rows[0].ratio)
             worth = [row.depth for row in rows if row.ratio <= LARGEST_RATIO][:MOST_CUTS]
@@ -141,7 +151,7 @@ class SelfTuner:
                         "elements of one tensor, cannot be watched"
                     )
                 return False
-            if kind in self._settled:
+            if kind in self._settled or len(self._settled) >= MOST_KINDS:
                 return False
             lanes = self._dispatcher.state.tracker.lanes()
             if self._watched.is_under_way():
@@ -221,17 +231,15 @@ class SelfTuner:
             if self._schedule is None:
                 self._give_up(reason)
             else:
-                logger.info("dcompile: %s: they are placed by the sampler", reason)
+                self._display.note(f"{reason}: they are placed by the sampler")
             return
         levels, name = choice
         ratios = {depth: objective.ratio for depth, objective in objectives.items()}
         reached = length / compute_of(levels, length, ratios)
-        logger.info(
-            "dcompile: tuned for runs of %d steps: %s, forecast %s, %.2fx fewer FLOPs",
-            kind.steps,
-            ", ".join(f"depth {depth} refreshed {len(own)} times" for depth, own in levels),
-            name,
-            reached,
+        found = ", ".join(f"depth {depth} refreshed {len(own)} times" for depth, own in levels)
+        self._display.note(
+            f"tuned for runs of {kind.steps} steps: {found}, forecast {name}, {reached:.2f}x fewer "
+            "FLOPs"
         )
         if self._schedule is not None:
             own = dict(levels)
@@ -253,9 +261,11 @@ class SelfTuner:
     def _give_up(self, reason: str) -> None:
         """Place refreshes by the sampler's error gains."""
         self._watched = _Watched()
-        self._dispatcher.state.notices.warn(
-            f"autotune: {reason}; refreshes are placed by the sampler instead"
-        )
+        message = f"autotune: {reason}; refreshes are placed by the sampler instead"
+        if self._warns:
+            self._dispatcher.state.notices.warn(message)
+        else:
+            self._display.note(message)
         self._configure(self._asked, watches=False)
 
 
@@ -332,14 +342,15 @@ def best_choice(
     return best
 
 
-def self_tune(dispatcher: Dispatcher, settings: Settings, speedup: float) -> None:
+def self_tune(dispatcher: Dispatcher, settings: Settings, speedup: float, *, warns: bool) -> None:
     """Have a network place its refreshes by what it sees of its first runs.
 
     Args:
         dispatcher: installed with ``settings``.
         speedup: in FLOPs.
+        warns: whether to warn where nothing can be watched, instead of logging it.
     """
-    SelfTuner(dispatcher, settings, speedup).begin()
+    SelfTuner(dispatcher, settings, speedup, warns=warns).begin()
 
 
 __all__ = ["SelfTuner", "best_choice", "self_tune"]

@@ -51,6 +51,11 @@ class GainWeighted(Schedule):
         if self.power is not None:
             require_power("GainWeighted", self.power, 0, 4)
 
+    def describe(self) -> list[str]:
+        if self.count is not None:
+            return [f"{self.count} refreshes, placed by the sampler's error gains"]
+        return [f"speedup={self.speedup:g}: refreshes are placed by the sampler's error gains"]
+
     @property
     def uses_sampler(self) -> bool:
         return True

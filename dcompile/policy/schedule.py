@@ -128,6 +128,10 @@ class Schedule:
             ScheduleError: it was made for another one.
         """
 
+    def describe(self) -> list[str]:
+        """Which steps it refreshes and why, a line for each kind of run it knows."""
+        return [repr(self)]
+
     def refresh(self, step: int, steps: int | None) -> bool:
         """See ``RefreshRule``. Not every schedule can tell from the step alone."""
         raise ScheduleError(f"{self!r} decides for a whole run: ask plan(run).level(step)")

@@ -90,6 +90,24 @@ class SelfTuned(Schedule):
     def uses_sampler(self) -> bool:
         return True
 
+    def describe(self) -> list[str]:
+        lines = []
+        for kind, found in self.known.items():
+            counts = ", ".join(
+                f"depth {depth} at {len(own)}"
+                for depth, own in zip(self.cuts, found.refresh, strict=True)
+            )
+            lines.append(
+                f"speedup={self.speedup:g}, found by watching a run: of {kind.steps} steps, those "
+                f"that refresh are {counts} (forecast {self.forecast})"
+            )
+        if self.watch is not None:
+            lines.append(
+                f"speedup={self.speedup:g}: the first run of {'a new' if lines else 'each'} kind "
+                "(steps, sampler) is watched, and refreshes at every step"
+            )
+        return lines or [f"speedup={self.speedup:g}: placed by the sampler's error gains"]
+
     def plan(self, run: RunInfo) -> Plan:
         kind = Kind.of(run)
         found = self.known.get(kind) if kind is not None else None

@@ -66,6 +66,7 @@ class Explanation:
         depths: one report for each depth, outermost first.
         companions: one report for each companion that took part in a reuse step.
         stream: it is cut along its residual stream, and not at skip connections.
+        schedule: which steps refresh, a line for each kind of run.
     """
 
     network: str
@@ -74,6 +75,7 @@ class Explanation:
     depths: tuple[DepthReport, ...]
     companions: tuple[CompanionReport, ...] = ()
     stream: bool = False
+    schedule: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -107,7 +109,10 @@ class Explanation:
         return table
 
     def _notes(self) -> list[str]:
-        notes = ["r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r)."]
+        notes = [
+            *self.schedule,
+            "r: FLOPs of a reuse step over a full one. Speed limit: N / (1 + (N - 1) r).",
+        ]
         if self.stream:
             notes.append(
                 "Cut along the residual stream: a reuse step skips this block and all after it, "
@@ -139,6 +144,7 @@ def explain(
     chosen: tuple[int, ...],
     name: str,
     companions: tuple[CompanionReport, ...] = (),
+    schedule: tuple[str, ...] = (),
 ) -> Explanation:
     """Report on every cut of a captured network.
 
@@ -147,6 +153,7 @@ def explain(
         chosen: depths of the cuts in use, the outermost first.
         name: of the network's class.
         companions: what companions compute on a reuse step.
+        schedule: which steps refresh.
     """
     cuts = network.cuts
     rows = tuple(
@@ -167,6 +174,7 @@ def explain(
         depths=rows,
         companions=companions,
         stream=bool(cuts) and not isinstance(cuts[0], SkipConnection),
+        schedule=schedule,
     )
 
 

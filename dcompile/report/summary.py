@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # What to do about a reason, found by how it begins.
@@ -15,12 +15,13 @@ _ADVICE = {
 }
 
 
-def summary(name: str, stats: Any) -> str:
+def summary(name: str, stats: Any, schedule: Sequence[str] = ()) -> str:
     """A few lines of text about the counts of a network.
 
     Args:
         name: of the network.
         stats: a ``Stats``.
+        schedule: what decided, a line for each kind of run.
     """
     cached = stats.refresh_steps + stats.partial_steps + stats.reuse_steps
     lines = [f"{name}: {stats.calls} calls in {_counted(stats.runs, 'run')}"]
@@ -34,6 +35,7 @@ def summary(name: str, stats: Any) -> str:
         text += f" although the schedule asked for {asked}"
     lines.append(f"{text}; {stats.flops_speedup:.2f}x fewer FLOPs than uncached")
     lines += _reasons(stats.forced_reasons)
+    lines += [f"    {line}" for line in schedule]
     if stats.uncached_calls:
         lines.append(f"  {_counted(stats.uncached_calls, 'call')} ran uncached")
         lines += _reasons(stats.uncached_reasons)

@@ -70,12 +70,14 @@ class Dispatcher(ForwardWrapper):
             return self._run_copy(state, copy, args, kwargs)
         if not state.enabled:
             return call_original(self, args, kwargs)
-        state = state.prepare(args, kwargs) if state.prepare is not None else state
         if innermost_transformation() is not None:
             return self._run_uncached(state, UNDER_TORCH_FUNC, args, kwargs)
         call = state.reader.read(args, kwargs)
         if (reason := call.refusal or self.reason_not_to_cache(call)) is not None:
             return self._run_uncached(state, reason, args, kwargs)
+        if state.prepare is not None:
+            state = state.prepare(args, kwargs)
+            call = state.reader.read(args, kwargs)
         run, lane, step = state.tracker.enter(call.timestep, call.conditioning, call.signature)
         try:
             run.follow_weights()

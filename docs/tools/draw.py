@@ -123,7 +123,7 @@ def choosing() -> Drawing:
     d.box(610, 395, 230, 50, GREEN, "interval=3, or MultiLevel", "plain reuse")
     d.arrow((555, 420), (608, 420), label="no", at=(581, 413))
     d.arrow((430, 445), (430, 488), label="yes", at=(450, 470))
-    d.box(305, 490, 250, 50, GREEN, "speedup=2.5", "placement and forecast are automatic")
+    d.box(305, 490, 250, 50, GREEN, "speedup=2.5", "cuts and steps found by watching a run")
     return d
 
 

@@ -232,10 +232,24 @@ def test_every_scheduler(
     assert len(counted) == calls
 
     with heard() as warned:
-        _, stats = drawn(speedup=1.5)
+        _, stats = drawn(speedup=1.5, autotune=False)
     assert len(warned) == (name in UNTOLD), warned
     assert all("has no noise levels that can be read" in message for message in warned)
     assert stats.refresh_steps == GainWeighted(speedup=1.5).refreshes(calls, cut.ratio)
+
+    with heard():
+        found, stats = drawn(speedup=1.5)  # watched
+        assert torch.equal(found, expected)
+        assert stats.reuse_steps == 0
+        # Runs of these end before their timesteps do: that is known once it has happened twice.
+        for _ in range(2 if name in UNTOLD else 0):
+            assert torch.equal(picture(pipe, name, settings), expected)
+        before = dcompile.handle(pipe).stats
+        found = picture(pipe, name, settings)
+    assert not torch.equal(found, expected)
+    assert before.reuse_steps == 0
+    after = dcompile.handle(pipe).stats
+    assert after.reuse_steps + after.partial_steps >= calls / 3
 
 
 @pytest.mark.parametrize("name", IN_PIXELS)

@@ -380,7 +380,7 @@ def test_a_speed_up_is_planned_by_the_pipeline_s_own_scheduler(pipes: tuple[Any,
     run(pipe)
     ratio = dcompile.handle(pipe).explain().depths[0].ratio
     for steps, forecast in ((12, "reuse"), (30, "linear")):  # few refreshes, and many
-        found, stats = picture_of(pipe, steps, speedup=1.8)
+        found, stats = picture_of(pipe, steps, speedup=1.8, autotune=False)
         count = GainWeighted(speedup=1.8).refreshes(steps, ratio)
         assert (stats.refresh_steps, stats.refresh_steps + stats.reuse_steps) == (count, steps)
         same, _ = picture_of(pipe, steps, schedule=GainWeighted(count), forecast=forecast)
@@ -404,14 +404,14 @@ def test_a_new_scheduler_is_seen(pipes: tuple[Any, Any]) -> None:
 
 def test_without_a_pipeline_the_scheduler_is_given(pipes: tuple[Any, Any]) -> None:
     pipe = pipes[1]
-    expected, _ = picture_of(pipe, speedup=1.5)
+    expected, _ = picture_of(pipe, speedup=1.5, autotune=False)
     with pytest.raises(
         dcompile.ScheduleError, match="speedup and GainWeighted look at the sampler"
     ):
         cached(pipe.unet, speedup=1.5)
     with pytest.raises(dcompile.ScheduleError, match="expected a diffusers scheduler, got str"):
         cached(pipe.unet, speedup=1.5, sampler="ddim")
-    cached(pipe.unet, speedup=1.5, sampler=pipe.scheduler)
+    cached(pipe.unet, speedup=1.5, sampler=pipe.scheduler, autotune=False)
     assert torch.equal(run(pipe, num_inference_steps=12), expected)
 
 
@@ -441,9 +441,9 @@ SAMPLERS = [DPMSolverMultistepScheduler, EulerDiscreteScheduler, EulerAncestralD
 def test_a_run_is_planned_by_its_own_sampler(pipes: tuple[Any, Any], kind: Any) -> None:
     pipe = pipes[1]
     other = sharing(pipe, kind.from_config(DDIM.config))
-    cached(other, speedup=1.5)
+    cached(other, speedup=1.5, autotune=False)
     expected, wanted = run(other, num_inference_steps=30), dcompile.handle(other).stats
-    cached(pipe, speedup=1.5)
+    cached(pipe, speedup=1.5, autotune=False)
     with silent():
         run(pipe, num_inference_steps=12)
         before = dcompile.handle(pipe).stats
@@ -459,9 +459,9 @@ def test_pipelines_of_several_threads_are_planned_by_their_own_samplers(
     others = [sharing(pipe, kind.from_config(DDIM.config)) for kind in SAMPLERS]
     expected = []
     for number, other in enumerate(others):
-        cached(other, speedup=1.5)
+        cached(other, speedup=1.5, autotune=False)
         expected.append(run(other, seed=number, num_inference_steps=24))
-    cached(pipe, speedup=1.5)
+    cached(pipe, speedup=1.5, autotune=False)
     run(pipe, num_inference_steps=4)
     with ThreadPoolExecutor(len(others)) as pool:
         found = pool.map(

@@ -1,4 +1,4 @@
-"""``autotune="first"``: the first run of a kind is watched, and later ones run what was found."""
+"""``speedup=``: the first run of a kind is watched, and later ones run what was found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import seam
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from heard import noticed, silent
+from heard import heard, noticed, silent
 from plain import Plain, picture, plain, sampled
 from simulated_graphs import SimulatedRecorder
 from transformer_pipelines import pipeline
@@ -297,14 +297,94 @@ def test_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
 def test_settings_that_do_not_go_together() -> None:
     for settings, message in (
         ({"autotune": "first"}, "autotune needs the speedup"),
-        ({"autotune": "later", "speedup": 2.0}, 'expected "first" or False'),
-        ({"autotune": True, "speedup": 2.0}, 'expected "first" or False'),
+        ({"autotune": "later", "speedup": 2.0}, 'expected "auto", "first" or False'),
+        ({"autotune": True, "speedup": 2.0}, 'expected "auto", "first" or False'),
+        ({"autotune": None, "speedup": 2.0}, 'expected "auto", "first" or False'),
+        ({"autotune": 0, "speedup": 2.0}, 'expected "auto", "first" or False'),
         ({"autotune": "first", "speedup": 2.0, "depth": 1}, "finds depths and forecast itself"),
         ({"autotune": "first", "speedup": 2.0, "forecast": "linear"}, "finds depths and forecast"),
         ({"autotune": "first", "speedup": 2.0}, "sampler"),
     ):
         with pytest.raises(dcompile.ScheduleError, match=message):
             dcompile.cache_compile(plain(), verbose=False, **settings)
+
+
+def test_it_is_the_default_where_only_a_speedup_is_given(pipe: Any) -> None:
+    expected = drawn(pipe)
+    given: list[tuple[dict[str, Any], bool]] = [
+        ({}, True),
+        ({"autotune": "auto"}, True),
+        ({"autotune": False}, False),
+        ({"forecast": "reuse"}, False),
+        ({"depth": 1}, False),
+    ]
+    for settings, watched in given:
+        dcompile.cache_compile(pipe, speedup=1.5, backend="eager", verbose=False, **settings)
+        assert torch.equal(drawn(pipe), expected) == watched
+        assert isinstance(seam.settings_of(pipe).schedule, SelfTuned) == watched
+
+
+def test_where_nobody_asked_for_it_nothing_is_warned_of() -> None:
+    network, sampler = plain(), _Sampler()
+    with torch.no_grad():
+        network.deep[0].bias.fill_(math.inf)
+    dcompile.cache_compile(network, speedup=1.5, sampler=sampler, backend="eager", verbose=False)
+    with heard() as messages:
+        sampled(network, picture(), sampler.timesteps)
+    assert not any("autotune" in message for message in messages)
+    assert seam.settings_of(network).schedule == GainWeighted(speedup=1.5)
+
+
+def test_a_bad_first_call_does_not_end_it() -> None:
+    network, sampler = plain(), _Sampler()
+    self_tuned(network, 1.5, sampler=sampler)
+    with pytest.raises(RuntimeError):
+        network(torch.randn(2, 7, 3), sampler.timesteps[0])
+    network.train()
+    with noticed("training mode"):
+        network(picture(), sampler.timesteps[0])
+    network.eval()
+    expected = sampled(plain(), picture(), sampler.timesteps)
+    assert torch.equal(sampled(network, picture(), sampler.timesteps), expected)
+    assert schedule_of(network).known
+
+
+def test_it_says_what_it_does(pipe: Any) -> None:
+    self_tuned(pipe)
+    drawn(pipe, steps=2)
+    handle = dcompile.handle(pipe)
+    assert "the first run of each kind (steps, sampler) is watched" in handle.report()
+    drawn(pipe)
+    (found,) = schedule_of(pipe).known.values()
+    cuts = ", ".join(
+        f"depth {depth} at {len(own)}"
+        for depth, own in zip(schedule_of(pipe).cuts, found.refresh, strict=True)
+    )
+    line = f"speedup=2, found by watching a run: of {STEPS} steps, those that refresh are {cuts}"
+    assert line in handle.report()
+    drawn(pipe)
+    assert handle.explain().schedule[0].startswith(line)
+    assert "found by watching a run" in " ".join(str(handle.explain()).split())
+
+
+def test_so_many_kinds_are_watched_and_no_more(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftuning, "MOST_KINDS", 2)
+    self_tuned(pipe)
+    for steps in (6, 7, 8):
+        drawn(pipe, steps=steps)
+    assert [kind.steps for kind in schedule_of(pipe).known] == [6, 7]
+    assert dcompile.handle(pipe).stats.reuse_steps  # the third, by the sampler
+
+
+def test_warming_up_before_the_first_run_is_warned_of() -> None:
+    network, sampler = plain(), _Sampler()
+    self_tuned(network, 1.5, sampler=sampler)
+    call = (picture(), sampler.timesteps[0])
+    with noticed("make one run, then warm up"):
+        dcompile.handle(network).warmup(call)
+    sampled(network, picture(), sampler.timesteps)
+    with silent():
+        dcompile.handle(network).warmup(call)
 
 
 def test_it_survives_json() -> None:
