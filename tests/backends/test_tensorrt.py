@@ -279,6 +279,7 @@ def test_requested_sizes_become_the_profile(trt: Recorded) -> None:
     assert len(trt.calls) == 2
 
 
+@pytest.mark.full
 def test_a_profile_ends_where_the_network_takes_the_size(trt: Recorded) -> None:
     class Quarters(type(plain())):  # type: ignore[misc]
         """As UNets that choose another path for sizes they cannot halve."""

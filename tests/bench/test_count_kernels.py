@@ -293,6 +293,7 @@ def test_the_card_is_pretended_no_longer_than_asked_for() -> None:
     assert all(part.reason for part in replacements())
 
 
+@pytest.mark.full
 @needs_triton
 def test_kernels_of_a_tiny_network_are_counted(tmp_path: Path) -> None:
     """In a process of its own, for torch remembers the card's properties."""

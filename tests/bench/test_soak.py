@@ -22,6 +22,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert report["counts"]["compared"] > 0
 
 
+@pytest.mark.full
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = soak.drawn
     subject = soak.Soak(minutes=0.05, threads=1, seed=2)

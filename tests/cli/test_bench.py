@@ -167,6 +167,7 @@ def test_tables_fit_a_terminal(columns: int) -> None:
     assert "note: a remark" in output
 
 
+@pytest.mark.full
 def test_a_bundled_model_on_own_prompts(tmp_path: Path) -> None:
     file, prompts = tmp_path / "numbers.json", tmp_path / "prompts.txt"
     prompts.write_text("rocket\n\n  pizza \n")

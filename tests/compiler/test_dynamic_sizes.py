@@ -151,6 +151,7 @@ def test_a_backend_that_needs_fixed_sizes_gets_them() -> None:
     assert captures(network) == 3  # the open one, and one for each size
 
 
+@pytest.mark.full
 def test_a_diffusers_network_stays_exact_at_other_sizes() -> None:
     ranges = {"batch": (2, 4), "height": (8, 32), "width": (8, 32)}
     network = dcompile.cache_compile(

@@ -187,6 +187,7 @@ def test_guidance_by_denoising_diffusion_pytorch() -> None:
     check_sampler(network, lambda: diffusion.eval().sample(classes, cond_scale=3.0), (6, 6))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("guidance", [None, 3.0])
 def test_sampling_by_monai(guidance: float | None) -> None:
     needs("monai")

@@ -228,6 +228,7 @@ def test_unconditional_networks(drawn: Configuration) -> None:
     check_unconditional(drawn)
 
 
+@pytest.mark.full
 @examples(FAST)
 @given(conditional())
 def test_conditional_networks(drawn: Configuration) -> None:

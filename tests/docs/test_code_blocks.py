@@ -108,6 +108,7 @@ PARSERS = (
 )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # blocks write files

@@ -176,7 +176,7 @@ ADDONS = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("compiled_after", [0, 1, None], ids=["after", "between", "before"])
 @pytest.mark.parametrize("name", ADDONS)
 def test_addons(name: str, compiled_after: int | None, compatible: Compatible) -> None:
@@ -200,6 +200,7 @@ def test_addons(name: str, compiled_after: int | None, compatible: Compatible) -
         require_same_pictures(pipe, plain, **arguments)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["LoRA", "FreeU", "Textual inversion"])
 def test_addons_are_seen(name: str) -> None:
     """The changes change the picture, so these tests can fail."""
@@ -321,6 +322,7 @@ def test_bfloat16_autocast(shared: tuple[Any, Any], compatible: Compatible) -> N
         assert not torch.equal(require_same_pictures(*shared), autocast)
 
 
+@pytest.mark.full
 def test_the_bundled_model(compatible: Compatible) -> None:
     compatible("add-on", "FreeU, a trained network")
     pipe, plain = cached(emoji_sd()), emoji_sd()
@@ -419,6 +421,7 @@ def test_after_cpu_offload_is_taken_off() -> None:
     require_same_pictures(pipe, plain)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_model_cpu_offload(order: str, compatible: Compatible) -> None:
     compatible("add-on", "enable_model_cpu_offload")
@@ -438,6 +441,7 @@ def test_model_cpu_offload(order: str, compatible: Compatible) -> None:
     assert torch.equal(run(cached(pipe, interval=3)), found)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_layerwise_casting(order: str, compatible: Compatible) -> None:
     """Weights are kept in 8 bits; hooks of each layer convert them as it runs."""
@@ -478,6 +482,7 @@ COPIES: dict[str, Change] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_are_uncached_and_the_original_goes_on(name: str, compatible: Compatible) -> None:
     compatible("add-on", name)
@@ -500,6 +505,7 @@ def test_copies_are_uncached_and_the_original_goes_on(name: str, compatible: Com
     assert torch.equal(run(pipe), run(small()))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("write", [pickle.dump, lambda network, file: torch.save(network, file)])
 def test_a_compiled_network_is_not_pickled(write: Callable[..., None]) -> None:
     """Half of it would be; the error says what to do, and the original goes on."""

@@ -141,6 +141,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("build", [single, several, of_sdxl])
 def test_a_reuse_step_computes_what_it_reads(
     build: Callable[[], Any], asked: list[int], compatible: Callable[..., dict[str, Any]]
@@ -177,7 +178,7 @@ def pipes() -> tuple[Any, Any]:
     return single(), single()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "change",
     [
@@ -258,6 +259,7 @@ def test_changed_weights_and_structure_are_seen(pipes: tuple[Any, Any]) -> None:
     assert torch.equal(run(pipe), run(reference))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("first", ["hook", "compile"])
 def test_beneath_and_above_offload_hooks(first: str, asked: list[int]) -> None:
     pipe = single()
@@ -274,6 +276,7 @@ def test_beneath_and_above_offload_hooks(first: str, asked: list[int]) -> None:
     assert torch.equal(run(pipe), found)
 
 
+@pytest.mark.full
 def test_a_copied_or_disabled_one_computes_everything(asked: list[int]) -> None:
     pipe = single()
     expected = run(pipe)

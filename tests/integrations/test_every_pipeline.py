@@ -124,6 +124,7 @@ def test_base_and_refiner(shared: bool, compatible: Callable[..., dict[str, Any]
         assert torch.equal(found, refined())
 
 
+@pytest.mark.full
 def test_an_image_prompt_is_added_later(compatible: Callable[..., dict[str, Any]]) -> None:
     compatible("add-on", "IP-Adapter, loaded after cache_compile")
     bare, case = CASES["StableDiffusionPipeline"], CASES["StableDiffusionPipeline, IP-Adapter"]
@@ -149,6 +150,7 @@ def test_attention_maps_that_a_pipeline_reads() -> None:
         assert torch.equal(case.run(pipe), uncached)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layers", ["mid", "up"])
 def test_perturbed_attention_is_no_skip_connection(layers: str) -> None:
     """It concatenates along the batch; depths stay those of the network without it."""

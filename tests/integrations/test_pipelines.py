@@ -76,6 +76,7 @@ def deepcache(pipe: Any, interval: int, branch: int = 0) -> Iterator[None]:
         helper.disable()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_whole_pipelines(name: str) -> None:
     pipe = PIPELINES[name]()
@@ -105,6 +106,7 @@ SINGLE = [
 ]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
 )
@@ -181,6 +183,7 @@ def test_another_strength_never_reuses_the_last_picture() -> None:
     assert not torch.equal(shifted, run(pipe, seed=5, strength=0.4))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "change",
     [
@@ -305,6 +308,7 @@ def test_weights_changed_between_runs_are_seen() -> None:
     assert dcompile.handle(pipe).stats.captures == 1
 
 
+@pytest.mark.full
 def test_structure_changed_between_runs_is_captured_again() -> None:
     from diffusers.models.attention_processor import AttnProcessor
     from peft import LoraConfig

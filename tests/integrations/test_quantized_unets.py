@@ -107,6 +107,7 @@ def test_precision_and_fused_projections(folder: Path, dtype: torch.dtype, fused
     require_exact(make, dtype)
 
 
+@pytest.mark.full
 def test_fused_and_cast_between_runs(folder: Path) -> None:
     def fused() -> Any:
         network = loaded(folder, torch.float32)

@@ -202,6 +202,7 @@ class Blocking:
         return compute
 
 
+@pytest.mark.full
 def test_no_lock_is_held_while_a_step_computes(
     alone: list[torch.Tensor], compatible: Compatible
 ) -> None:

@@ -124,6 +124,7 @@ def test_gradients_pass_through() -> None:
             assert torch.allclose(one.grad, other.grad, atol=1e-6)
 
 
+@pytest.mark.full
 def test_a_diffusers_network() -> None:
     torch.manual_seed(0)
     network = UNet2DConditionModel(

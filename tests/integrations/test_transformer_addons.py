@@ -60,7 +60,7 @@ def lora_folder(pipe: Any, folder: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", [name for name in WITH_LORA if name in PIPELINES])
 def test_loras(name: str, tmp_path: Path, compatible: Callable[..., dict[str, Any]]) -> None:
     """Loaded, weighted, switched off and on, fused and unloaded, each seen by the next run."""
@@ -88,6 +88,7 @@ def test_loras(name: str, tmp_path: Path, compatible: Callable[..., dict[str, An
     torch.testing.assert_close(off, plainly)
 
 
+@pytest.mark.full
 def test_fused_lora(tmp_path: Path) -> None:
     (pipe, kwargs), (plain, _) = pipeline("flux"), pipeline("flux")
     folder = lora_folder(pipeline("flux")[0], tmp_path, 1)
@@ -103,6 +104,7 @@ def test_fused_lora(tmp_path: Path) -> None:
     torch.testing.assert_close(require_same(pipe, plain, "flux", kwargs), before)
 
 
+@pytest.mark.full
 def test_the_scale_of_a_call(tmp_path: Path) -> None:
     (pipe, kwargs), (plain, _) = pipeline("flux"), pipeline("flux")
     folder = lora_folder(pipeline("flux")[0], tmp_path, 1)
@@ -176,6 +178,7 @@ def give_sd3_adapter(pipe: Any) -> dict[str, Any]:
     return {"ip_adapter_image_embeds": torch.randn(2, 5, IMAGE, generator=generator)}
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "give"), [("flux", give_flux_adapter), ("sd3", give_sd3_adapter)])
 def test_image_adapters(
     name: str, give: Callable[[Any], dict[str, Any]], compatible: Callable[..., dict[str, Any]]

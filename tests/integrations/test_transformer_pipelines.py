@@ -19,7 +19,7 @@ def compiled(module: Any, **settings: Any) -> Any:
     return dcompile.cache_compile(module, **{"backend": "eager", "verbose": False, **settings})
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_pipeline(name: str, compatible: Any) -> None:
     pipe, kwargs = pipeline(name)
@@ -45,6 +45,7 @@ def test_every_pipeline(name: str, compatible: Any) -> None:
     row["ratio"] = depths[0].ratio
 
 
+@pytest.mark.full
 def test_two_denoisers_are_both_cached(tmp_path: Path) -> None:
     """Each goes over its own part of the timesteps."""
     pipe, kwargs = pipeline("wan22")

@@ -228,6 +228,7 @@ def demo(**settings: Any) -> dcompile.cli.demo.DemoResult:
     return run_demo(DemoSettings(**{"steps": 2, "intervals": (2,), "device": "cpu", **settings}))
 
 
+@pytest.mark.full
 def test_the_demo_draws_eight_things_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "grid.png"
     result = CliRunner().invoke(

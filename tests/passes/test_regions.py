@@ -219,6 +219,7 @@ def test_a_graph_that_writes_is_refused() -> None:
         OutlineRegions()(exported.graph_module)
 
 
+@pytest.mark.full
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c", "-"]), min_size=1, max_size=8))
 def test_any_order_of_blocks(order: list[str]) -> None:

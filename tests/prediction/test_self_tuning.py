@@ -95,6 +95,7 @@ def test_the_second_run_is_far_closer_than_deepcache(pipe: Any) -> None:
     assert 3 * STEPS / cost >= speedup - 1e-6
 
 
+@pytest.mark.full
 def test_it_is_deterministic_and_is_run_again_unchanged(pipe: Any) -> None:
     found = []
     for _ in range(2):
@@ -106,6 +107,7 @@ def test_it_is_deterministic_and_is_run_again_unchanged(pipe: Any) -> None:
     assert torch.equal(found[0][1], found[1][1])
 
 
+@pytest.mark.full
 def test_another_kind_of_run_is_watched_too(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECORDERS, "cpu", SimulatedRecorder)
     expected = {steps: drawn(pipe, steps=steps) for steps in (STEPS, 8)}
@@ -128,6 +130,7 @@ def test_another_kind_of_run_is_watched_too(pipe: Any, monkeypatch: pytest.Monke
     assert all(len(placed.refresh) == len(cuts) for placed in known.values())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("at", [0, 4])
 def test_an_interrupted_run(at: int, pipe: Any) -> None:
     class StopError(Exception):
@@ -153,6 +156,7 @@ def test_an_interrupted_run(at: int, pipe: Any) -> None:
     assert after.reuse_steps + after.partial_steps > before
 
 
+@pytest.mark.full
 def test_settings_changed_while_a_run_is_watched(pipe: Any) -> None:
     """What was asked for last stays."""
 
@@ -211,6 +215,7 @@ def test_runs_of_two_steps(pipe: Any) -> None:
     assert seam.settings_of(pipe).schedule == GainWeighted(speedup=2.0)
 
 
+@pytest.mark.full
 def test_other_settings_in_mid_run_and_back(pipe: Any) -> None:
     """The rest of the run is not what cuts are chosen by."""
 
@@ -255,6 +260,7 @@ def test_a_network_that_cannot_be_captured() -> None:
     assert dcompile.handle(network).stats.uncached_calls == 9
 
 
+@pytest.mark.full
 def test_two_denoisers() -> None:
     """The first one's runs end before their timesteps do."""
     pipe, kwargs = pipeline("wan22")
@@ -410,6 +416,7 @@ def test_it_survives_json() -> None:
             codec.from_json({**entry, field: value})
 
 
+@pytest.mark.full
 def test_fewer_measurements_of_the_reaction(pipe: Any) -> None:
     """Every fourth step and evenly spaced elements say nearly the same."""
     found = {}
@@ -447,6 +454,7 @@ def test_a_speedup_that_needs_no_cuts(pipe: Any) -> None:
     assert torch.equal(drawn(pipe), expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", ["take", "best_choice"])
 def test_watching_that_fails(method: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture does not."""

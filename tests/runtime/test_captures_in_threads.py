@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from plain import Plain, compiled, picture, plain, sampled, timesteps
 from torch import nn
@@ -74,6 +75,7 @@ def test_networks_are_captured_one_after_the_other() -> None:
         assert dcompile.handle(network).stats.uncached_calls == 0
 
 
+@pytest.mark.full
 def test_an_uncached_call_waits_for_a_capture_of_its_network() -> None:
     network = waiting()
     compiled(network)
@@ -118,6 +120,7 @@ def test_threads_that_are_building_something() -> None:
         assert all(work.result(LONG) > 0 for work in building)
 
 
+@pytest.mark.full
 def test_a_capture_that_reaches_a_network_which_is_being_traced() -> None:
     """While it is traced, its parameters have no values: they must not be taken for its state."""
     traced = waiting()

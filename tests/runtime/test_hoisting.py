@@ -195,6 +195,7 @@ def test_with_every_other_kind_of_graph(settings: dict[str, Any], without: Any) 
     assert torch.equal(run(), without(run))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_saved_programs(backend: str, tmp_path: Path, graphs: str) -> None:
     if graphs == "simulated" and backend == "inductor":
@@ -207,6 +208,7 @@ def test_saved_programs(backend: str, tmp_path: Path, graphs: str) -> None:
     assert dcompile.handle(loaded).stats.captures == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_open_sizes(backend: str, graphs: str) -> None:
     if graphs == "simulated" and backend == "inductor":

@@ -162,6 +162,7 @@ def test_a_whole_run(stable_diffusion: tuple[Path, UNet2DConditionModel]) -> Non
     torch.testing.assert_close(run(in_onnx_runtime), cached, rtol=0, atol=1e-3)
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_what_is_the_same_at_every_step_in_a_graph_of_its_own(
     stable_diffusion: tuple[Path, UNet2DConditionModel], tmp_path: Path
