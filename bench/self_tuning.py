@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -35,6 +36,7 @@ from training import replace_file
 import dcompile
 from dcompile import models, selftuning
 
+os.environ["DCOMPILE_CACHE_DIR"] = ""  # nothing is known beforehand
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = models.defaults("emoji-sd").prompts
 PROMPTS += ("ghost", "skull", "crown", "tree", "fish", "star", "house", "clock")

@@ -94,9 +94,10 @@ def cache_compile(
             and its settings) refresh at every step, on the eager backend, and watches it; later
             runs refresh several cuts at the steps that were found. The first run's result is the
             uncached one, and takes somewhat longer. "auto" does so where neither ``depth`` nor
-            ``forecast`` is given. False watches nothing: refreshes are placed where the sampler's
-            error gain is largest (``GainWeighted``), from the first run on, and features are
-            forecast for samplers that add no noise.
+            ``forecast`` is given, and no process has done so before: what is found is kept in
+            ``$DCOMPILE_CACHE_DIR``, by default in the user's cache folder. False watches nothing:
+            refreshes are placed where the sampler's error gain is largest (``GainWeighted``), from
+            the first run on, and features are forecast for samplers that add no noise.
         schedule: decides which steps refresh: any object with ``refresh(step, steps) -> bool``,
             or a ``dcompile.Schedule``. A ``Tuned`` one brings its depths and forecast, a
             ``MultiLevel`` its depths.
@@ -184,7 +185,7 @@ def cache_compile(
         dispatcher = _install(network, settings, module)
         if tunes:
             assert speedup is not None
-            self_tune(dispatcher, settings, speedup, warns=autotune == "first")
+            self_tune(dispatcher, settings, speedup, asked_for=autotune == "first")
     return module if is_pipeline(module) else cast(M, network_of(module))
 
 

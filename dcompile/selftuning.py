@@ -40,6 +40,7 @@ from dcompile.runtime.lanes import Lane
 from dcompile.runtime.settings import Settings
 from dcompile.runtime.state import RefreshRecord, State
 from dcompile.runtime.warmup import captured_network
+from dcompile.storage.tuned_cache import TunedCache
 
 # Cuts with at most this ratio of reuse to refresh FLOPs are watched, the outermost MOST_CUTS.
 LARGEST_RATIO = 0.6
@@ -70,16 +71,18 @@ class SelfTuner:
         dispatcher: of the network.
         settings: what was asked for; they stay where nothing can be watched.
         speedup: in FLOPs.
-        warns: whether it warns, where nothing can be watched.
+        asked_for: whether the first run has to be watched, even if another process has watched
+            one, and a warning says so where it cannot.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, settings: Settings, speedup: float, *, warns: bool
+        self, dispatcher: Dispatcher, settings: Settings, speedup: float, *, asked_for: bool
     ) -> None:
         self._dispatcher = dispatcher
         self._asked = settings
         self._speedup = speedup
-        self._warns = warns
+        self._asked_for = asked_for
+        self._cache: TunedCache
         self._display = Display(type(dispatcher.module).__name__, settings.verbose)
         self._lock = threading.RLock()
         self._watched = _Watched()
@@ -111,6 +114,12 @@ class SelfTuner:
                 return dispatcher.state
             self._is_prepared, self._unclear = True, 0
             dispatcher.state = replace(dispatcher.state, prepare=None)
+            structure = dispatcher.programs.captures.structure()
+            self._cache = TunedCache(dispatcher.module, structure, args, kwargs, self._speedup)
+            known = None if self._asked_for else self._cache.read([row.depth for row in rows])
+            if known is not None:
+                self._go_on_with(known)
+                return dispatcher.state
             # Beyond reach: raised now, and not when the run is over.
             GainWeighted(speedup=self._speedup).refreshes(1000, rows[0].ratio)
             worth = [row.depth for row in rows if row.ratio <= LARGEST_RATIO][:MOST_CUTS]
@@ -127,6 +136,17 @@ class SelfTuner:
                 )
             )
             return dispatcher.state
+
+    def _go_on_with(self, found: SelfTuned) -> None:
+        """Use what another process has found."""
+        self._settled = set(found.known)
+        self._schedule = replace(found, watch=self._begins)
+        forecasts = (resolve_forecast(found.forecast),) * len(found.cuts)
+        self._configure(
+            replace(self._asked, schedule=self._schedule, depths=found.cuts, forecasts=forecasts)
+        )
+        for line in found.describe():
+            self._display.note(line)
 
     def _configure(self, settings: Settings, *, watches: bool = True) -> None:
         """Keeps what was counted. Does nothing once somebody has asked for other settings."""
@@ -249,10 +269,12 @@ class SelfTuner:
                 inner = own.get(depth, inner)
                 refresh.insert(0, inner)
             self._schedule.known[kind] = Placed(tuple(refresh), length)
+            self._cache.write(self._schedule)
             return
         cuts = tuple(depth for depth, _ in levels)
         placed = Placed(tuple(own for _, own in levels), length)
         self._schedule = SelfTuned(self._speedup, cuts, name, {kind: placed}, self._begins)
+        self._cache.write(self._schedule)
         forecasts = (resolve_forecast(name),) * len(cuts)
         self._configure(
             replace(self._asked, schedule=self._schedule, depths=cuts, forecasts=forecasts)
@@ -262,7 +284,7 @@ class SelfTuner:
         """Place refreshes by the sampler's error gains."""
         self._watched = _Watched()
         message = f"autotune: {reason}; refreshes are placed by the sampler instead"
-        if self._warns:
+        if self._asked_for:
             self._dispatcher.state.notices.warn(message)
         else:
             self._display.note(message)
@@ -342,15 +364,18 @@ def best_choice(
     return best
 
 
-def self_tune(dispatcher: Dispatcher, settings: Settings, speedup: float, *, warns: bool) -> None:
+def self_tune(
+    dispatcher: Dispatcher, settings: Settings, speedup: float, *, asked_for: bool
+) -> None:
     """Have a network place its refreshes by what it sees of its first runs.
 
     Args:
         dispatcher: installed with ``settings``.
         speedup: in FLOPs.
-        warns: whether to warn where nothing can be watched, instead of logging it.
+        asked_for: whether the first run has to be watched, even if another process has watched
+            one, and a warning says so where it cannot.
     """
-    SelfTuner(dispatcher, settings, speedup, warns=warns).begin()
+    SelfTuner(dispatcher, settings, speedup, asked_for=asked_for).begin()
 
 
 __all__ = ["SelfTuner", "best_choice", "self_tune"]

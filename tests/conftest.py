@@ -15,6 +15,7 @@ import torch
 
 # Read when huggingface_hub, diffusers and transformers are imported, by the tests that need them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DCOMPILE_CACHE_DIR"] = ""  # what one test finds is not another one's
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -29,6 +29,30 @@ class Placed(NamedTuple):
     refresh: tuple[tuple[int, ...], ...]
     length: int
 
+    def plan(self) -> TunedPlan:
+        return TunedPlan(tuple(map(frozenset, self.refresh)), self.length)
+
+
+class _UntilFound(Plan):
+    """Refreshes at every step; passes over the same timesteps that begin later run what was found.
+
+    Args:
+        found: what was found by now.
+        run: the run.
+    """
+
+    def __init__(self, found: Callable[[], Placed | None], run: RunInfo) -> None:
+        self._found = found
+        self._plan: Plan = IntervalsPlan((1,) * run.cuts, run.steps)
+
+    def level(self, step: int) -> int:
+        if step == 0 and (found := self._found()) is not None:
+            self._plan = found.plan()
+        return self._plan.level(step)
+
+    def refreshes(self) -> int | None:
+        return self._plan.refreshes()
+
 
 # Error gains are compared to this many decimals: they are computed in float32.
 _DECIMALS = 5
@@ -112,9 +136,9 @@ class SelfTuned(Schedule):
         kind = Kind.of(run)
         found = self.known.get(kind) if kind is not None else None
         if found is not None:
-            return TunedPlan(tuple(map(frozenset, found.refresh)), found.length)
+            return found.plan()
         if self.watch is not None and self.watch(run):
-            return IntervalsPlan((1,) * run.cuts, run.steps)
+            return _UntilFound(lambda: self.known.get(kind) if kind is not None else None, run)
         return GainWeighted(speedup=self.speedup).plan(run)
 
     def as_json(self) -> dict[str, Any]:
@@ -154,9 +178,13 @@ class SelfTuned(Schedule):
                 kind = Kind(int(entry["steps"]), tuple(float(gain) for gain in entry["gains"]))
                 refresh = tuple(Steps(own).refresh_steps for own in entry["refresh"])
                 nested = all(set(outer) >= set(inner) for outer, inner in pairwise(refresh))
+                length = int(entry["length"])
+                inside = 0 < length <= kind.steps and all(own[-1] < length for own in refresh)
                 if len(refresh) != len(cuts) or not nested or len(kind.gains) != kind.steps:
                     raise ValueError(f"refresh steps are {entry['refresh']!r}")
-                found[kind] = Placed(refresh, int(entry["length"]))
+                if not inside:
+                    raise ValueError(f"{entry['refresh']!r} is no part of {length} steps")
+                found[kind] = Placed(refresh, length)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ScheduleError(f"SelfTuned: {error}") from error
         return SelfTuned(float(speedup), tuple(cuts), forecast, found)

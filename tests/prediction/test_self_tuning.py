@@ -373,6 +373,21 @@ def test_it_says_what_it_does(pipe: Any) -> None:
     assert "found by watching a run" in " ".join(str(handle.explain()).split())
 
 
+def test_passes_over_the_same_timesteps() -> None:
+    """A loop that makes them once."""
+    network, sampler = plain(), _Sampler()
+    self_tuned(network, 1.5, sampler=sampler)
+    for steps in (9, 12):  # the second kind is found while the tracker stays
+        sampler.set_timesteps(steps)
+        before = dcompile.handle(network).stats.refresh_steps
+        sampled(network, picture(), sampler.timesteps)
+        assert dcompile.handle(network).stats.refresh_steps - before == steps
+        before = dcompile.handle(network).stats.refresh_steps
+        for _ in range(2):
+            sampled(network, picture(), sampler.timesteps)
+        assert dcompile.handle(network).stats.refresh_steps - before < steps
+
+
 def test_so_many_kinds_are_watched_and_no_more(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftuning, "MOST_KINDS", 2)
     self_tuned(pipe)
@@ -410,6 +425,9 @@ def test_it_survives_json() -> None:
         ("known", [{"steps": 4}]),
         ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0], [0, 2]], "length": 4}]),
         ("known", [{"steps": 4, "gains": [1.0], "refresh": [[0, 2], [0]], "length": 4}]),
+        ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0, 4], [0]], "length": 4}]),
+        ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0, 2], [0]], "length": 5}]),
+        ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0], [0]], "length": 0}]),
         ("known", 3),
     ):
         with pytest.raises(dcompile.ScheduleError):
