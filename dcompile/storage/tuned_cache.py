@@ -77,7 +77,7 @@ class TunedCache:
         try:
             found = codec.from_json(json.loads(self._file.read_bytes()))
             if not isinstance(found, SelfTuned) or not set(found.cuts) <= set(depths):
-                raise ScheduleError("it is of another network")
+                raise ValueError("it is of another network")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError, ScheduleError, RecursionError) as error:
