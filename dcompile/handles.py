@@ -51,8 +51,8 @@ class Handle:
 
     def report(self) -> str:
         """What to know after a run: what was refreshed, forced and uncached, and why."""
-        described = self._dispatcher.settings.schedule.describe()
-        return summary(type(self.module).__name__, self.stats, described)
+        schedule = self._dispatcher.settings.schedule
+        return summary(type(self.module).__name__, self.stats, schedule.describe())
 
     def enable(self) -> None:
         """Cache again, after ``disable``; what could not be compiled is tried again."""
@@ -110,11 +110,6 @@ class Handle:
             BackendError, DepthError, NoCutError: as at a first call.
         """
         dispatcher = self._dispatcher
-        if dispatcher.state.prepare is not None:
-            dispatcher.state.notices.warn(
-                "warmup: with speedup=, cuts are chosen when the first run is over, and what is "
-                "compiled now is not what will run: make one run, then warm up"
-            )
         device = device_of(self.module)
         prepared = [_example_call(call, device) for call in calls]
         display = Display(type(self.module).__name__, dispatcher.settings.verbose)
@@ -174,9 +169,8 @@ class Handle:
             if cost.results < cost.total
         )
         name = type(self.module).__name__
-        settings = dispatcher.settings
-        described = tuple(settings.schedule.describe())
-        return explain(network, settings.depths, name, companions, described)
+        schedule = dispatcher.settings.schedule.describe()
+        return explain(network, dispatcher.settings.depths, name, companions, tuple(schedule))
 
     def export_onnx(
         self, folder: str | os.PathLike[str], /, *args: Any, prologue: bool = False, **kwargs: Any

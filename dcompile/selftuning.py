@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from dcompile.backends import resolve
+from dcompile.compiler.reader import Call
 from dcompile.errors import DcompileError
 from dcompile.policy.forecast import Reuse, resolve_forecast
 from dcompile.policy.gain_weighted import GainWeighted
@@ -98,14 +99,18 @@ class SelfTuner:
         state = self._dispatcher.state
         self._dispatcher.state = replace(state, prepare=self._prepare)
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> State:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[State, Call]:
+        state = self._prepared(args, kwargs)
+        return state, state.reader.read(args, kwargs)
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         """At the first call that can be cached: find the cuts, and watch all that are worth it."""
         with self._lock:
             dispatcher = self._dispatcher
             if self._is_prepared or dispatcher.settings.schedule is not self._installed:
                 return dispatcher.state  # another thread came first
             try:
-                network = captured_network(dispatcher, args, dict(kwargs))
+                network = captured_network(dispatcher, args, kwargs)
                 rows = explain(network, (0,), type(dispatcher.module).__name__).depths
             except DcompileError:  # the call itself says why; the next one may be a better one
                 self._unclear += 1

@@ -76,8 +76,7 @@ class Dispatcher(ForwardWrapper):
         if (reason := call.refusal or self.reason_not_to_cache(call)) is not None:
             return self._run_uncached(state, reason, args, kwargs)
         if state.prepare is not None:
-            state = state.prepare(args, kwargs)
-            call = state.reader.read(args, kwargs)
+            state, call = state.prepare(args, kwargs)
         run, lane, step = state.tracker.enter(call.timestep, call.conditioning, call.signature)
         try:
             run.follow_weights()
@@ -165,10 +164,8 @@ class Dispatcher(ForwardWrapper):
     ) -> Any:
         """Call the module's own forward, unless it was called already and returned ``result``."""
         state.counters.uncached(reason.splitlines()[0])
-        runs_uncached = (
-            "" if "uncached" in reason else f"; {type(self.module).__name__} runs uncached"
-        )
-        state.notices.warn(reason + runs_uncached)
+        suffix = "" if "uncached" in reason else f"; {type(self.module).__name__} runs uncached"
+        state.notices.warn(reason + suffix)
         return result[0] if result else call_original(self, args, kwargs)
 
     def _count_refresh(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from dcompile.compiler.call import CallForms
-from dcompile.compiler.reader import CallReader
+from dcompile.compiler.reader import Call, CallReader
 from dcompile.notices import Notices
 from dcompile.runtime.binder import Binder, Runner
 from dcompile.runtime.counters import Counters
@@ -58,7 +58,8 @@ class State:
         counters: counts calls.
         notices: shows messages to the user.
         observer: sees every refresh; None for nobody.
-        prepare: is given the arguments of the next call, and returns the state that runs it.
+        prepare: is given the arguments of the next call that can be cached, and returns the state
+            that runs it, and the call as that reads it.
     """
 
     settings: Settings
@@ -70,7 +71,7 @@ class State:
     counters: Counters
     notices: Notices
     observer: Callable[[RefreshRecord], None] | None = None
-    prepare: Callable[[tuple[Any, ...], Mapping[str, Any]], State] | None = None
+    prepare: Callable[[tuple[Any, ...], dict[str, Any]], tuple[State, Call]] | None = None
 
     @staticmethod
     def of(module: nn.Module, forms: CallForms, settings: Settings) -> State:

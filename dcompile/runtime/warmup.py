@@ -47,6 +47,11 @@ def warm_up(dispatcher: Dispatcher, args: tuple[Any, ...], kwargs: dict[str, Any
         BackendError, DepthError, NoCutError: see ``compiler.build.build``.
     """
     state = dispatcher.state
+    if state.prepare is not None:
+        state.notices.warn(
+            "warmup: with speedup=, cuts are chosen when the first run is over, and what is "
+            "compiled now is not what will run: make one run, then warm up"
+        )
     call = state.reader.read(args, kwargs)
     if call.form is None:
         raise CaptureError("warmup: expected a call with a sample and a timestep")
