@@ -79,7 +79,7 @@ def test_the_run_is_the_one_that_was_saved(saved: Path) -> None:
 
 
 def test_explain_works_after_loading(saved: Path) -> None:
-    network = dcompile.cache_compile(plain(), depth=1, backend="eager", verbose=False)
+    network = dcompile.cache_compile(plain(), interval=2, depth=1, backend="eager", verbose=False)
     expected = dcompile.handle(network).explain(picture(), timesteps()[0], None)
     assert dcompile.handle(loaded(saved)).explain() == expected
 
