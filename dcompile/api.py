@@ -185,7 +185,7 @@ def cache_compile(
         dispatcher = _install(network, settings, module)
         if tunes:
             assert speedup is not None
-            self_tune(dispatcher, settings, speedup, asked_for=autotune == "first")
+            self_tune(dispatcher, settings, float(speedup), asked_for=autotune == "first")
     return module if is_pipeline(module) else cast(M, network_of(module))
 
 

@@ -56,6 +56,8 @@ MEMORY = 1 << 30
 LEAST_STEPS = 3
 # So many runs that cannot be watched, or calls that cannot be captured, and none other, are enough.
 MOST_UNCLEAR = 3
+# So many runs of fewer than LEAST_STEPS, and none other: these are no warm-up.
+MOST_SHORT = 24
 # So many kinds are watched; where no run is like another, watching is all that would happen.
 MOST_KINDS = 16
 # A forecast's errors are predicted from true features, which reuse steps do not see: it has to be
@@ -91,7 +93,10 @@ class SelfTuner:
         self._is_prepared = False
         self._schedule: SelfTuned | None = None  # once cuts are chosen
         self._settled: set[Kind | None] = set()  # kinds for which there is something, or nothing
+        self._all_cuts: tuple[int, ...] = ()
+        self._chosen_by: Kind | None = None  # the run that the cuts were chosen by
         self._unclear = 0  # runs that cannot be watched
+        self._short = 0  # runs of too few steps
         self._seen_once: set[tuple[Kind, int]] = set()  # partial runs, with where they ended
 
     def begin(self) -> None:
@@ -129,18 +134,23 @@ class SelfTuner:
             GainWeighted(speedup=self._speedup).refreshes(1000, rows[0].ratio)
             worth = [row.depth for row in rows if row.ratio <= LARGEST_RATIO][:MOST_CUTS]
             cuts = tuple(worth or [row.depth for row in rows[:1]])
-            watching = SelfTuned(self._speedup, cuts, "reuse", watch=self._begins)
-            self._configure(
-                replace(
-                    self._asked,
-                    schedule=watching,
-                    depths=cuts,
-                    forecasts=(Reuse(),) * len(cuts),
-                    backend=resolve("eager", None),
-                    cuda_graphs=False,
-                )
-            )
+            self._all_cuts = cuts
+            self._watch_all_cuts()
             return dispatcher.state
+
+    def _watch_all_cuts(self) -> None:
+        """Have the next run of each kind watched, with all cuts that are worth it."""
+        self._watched = _Watched()
+        self._configure(
+            replace(
+                self._asked,
+                schedule=SelfTuned(self._speedup, self._all_cuts, "reuse", watch=self._begins),
+                depths=self._all_cuts,
+                forecasts=(Reuse(),) * len(self._all_cuts),
+                backend=resolve("eager", None),
+                cuda_graphs=False,
+            )
+        )
 
     def _go_on_with(self, found: SelfTuned) -> None:
         """Use what another process has found."""
@@ -159,8 +169,9 @@ class SelfTuner:
         if dispatcher.settings.schedule is not self._installed:
             return
         self._installed = settings.schedule
-        counters = dispatcher.state.counters
+        counters, runs = dispatcher.state.counters, dispatcher.state.tracker.runs
         dispatcher.configure(settings)
+        dispatcher.state.tracker.runs = runs
         observer = self._observe if watches else None
         dispatcher.state = replace(dispatcher.state, counters=counters, observer=observer)
 
@@ -169,8 +180,10 @@ class SelfTuner:
         with self._lock:
             kind = Kind.of(run)
             if kind is None or kind.steps < LEAST_STEPS:
-                self._unclear += 1
-                if self._unclear >= MOST_UNCLEAR and not self._settled:
+                self._short += kind is not None
+                self._unclear += kind is None
+                is_enough = self._unclear >= MOST_UNCLEAR or self._short >= MOST_SHORT
+                if is_enough and not self._settled:
                     self._give_up(
                         f"runs of less than {LEAST_STEPS} steps, or over timesteps that are not "
                         "elements of one tensor, cannot be watched"
@@ -220,6 +233,9 @@ class SelfTuner:
             if kind.steps == seen.steps and placed.length == seen.step:
                 del known[kind]
                 self._settled.discard(kind)
+                if kind == self._chosen_by:  # so were the cuts
+                    self._schedule, self._settled = None, set()
+                    self._watch_all_cuts()
 
     def _finish(self) -> None:
         """Place the refreshes of the kind of run that was watched."""
@@ -268,22 +284,28 @@ class SelfTuner:
         )
         if self._schedule is not None:
             own = dict(levels)
-            inner: tuple[int, ...] = (0,)
+            outer = tuple(range(length))
             refresh: list[tuple[int, ...]] = []
-            for depth in reversed(self._schedule.cuts):
-                inner = own.get(depth, inner)
-                refresh.insert(0, inner)
+            for depth in self._schedule.cuts:  # one that was not chosen is refreshed with the outer
+                outer = own.get(depth, outer)
+                refresh.append(outer)
             self._schedule.known[kind] = Placed(tuple(refresh), length)
-            self._cache.write(self._schedule)
+            self._keep()
             return
         cuts = tuple(depth for depth, _ in levels)
         placed = Placed(tuple(own for _, own in levels), length)
         self._schedule = SelfTuned(self._speedup, cuts, name, {kind: placed}, self._begins)
-        self._cache.write(self._schedule)
+        self._chosen_by = kind
+        self._keep()
         forecasts = (resolve_forecast(name),) * len(cuts)
         self._configure(
             replace(self._asked, schedule=self._schedule, depths=cuts, forecasts=forecasts)
         )
+
+    def _keep(self) -> None:
+        """On disk, for other processes."""
+        assert self._schedule is not None
+        self._cache.write(self._schedule, self._dispatcher.programs.captures.structure())
 
     def _give_up(self, reason: str) -> None:
         """Place refreshes by the sampler's error gains."""

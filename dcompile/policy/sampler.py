@@ -9,7 +9,9 @@ of that equation. Everything is read from the scheduler object: no list of class
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -130,6 +132,17 @@ def default_forecast(
         return Reuse()
     frequent = steps is not None and refreshes is not None and steps <= LONGEST_LINEAR * refreshes
     return Lagrange(1) if frequent else Damped()
+
+
+def describe_sampler(scheduler: Any) -> str:
+    """Its class and a digest of its settings, the same in every process."""
+    config = {
+        str(name): value
+        for name, value in dict(getattr(scheduler, "config", None) or {}).items()
+        if not str(name).startswith("_")
+    }
+    settings = json.dumps(config, sort_keys=True, default=repr)
+    return f"{type(scheduler).__name__} {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
 
 def is_stochastic(scheduler: Any) -> bool:

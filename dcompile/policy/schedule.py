@@ -61,6 +61,7 @@ class RunInfo:
         power: the default exponent of the gains for this sampler (``sampler.default_power``).
         forecast: the default forecast for this sampler (``sampler.default_forecast``).
         warn: shows a message to the user, once.
+        sampler: the sampler's class and a digest of its settings; empty if it is not known.
     """
 
     steps: int | None
@@ -70,6 +71,7 @@ class RunInfo:
     power: float = 0.5
     forecast: Forecast = Reuse()  # noqa: RUF009
     warn: Callable[[str], None] = notices.warn
+    sampler: str = ""
 
 
 class Plan:

@@ -64,11 +64,13 @@ class Kind:
 
     Attributes:
         steps: of a run.
-        gains: the sampler's error gains, rounded; they differ with its settings.
+        gains: the sampler's error gains, rounded.
+        sampler: its class and settings.
     """
 
     steps: int
     gains: tuple[float, ...]
+    sampler: str = ""
 
     @staticmethod
     def of(run: RunInfo) -> Kind | None:
@@ -78,7 +80,7 @@ class Kind:
         gains = run.gains[-run.steps :] if run.gains is not None else ()
         if len(gains) < run.steps:
             gains = (1.0,) * run.steps
-        return Kind(run.steps, tuple(round(gain, _DECIMALS) for gain in gains))
+        return Kind(run.steps, tuple(round(gain, _DECIMALS) for gain in gains), run.sampler)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ class SelfTuned(Schedule):
 
     def describe(self) -> list[str]:
         lines = []
-        for kind, found in self.known.items():
+        for kind, found in list(self.known.items()):
             counts = ", ".join(
                 f"depth {depth} at {len(own)}"
                 for depth, own in zip(self.cuts, found.refresh, strict=True)
@@ -130,7 +132,12 @@ class SelfTuned(Schedule):
                 f"speedup={self.speedup:g}: the first run of {'a new' if lines else 'each'} kind "
                 "(steps, sampler) is watched, and refreshes at every step"
             )
-        return lines or [f"speedup={self.speedup:g}: placed by the sampler's error gains"]
+        else:
+            lines.append(
+                f"speedup={self.speedup:g}: {'other runs' if lines else 'refreshes'} are placed by "
+                "the sampler's error gains"
+            )
+        return lines
 
     def plan(self, run: RunInfo) -> Plan:
         kind = Kind.of(run)
@@ -147,10 +154,11 @@ class SelfTuned(Schedule):
             {
                 "steps": kind.steps,
                 "gains": list(kind.gains),
+                "sampler": kind.sampler,
                 "refresh": [list(own) for own in placed.refresh],
                 "length": placed.length,
             }
-            for kind, placed in self.known.items()
+            for kind, placed in list(self.known.items())
         ]
         return {
             "speedup": self.speedup,
@@ -172,13 +180,15 @@ class SelfTuned(Schedule):
         resolve_forecast(forecast)
         found: dict[Kind, Placed] = {}
         try:
-            if not cuts or list(cuts) != sorted({int(depth) for depth in cuts}) or cuts[0] < 0:
+            ascending = list(cuts) == sorted({_natural(depth) for depth in cuts})
+            if not cuts or not ascending:
                 raise ValueError(f"cuts are {cuts!r}")
             for entry in known:
-                kind = Kind(int(entry["steps"]), tuple(float(gain) for gain in entry["gains"]))
+                gains = tuple(float(gain) for gain in entry["gains"])
+                kind = Kind(_natural(entry["steps"]), gains, str(entry["sampler"]))
                 refresh = tuple(Steps(own).refresh_steps for own in entry["refresh"])
                 nested = all(set(outer) >= set(inner) for outer, inner in pairwise(refresh))
-                length = int(entry["length"])
+                length = _natural(entry["length"])
                 inside = 0 < length <= kind.steps and all(own[-1] < length for own in refresh)
                 if len(refresh) != len(cuts) or not nested or len(kind.gains) != kind.steps:
                     raise ValueError(f"refresh steps are {entry['refresh']!r}")
@@ -188,6 +198,12 @@ class SelfTuned(Schedule):
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ScheduleError(f"SelfTuned: {error}") from error
         return SelfTuned(float(speedup), tuple(cuts), forecast, found)
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a natural number, got {value!r}")
+    return value
 
 
 __all__ = ["Kind", "Placed", "SelfTuned"]

@@ -13,6 +13,7 @@ from dcompile.policy.forecast import Forecast, Reuse
 from dcompile.policy.sampler import (
     default_forecast,
     default_power,
+    describe_sampler,
     error_gains,
     is_stochastic,
     over_timesteps,
@@ -97,6 +98,7 @@ class Planner:
             default_power(sampler, stochastic=stochastic),
             default_forecast(stochastic=stochastic),
             warn,
+            describe_sampler(sampler),
         )
 
     def _is_stochastic(self, sampler: Any) -> bool:

@@ -9,11 +9,13 @@ or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from dcompile.compiler.fingerprint import portable
 from dcompile.compiler.structure import Structure
 from dcompile.errors import ScheduleError
-from dcompile.notices import logger, warn
+from dcompile.notices import warn
 from dcompile.policy import codec
 from dcompile.policy.self_tuned import SelfTuned
 from dcompile.version import __version__
@@ -53,18 +55,20 @@ class TunedCache:
         speedup: float,
     ) -> None:
         self._file: Path | None = None
-        folder = _folder()
-        if folder is None:
-            return
+        self._module, self._speedup = module, speedup
+        self._call = [_described(leaf) for leaf in tree_leaves((args, dict(kwargs)))]
         try:
-            weights = _digest_of_weights(module)
-        except (RuntimeError, TypeError, NotImplementedError) as error:  # no plain tensors
-            logger.debug("dcompile: autotune: nothing is kept on disk: %s", error)
-            return
-        call = [_described(leaf) for leaf in tree_leaves((args, dict(kwargs)))]
-        depends_on = [__version__, portable(structure), weights, call, speedup]
+            folder = _folder()
+            if folder is not None:
+                self._file = folder / self._name(structure)
+        except Exception as error:  # no home; weights of other kinds, or without values
+            warn(f"autotune: what was found is not kept on disk: {_reason(error)}")
+
+    def _name(self, structure: Structure) -> str:
+        weights = _digest_of_weights(self._module)
+        depends_on = [__version__, portable(structure), weights, self._call, self._speedup]
         digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-        self._file = folder / f"{digest[:40]}.json"
+        return f"{digest[:40]}.json"
 
     def read(self, depths: Collection[int]) -> SelfTuned | None:
         """What is known; None for nothing.
@@ -75,8 +79,8 @@ class TunedCache:
         if self._file is None:
             return None
         try:
-            found = codec.from_json(json.loads(self._file.read_bytes()))
-            if not isinstance(found, SelfTuned) or not set(found.cuts) <= set(depths):
+            found = _read(self._file)
+            if not set(found.cuts) <= set(depths) or found.speedup != self._speedup:
                 raise ValueError("it is of another network")
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -89,26 +93,50 @@ class TunedCache:
             return None
         return found if found.known else None
 
-    def write(self, schedule: SelfTuned) -> None:
-        """Keep what is known now, instead of what was kept; where that fails, one warning."""
+    def write(self, schedule: SelfTuned, structure: Structure) -> None:
+        """Add what is known now to what is kept; where that fails, one warning.
+
+        Runs that were watched in part only are not kept, nor anything of a network that has changed
+        since its file was named.
+
+        Args:
+            schedule: what is known.
+            structure: of the network as it is now.
+        """
         if self._file is None:
             return
+        whole = {kind: one for kind, one in schedule.known.items() if one.length == kind.steps}
+        if not whole or self._name(structure) != self._file.name:
+            return
+        with contextlib.suppress(OSError, ValueError, TypeError, ScheduleError, RecursionError):
+            kept = _read(self._file)
+            if (kept.cuts, kept.forecast) == (schedule.cuts, schedule.forecast):
+                whole = {**kept.known, **whole}
         temporary = self._file.with_name(f"{self._file.stem}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(codec.to_json(schedule)))
+            temporary.write_text(json.dumps(codec.to_json(replace(schedule, known=whole))))
             os.replace(temporary, self._file)
         except OSError as error:
             warn(f"autotune: what was found is not kept on disk: {_reason(error)}")
             self._file = None
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> SelfTuned:
+    found = codec.from_json(json.loads(file.read_bytes()))
+    if not isinstance(found, SelfTuned):
+        raise ValueError("it is another schedule")
+    return found
 
 
 def _folder() -> Path | None:
     asked = os.environ.get(_VARIABLE)
     if asked is not None:
         return Path(asked).expanduser() if asked.strip() else None
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "dcompile"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "dcompile"
 
 
 def _digest_of_weights(module: nn.Module) -> str:
@@ -120,7 +148,8 @@ def _digest_of_weights(module: nn.Module) -> str:
         flat = tensor.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // _SAMPLED)]
         values = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
-        sampled.setdefault(tensor.device, []).append(values.float())
+        values = values.to(torch.float32, copy=True)  # a view would keep a channels-last copy alive
+        sampled.setdefault(tensor.device, []).append(values)
     for values in map(torch.cat, sampled.values()):
         digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()

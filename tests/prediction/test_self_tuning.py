@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import seam
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from heard import heard, noticed, silent
 from plain import Plain, picture, plain, sampled
 from simulated_graphs import SimulatedRecorder
@@ -84,7 +89,7 @@ def test_the_second_run_is_far_closer_than_deepcache(pipe: Any) -> None:
     found = [drawn(pipe, number) for number in range(1, 4)]
     after = dcompile.handle(pipe).stats
     assert after.forced_steps == after.uncached_calls == 0
-    assert after.runs == 3  # since the cuts were chosen
+    assert after.runs == 4
     gains = [
         psnr(own, true) - psnr(other, true)
         for own, other, true in zip(found, plainly, expected[1:], strict=True)
@@ -207,7 +212,8 @@ def test_features_that_are_not_finite() -> None:
     assert seam.settings_of(network).schedule == GainWeighted(speedup=1.5)
 
 
-def test_runs_of_two_steps(pipe: Any) -> None:
+def test_runs_of_two_steps(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftuning, "MOST_SHORT", 3)
     self_tuned(pipe)
     with noticed("autotune: runs of less than 3 steps"):
         for _ in range(3):
@@ -216,6 +222,77 @@ def test_runs_of_two_steps(pipe: Any) -> None:
 
 
 @pytest.mark.full
+def test_short_runs_to_warm_up_do_not_end_it(pipe: Any) -> None:
+    self_tuned(pipe)
+    with silent():
+        for _ in range(4):
+            drawn(pipe, steps=1)
+            drawn(pipe, steps=2)
+    drawn(pipe)
+    assert [kind.steps for kind in schedule_of(pipe).known] == [STEPS]
+
+
+def interval_two(pipe: Any, steps: int) -> torch.Tensor:
+    dcompile.cache_compile(pipe, interval=2, backend="eager", verbose=False)
+    return drawn(pipe, 1, steps)
+
+
+@pytest.mark.full
+def test_cuts_chosen_by_one_kind_serve_the_others(shared_pipe: Any) -> None:
+    """Whichever was seen first, and with another sampler."""
+    pipe = StableDiffusionPipeline(**shared_pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    kinds = [(DDIMScheduler, steps) for steps in (10, 20, 8, 12)]
+    kinds += [(DPMSolverMultistepScheduler, 10), (EulerDiscreteScheduler, 10)]
+    expected, caching = {}, {}
+    for sampler, steps in kinds:
+        pipe.scheduler = sampler.from_config(shared_pipe.scheduler.config)
+        expected[sampler, steps] = drawn(pipe, 1, steps)
+        caching[sampler, steps] = psnr(interval_two(pipe, steps), expected[sampler, steps])
+        dcompile.handle(pipe).remove()
+    self_tuned(pipe)
+    for sampler, steps in kinds:
+        pipe.scheduler = sampler.from_config(shared_pipe.scheduler.config)
+        watched = drawn(pipe, 1, steps)
+        assert torch.equal(watched, expected[sampler, steps])
+        found = psnr(drawn(pipe, 1, steps), expected[sampler, steps])
+        assert found > caching[sampler, steps] + 6, (sampler, steps, found)
+    dcompile.handle(pipe).remove()
+
+
+def test_a_sampler_s_settings_are_another_kind(pipe: Any) -> None:
+    """Also where its error gains are the same."""
+    self_tuned(pipe)
+    for settings in ({"solver_order": 2}, {"solver_order": 1}):
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **settings)
+        before = dcompile.handle(pipe).stats
+        drawn(pipe)
+        after = dcompile.handle(pipe).stats
+        assert after.refresh_steps - before.refresh_steps == STEPS
+    assert len(schedule_of(pipe).known) == 2
+    assert after.runs == 2
+
+
+@pytest.mark.full
+def test_runs_interrupted_at_the_same_step(pipe: Any) -> None:
+    """Cuts that were chosen by what they had come to are chosen again by a whole run."""
+
+    def stop(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 3:
+            raise KeyboardInterrupt
+        return kwargs
+
+    expected = drawn(pipe, 1)
+    self_tuned(pipe)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            drawn(pipe, callback_on_step_end=stop)
+    for _ in range(3):
+        found = drawn(pipe, 1)
+    assert [placed.length for placed in schedule_of(pipe).known.values()] == [STEPS]
+    assert psnr(found, expected) > 35
+
+
 def test_other_settings_in_mid_run_and_back(pipe: Any) -> None:
     """The rest of the run is not what cuts are chosen by."""
 
@@ -409,25 +486,67 @@ def test_warming_up_before_the_first_run_is_warned_of() -> None:
 
 
 def test_it_survives_json() -> None:
-    kind = Kind(4, (0.5, 0.4, 0.3, 0.2))
+    kind = Kind(4, (0.5, 0.4, 0.3, 0.2), "DDIMScheduler 0")
     schedule = SelfTuned(2.0, (0, 2), "reuse", {kind: Placed(((0, 2), (0,)), 4)})
     entry = json.loads(json.dumps(codec.to_json(schedule)))
     again = codec.from_json(entry)
     assert isinstance(again, SelfTuned)
     assert again.as_json() == schedule.as_json()
-    plan = again.plan(RunInfo(4, 2, 0.1, kind.gains))
+    plan = again.plan(RunInfo(4, 2, 0.1, kind.gains, sampler=kind.sampler))
     assert [plan.level(step) for step in range(5)] == [2, 0, 1, 0, 2]
     for field, value in (
         ("speedup", 0.5),
         ("cuts", [2, 0]),
+        ("cuts", [0.0, 2.0]),
+        ("cuts", [False, 2]),
+        ("known", [{**entry["known"][0], "steps": 4.0}]),
         ("cuts", []),
         ("forecast", "nonsense"),
         ("known", [{"steps": 4}]),
-        ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0], [0, 2]], "length": 4}]),
-        ("known", [{"steps": 4, "gains": [1.0], "refresh": [[0, 2], [0]], "length": 4}]),
-        ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0, 4], [0]], "length": 4}]),
-        ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0, 2], [0]], "length": 5}]),
-        ("known", [{"steps": 4, "gains": [1.0] * 4, "refresh": [[0], [0]], "length": 0}]),
+        (
+            "known",
+            [
+                {
+                    "steps": 4,
+                    "gains": [1.0] * 4,
+                    "sampler": "",
+                    "refresh": [[0], [0, 2]],
+                    "length": 4,
+                }
+            ],
+        ),
+        (
+            "known",
+            [{"steps": 4, "gains": [1.0], "sampler": "", "refresh": [[0, 2], [0]], "length": 4}],
+        ),
+        (
+            "known",
+            [
+                {
+                    "steps": 4,
+                    "gains": [1.0] * 4,
+                    "sampler": "",
+                    "refresh": [[0, 4], [0]],
+                    "length": 4,
+                }
+            ],
+        ),
+        (
+            "known",
+            [
+                {
+                    "steps": 4,
+                    "gains": [1.0] * 4,
+                    "sampler": "",
+                    "refresh": [[0, 2], [0]],
+                    "length": 5,
+                }
+            ],
+        ),
+        (
+            "known",
+            [{"steps": 4, "gains": [1.0] * 4, "sampler": "", "refresh": [[0], [0]], "length": 0}],
+        ),
         ("known", 3),
     ):
         with pytest.raises(dcompile.ScheduleError):

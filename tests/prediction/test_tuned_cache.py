@@ -163,6 +163,61 @@ def test_a_folder_that_cannot_be_written(folder: Path) -> None:
     assert not is_watched(network, sampler)
 
 
+def test_a_network_that_has_changed_adds_nothing(folder: Path) -> None:
+    network, sampler = tuned()
+    assert is_watched(network, sampler)
+    with torch.no_grad():
+        network.deep[0].weight.mul_(1.01)
+    sampler.set_timesteps(12)
+    assert is_watched(network, sampler)
+    again, sampler = tuned()
+    sampler.set_timesteps(12)
+    assert is_watched(again, sampler)
+
+
+def test_what_two_processes_find_is_joined(folder: Path) -> None:
+    assert is_watched(*tuned())
+    one, other = tuned(), tuned()
+    for (network, sampler), steps in ((one, 12), (other, 15)):
+        assert not is_watched(network, sampler)
+        sampler.set_timesteps(steps)
+    assert is_watched(*one)
+    assert is_watched(*other)
+    network, sampler = tuned()
+    for steps in (9, 12, 15):
+        sampler.set_timesteps(steps)
+        assert not is_watched(network, sampler)
+
+
+@pytest.mark.parametrize("where", ["~nobody-of-this-name/x", None])
+def test_no_home(where: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is in no list."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("DCOMPILE_CACHE_DIR")
+    if where is not None:
+        monkeypatch.setenv("DCOMPILE_CACHE_DIR", where)
+
+    def expanduser(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    with noticed("autotune: what was found is not kept on disk: RuntimeError") as messages:
+        network, sampler = tuned()
+        assert is_watched(network, sampler)
+    assert len(messages) == 1
+
+
+def test_a_relative_cache_folder_is_no_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DCOMPILE_CACHE_DIR")
+    assert is_watched(*tuned())
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_many_at_a_time_leave_one_whole_file(folder: Path) -> None:
     networks = [tuned(plain()) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
