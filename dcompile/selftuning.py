@@ -97,7 +97,7 @@ class SelfTuner:
         self._chosen_by: Kind | None = None  # the run that the cuts were chosen by
         self._unclear = 0  # runs that cannot be watched
         self._short = 0  # runs of too few steps
-        self._seen_once: set[tuple[Kind, int]] = set()  # partial runs, with where they ended
+        self._parts = _PartialRuns()
 
     def begin(self) -> None:
         """Have the first call prepare for watching."""
@@ -198,7 +198,7 @@ class SelfTuner:
                 self._has_ended_early()
             # Of a run that is interrupted by other settings, a part goes on as a run of its own.
             whole = run.gains is None or len(run.gains) <= kind.steps
-            if whole or self._is_known((kind, 0)):
+            if whole or self._parts.again(kind, 0):
                 self._watched.begin(run, lanes)
             return True
 
@@ -206,15 +206,9 @@ class SelfTuner:
         """A run ended before its timesteps did: it was interrupted, or they all do."""
         run, length = self._watched.run, self._watched.length
         kind = Kind.of(run) if run is not None else None
-        if kind is not None and length >= LEAST_STEPS and self._is_known((kind, length)):
+        if kind is not None and length >= LEAST_STEPS and self._parts.again(kind, length):
             self._finish()
         self._watched = _Watched()
-
-    def _is_known(self, run: tuple[Kind, int]) -> bool:
-        """Whether there was such a run before; from now on there was."""
-        known = run in self._seen_once
-        self._seen_once.add(run)
-        return known
 
     def _observe(self, seen: RefreshRecord) -> None:
         with self._lock:
@@ -233,6 +227,7 @@ class SelfTuner:
             if kind.steps == seen.steps and placed.length == seen.step:
                 del known[kind]
                 self._settled.discard(kind)
+                self._parts.outrun(kind, placed.length)
                 if kind == self._chosen_by:  # so were the cuts
                     self._schedule, self._settled = None, set()
                     self._watch_all_cuts()
@@ -316,6 +311,24 @@ class SelfTuner:
         else:
             self._display.note(message)
         self._configure(self._asked, watches=False)
+
+
+class _PartialRuns:
+    """Runs that are parts of others, with the number of steps after which they ended, 0 for all."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[Kind, int]] = set()
+        self._outrun: set[tuple[Kind, int]] = set()
+
+    def again(self, kind: Kind, length: int) -> bool:
+        """Whether there was such a run before, and none went further; from now on there was one."""
+        known = (kind, length) in self._seen
+        self._seen.add((kind, length))
+        return known and (kind, length) not in self._outrun
+
+    def outrun(self, kind: Kind, length: int) -> None:
+        """One went further: those that ended there were interrupted."""
+        self._outrun.add((kind, length))
 
 
 class _Watched:

@@ -289,6 +289,8 @@ def test_runs_interrupted_at_the_same_step(pipe: Any) -> None:
             drawn(pipe, callback_on_step_end=stop)
     for _ in range(3):
         found = drawn(pipe, 1)
+        with pytest.raises(KeyboardInterrupt):
+            drawn(pipe, callback_on_step_end=stop)
     assert [placed.length for placed in schedule_of(pipe).known.values()] == [STEPS]
     assert psnr(found, expected) > 35
 
