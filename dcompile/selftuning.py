@@ -267,7 +267,7 @@ class SelfTuner:
             if self._schedule is None:
                 self._give_up(reason)
             else:
-                self._display.note(f"{reason}: they are placed by the sampler")
+                self._display.note(f"{reason}: they are refreshed as runs of another kind are")
             return
         levels, name = choice
         ratios = {depth: objective.ratio for depth, objective in objectives.items()}

@@ -32,6 +32,21 @@ class Placed(NamedTuple):
     def plan(self) -> TunedPlan:
         return TunedPlan(tuple(map(frozenset, self.refresh)), self.length)
 
+    def scaled(self, steps: int) -> Placed:
+        """For a run of another length: each cut's share of refreshes, as dense as here."""
+        refresh: list[tuple[int, ...]] = []
+        inner: set[int] = {0}
+        for own in reversed(self.refresh):  # what refreshes a cut refreshes all outer ones
+            count = max(1, round(len(own) * steps / self.length))
+            ends = (*own, self.length)
+            times = [
+                ends[int(at)] + (at - int(at)) * (ends[int(at) + 1] - ends[int(at)])
+                for at in (number * len(own) / count for number in range(count))
+            ]
+            inner = inner | {int(time * steps / self.length) for time in times}
+            refresh.insert(0, tuple(sorted(inner)))
+        return Placed(tuple(refresh), steps)
+
 
 class _UntilFound(Plan):
     """Refreshes at every step; passes over the same timesteps that begin later run what was found.
@@ -88,7 +103,7 @@ class SelfTuned(Schedule):
     """What ``cache_compile(pipe, speedup=..., autotune="first")`` runs: the second run on.
 
     A kind of run that it does not know is refreshed at every step and watched. Where nobody
-    watches, as after loading it from a file, it is placed by the sampler's error gains.
+    watches, as after loading it from a file, it runs what is known of the most similar kind.
 
     Attributes:
         speedup: that was asked for, in FLOPs.
@@ -134,8 +149,9 @@ class SelfTuned(Schedule):
             )
         else:
             lines.append(
-                f"speedup={self.speedup:g}: {'other runs' if lines else 'refreshes'} are placed by "
-                "the sampler's error gains"
+                f"speedup={self.speedup:g}: other runs are refreshed as the most similar of these"
+                if lines
+                else f"speedup={self.speedup:g}: refreshes are placed by the sampler's error gains"
             )
         return lines
 
@@ -146,6 +162,9 @@ class SelfTuned(Schedule):
             return found.plan()
         if self.watch is not None and self.watch(run):
             return _UntilFound(lambda: self.known.get(kind) if kind is not None else None, run)
+        if self.known and run.steps is not None:
+            near = min(self.known, key=lambda known: _distance(known, run))
+            return self.known[near].scaled(run.steps).plan()
         return GainWeighted(speedup=self.speedup).plan(run)
 
     def as_json(self) -> dict[str, Any]:
@@ -198,6 +217,11 @@ class SelfTuned(Schedule):
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ScheduleError(f"SelfTuned: {error}") from error
         return SelfTuned(float(speedup), tuple(cuts), forecast, found)
+
+
+def _distance(kind: Kind, run: RunInfo) -> tuple[bool, int]:
+    """How little a kind says of a run: another sampler's says less than other numbers of steps."""
+    return kind.sampler != run.sampler, abs(kind.steps - (run.steps or 0))
 
 
 def _natural(value: Any) -> int:

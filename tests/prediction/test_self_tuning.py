@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from heard import heard, noticed, silent
+from hypothesis import given
+from hypothesis import strategies as st
 from plain import Plain, picture, plain, sampled
 from simulated_graphs import SimulatedRecorder
 from transformer_pipelines import pipeline
@@ -364,7 +367,32 @@ def test_two_denoisers() -> None:
         assert stats.uncached_calls == 0
 
 
+@given(st.data())
+def test_other_lengths_are_refreshed_as_densely(data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, 60))
+    inner: set[int] = set(range(1, length))
+    refresh: list[tuple[int, ...]] = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        inner = data.draw(st.sets(st.sampled_from(sorted(inner)))) if inner else inner
+        refresh.append((0, *sorted(inner)))
+    steps = data.draw(st.integers(1, 120))
+    found = Placed(tuple(refresh), length)
+    scaled = found.scaled(steps)
+    assert found.scaled(length) == found
+    assert scaled.length == steps
+    for own, before in zip(scaled.refresh, found.refresh, strict=True):
+        assert own[0] == 0
+        assert list(own) == sorted(set(own))
+        assert own[-1] < steps
+        # Each cut adds a rounding, and steps that no other cut shares.
+        assert abs(len(own) - len(before) * steps / length) <= 1 + len(refresh) * max(
+            1, steps / length
+        )
+    assert all(set(outer) >= set(deeper) for outer, deeper in pairwise(scaled.refresh))
+
+
 def test_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
+    expected = drawn(pipe, 1, steps=8)
     self_tuned(pipe)
     drawn(pipe)
     found = drawn(pipe)
@@ -373,8 +401,11 @@ def test_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
     with silent():
         dcompile.load(pipe, folder, verbose=False)
         assert torch.equal(drawn(pipe), found)
-        drawn(pipe, steps=7)  # unknown: by the sampler's error gains
+        before = dcompile.handle(pipe).stats
+        like_it = psnr(drawn(pipe, 1, steps=8), expected)  # unknown: as densely as those of 12
     stats = dcompile.handle(pipe).stats
+    assert stats.refresh_steps + stats.partial_steps > before.refresh_steps + before.partial_steps
+    assert like_it > 25
     assert stats.captures == 0
     assert stats.reuse_steps > 0
 
