@@ -176,7 +176,7 @@ ADDONS = {
 }
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("compiled_after", [0, 1, None], ids=["after", "between", "before"])
 @pytest.mark.parametrize("name", ADDONS)
 def test_addons(name: str, compiled_after: int | None, compatible: Compatible) -> None:
@@ -211,6 +211,7 @@ def test_addons_are_seen(name: str) -> None:
     assert not torch.equal(run(pipe, **arguments), before)
 
 
+@pytest.mark.full
 def test_loras_that_come_and_go_are_captured_once() -> None:
     pipe = cached(small())
     load(1, "a")(pipe)

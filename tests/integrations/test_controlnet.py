@@ -178,7 +178,7 @@ def pipes() -> tuple[Any, Any]:
     return single(), single()
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     "change",
     [

@@ -228,6 +228,7 @@ def test_a_cache_of_another_library_is_refused_by_name(
     assert f"the cache of {library} is on it" in next(iter(stats.uncached_reasons))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", [name for name in NOT_CAPTURED if name in TRANSFORMERS])
 def test_what_cannot_be_captured_runs_uncached(name: str) -> None:
     network, kwargs = small_transformer(name)

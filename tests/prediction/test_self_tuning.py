@@ -138,7 +138,7 @@ def test_another_kind_of_run_is_watched_too(pipe: Any, monkeypatch: pytest.Monke
     assert all(len(placed.refresh) == len(cuts) for placed in known.values())
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("at", [0, 4])
 def test_an_interrupted_run(at: int, pipe: Any) -> None:
     class StopError(Exception):
@@ -298,6 +298,7 @@ def test_runs_interrupted_at_the_same_step(pipe: Any) -> None:
     assert psnr(found, expected) > 35
 
 
+@pytest.mark.full
 def test_other_settings_in_mid_run_and_back(pipe: Any) -> None:
     """The rest of the run is not what cuts are chosen by."""
 
@@ -391,6 +392,7 @@ def test_other_lengths_are_refreshed_as_densely(data: st.DataObject) -> None:
     assert all(set(outer) >= set(deeper) for outer, deeper in pairwise(scaled.refresh))
 
 
+@pytest.mark.full
 def test_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
     expected = drawn(pipe, 1, steps=8)
     self_tuned(pipe)
@@ -498,6 +500,7 @@ def test_passes_over_the_same_timesteps() -> None:
         assert dcompile.handle(network).stats.refresh_steps - before < steps
 
 
+@pytest.mark.full
 def test_so_many_kinds_are_watched_and_no_more(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftuning, "MOST_KINDS", 2)
     self_tuned(pipe)
@@ -616,6 +619,7 @@ def test_a_speedup_beyond_reach_is_said_at_once(pipe: Any) -> None:
         drawn(pipe)
 
 
+@pytest.mark.full
 def test_a_speedup_that_needs_no_cuts(pipe: Any) -> None:
     expected = drawn(pipe)
     self_tuned(pipe, 1.0)

@@ -99,6 +99,7 @@ def modes() -> int:
     return sum(isinstance(thing, FakeTensorMode) for thing in gc.get_objects())
 
 
+@pytest.mark.full
 def test_a_capture_leaves_nothing_behind() -> None:
     network = compiled()
     counts = []

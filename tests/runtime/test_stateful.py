@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -167,10 +168,18 @@ class Users(RuleBasedStateMachine):
 
 _GAIN = Gain.forward
 
-TestUsers = Users.TestCase
-TestUsers.settings = settings(
+LOOKING = settings(
     max_examples=EXAMPLES,
     stateful_step_count=12,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.full
+class TestUsers(Users.TestCase):  # type: ignore[misc]
+    settings = LOOKING
+
+
+class TestUsersBriefly(Users.TestCase):  # type: ignore[misc]
+    settings = settings(LOOKING, max_examples=3)
