@@ -58,3 +58,11 @@ class ArtifactError(DcompileError, RuntimeError):
 
 class TuneError(DcompileError, RuntimeError):
     """``tune``, ``calibrate`` or ``profile`` cannot use this run or these arguments."""
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that started it all."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -100,7 +100,7 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class SelfTuned(Schedule):
-    """What ``cache_compile(pipe, speedup=..., autotune="first")`` runs: the second run on.
+    """What ``cache_compile(pipe, speedup=...)`` runs from the second run on.
 
     A kind of run that it does not know is refreshed at every step and watched. Where nobody
     watches, as after loading it from a file, it runs what is known of the most similar kind.
@@ -163,7 +163,7 @@ class SelfTuned(Schedule):
         if self.watch is not None and self.watch(run):
             return _UntilFound(lambda: self.known.get(kind) if kind is not None else None, run)
         if self.known and run.steps is not None:
-            near = min(self.known, key=lambda known: _distance(known, run))
+            near = min(list(self.known), key=lambda known: _distance(known, run))
             return self.known[near].scaled(run.steps).plan()
         return GainWeighted(speedup=self.speedup).plan(run)
 

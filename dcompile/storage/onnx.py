@@ -30,7 +30,7 @@ from torch.fx import Graph, GraphModule
 from dcompile.compiler.build import choose_cut, with_weights
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.program import weights_of
-from dcompile.errors import ExportError
+from dcompile.errors import ExportError, root_cause
 from dcompile.passes import Cut, prologue_of, split_at, without_hoisted
 from dcompile.passes.hoist import HOISTED
 from dcompile.policy.schedule import Schedule
@@ -45,7 +45,6 @@ from dcompile.storage.onnx_folder import (
     move_weights_out,
     replacing,
     require_replaceable,
-    root_cause,
     write_model,
 )
 from dcompile.storage.onnx_names import Names

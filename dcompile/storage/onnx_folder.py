@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcompile.compiler.capture import CapturedNetwork
-from dcompile.errors import ExportError
+from dcompile.errors import ExportError, root_cause
 
 FORMAT = "dcompile-onnx"
 FORMAT_VERSION = 1
@@ -159,11 +159,3 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(retired, ignore_errors=True)
-
-
-def root_cause(error: BaseException) -> str:
-    """The first line of the error that started it all."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

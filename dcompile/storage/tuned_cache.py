@@ -25,10 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from dcompile.compiler.fingerprint import portable
 from dcompile.compiler.structure import Structure
-from dcompile.errors import ScheduleError
+from dcompile.errors import ScheduleError, root_cause
 from dcompile.notices import warn
 from dcompile.policy import codec
 from dcompile.policy.self_tuned import SelfTuned
+from dcompile.storage.folder import sha256_of
 from dcompile.version import __version__
 
 _VARIABLE = "DCOMPILE_CACHE_DIR"
@@ -62,12 +63,12 @@ class TunedCache:
             if folder is not None:
                 self._file = folder / self._name(structure)
         except Exception as error:  # no home; weights of other kinds, or without values
-            warn(f"autotune: what was found is not kept on disk: {_reason(error)}")
+            warn(f"autotune: what was found is not kept on disk: {root_cause(error)}")
 
     def _name(self, structure: Structure) -> str:
         weights = _digest_of_weights(self._module)
         depends_on = [__version__, portable(structure), weights, self._call, self._speedup]
-        digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+        digest = sha256_of(json.dumps(depends_on, sort_keys=True).encode())
         return f"{digest[:40]}.json"
 
     def read(self, depths: Collection[int]) -> SelfTuned | None:
@@ -85,10 +86,10 @@ class TunedCache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError, ScheduleError, RecursionError) as error:
-            warn(f"autotune: {self._file} is not used: {_reason(error)}")
+            warn(f"autotune: {self._file} is not used: {root_cause(error)}")
             return None  # and replaced later
         except OSError as error:
-            warn(f"autotune: {self._file} is not used: {_reason(error)}")
+            warn(f"autotune: {self._file} is not used: {root_cause(error)}")
             self._file = None
             return None
         return found if found.known else None
@@ -118,7 +119,7 @@ class TunedCache:
             temporary.write_text(json.dumps(codec.to_json(replace(schedule, known=whole))))
             os.replace(temporary, self._file)
         except OSError as error:
-            warn(f"autotune: what was found is not kept on disk: {_reason(error)}")
+            warn(f"autotune: what was found is not kept on disk: {root_cause(error)}")
             self._file = None
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -159,10 +160,6 @@ def _described(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return [*leaf.shape, str(leaf.dtype), leaf.device.type]
     return type(leaf).__name__
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 __all__ = ["TunedCache"]

@@ -530,60 +530,27 @@ def test_it_survives_json() -> None:
     assert again.as_json() == schedule.as_json()
     plan = again.plan(RunInfo(4, 2, 0.1, kind.gains, sampler=kind.sampler))
     assert [plan.level(step) for step in range(5)] == [2, 0, 1, 0, 2]
+
+    def known(refresh: Any, length: int = 4, steps: Any = 4, gains: int = 4) -> tuple[str, Any]:
+        one = {"steps": steps, "gains": [1.0] * gains, "sampler": ""}
+        return "known", [{**one, "refresh": refresh, "length": length}]
+
+    codec.from_json({**entry, "known": known([[0, 2], [0]])[1]})
     for field, value in (
         ("speedup", 0.5),
         ("cuts", [2, 0]),
         ("cuts", [0.0, 2.0]),
         ("cuts", [False, 2]),
-        ("known", [{**entry["known"][0], "steps": 4.0}]),
         ("cuts", []),
         ("forecast", "nonsense"),
         ("known", [{"steps": 4}]),
-        (
-            "known",
-            [
-                {
-                    "steps": 4,
-                    "gains": [1.0] * 4,
-                    "sampler": "",
-                    "refresh": [[0], [0, 2]],
-                    "length": 4,
-                }
-            ],
-        ),
-        (
-            "known",
-            [{"steps": 4, "gains": [1.0], "sampler": "", "refresh": [[0, 2], [0]], "length": 4}],
-        ),
-        (
-            "known",
-            [
-                {
-                    "steps": 4,
-                    "gains": [1.0] * 4,
-                    "sampler": "",
-                    "refresh": [[0, 4], [0]],
-                    "length": 4,
-                }
-            ],
-        ),
-        (
-            "known",
-            [
-                {
-                    "steps": 4,
-                    "gains": [1.0] * 4,
-                    "sampler": "",
-                    "refresh": [[0, 2], [0]],
-                    "length": 5,
-                }
-            ],
-        ),
-        (
-            "known",
-            [{"steps": 4, "gains": [1.0] * 4, "sampler": "", "refresh": [[0], [0]], "length": 0}],
-        ),
         ("known", 3),
+        known([[0, 2], [0]], steps=4.0),
+        known([[0], [0, 2]]),
+        known([[0, 2], [0]], gains=1),
+        known([[0, 4], [0]]),
+        known([[0, 2], [0]], length=5),
+        known([[0], [0]], length=0),
     ):
         with pytest.raises(dcompile.ScheduleError):
             codec.from_json({**entry, field: value})
