@@ -202,13 +202,14 @@ def load(
     timestep: str | None = None,
     on_error: Literal["uncached", "raise"] = "uncached",
     program_memory: int = DEFAULT_BUDGET,
+    new_calls: Literal["compile", "uncached"] = "compile",
     verbose: bool = True,
 ) -> M:
     """``cache_compile`` with programs that ``Handle.save`` wrote: nothing is captured or compiled.
 
     Everything is checked first: that the files are whole, and that they were made with this torch,
     for this kind of device, and for a module built like this one, parameter by parameter. A call
-    that none of the programs serves is captured and compiled as usual.
+    that none of the programs serves is captured and compiled, unless ``new_calls`` says otherwise.
 
     Saved programs are code, and loading runs it: load only what you trust.
 
@@ -218,6 +219,9 @@ def load(
         interval, speedup, schedule: see ``cache_compile``; as it was saved if none is given.
         forecast: as it was saved if not given; programs are made for one length of history.
         sampler, sample, timestep, on_error, program_memory: see ``cache_compile``.
+        new_calls: what a call does that none of the programs serves: "compile" captures and
+            compiles it; "uncached" runs it as if nothing had been loaded, and counts it, which
+            keeps captures out of a server's traffic.
         verbose: show on standard error what is done.
 
     Returns:
@@ -228,6 +232,7 @@ def load(
             first difference. The module is as it was.
         ScheduleError: a bad schedule or forecast, one that needs a sampler where there is none, or
             none given where a class of your own was saved.
+        DcompileError: ``on_error``, ``program_memory`` or ``new_calls`` is none of what it may be.
     """
     denoisers = denoisers_of(module)
     given = (interval, speedup, schedule) != (None, None, None)
@@ -255,6 +260,7 @@ def load(
             on_error=_checked_on_error(on_error),
             program_memory=_checked_memory(program_memory),
             channels_last=artifact.channels_last,
+            new_calls=_checked_new_calls(new_calls),
         )
         _require_sampler(settings)
         _require_spec(source, artifact.cuts, settings.target.spec)
@@ -392,6 +398,12 @@ def _checked_memory(wanted: int) -> int:
 def _checked_on_error(wanted: Literal["uncached", "raise"]) -> Literal["uncached", "raise"]:
     if wanted not in ("uncached", "raise"):
         raise DcompileError(f'on_error: expected "uncached" or "raise", got {wanted!r}')
+    return wanted
+
+
+def _checked_new_calls(wanted: Literal["compile", "uncached"]) -> Literal["compile", "uncached"]:
+    if wanted not in ("compile", "uncached"):
+        raise DcompileError(f'new_calls: expected "compile" or "uncached", got {wanted!r}')
     return wanted
 
 

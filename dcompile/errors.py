@@ -66,3 +66,9 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -17,6 +17,7 @@ from dcompile.compiler.fingerprint import portable
 from dcompile.compiler.signature import example_of
 from dcompile.errors import CaptureError, ExportError, NotCompiledError
 from dcompile.policy.forecast import name_of
+from dcompile.policy.schedule import Schedule
 from dcompile.progress import Display
 from dcompile.report.explain import CompanionReport, Explanation, explain
 from dcompile.report.summary import summary
@@ -43,6 +44,11 @@ class Handle:
     def enabled(self) -> bool:
         """Whether calls are cached; False after ``disable``."""
         return self._dispatcher.enabled
+
+    @property
+    def schedule(self) -> Schedule:
+        """What decides which steps refresh; with ``speedup=``, what was found by now."""
+        return self._dispatcher.settings.schedule
 
     @property
     def stats(self) -> Stats:

@@ -323,9 +323,9 @@ def _sampler(
     seed: int,
     device: str,
 ) -> Sampler:
-    from dcompile.cli.loading import load_pipeline, resolve_device
     from dcompile.cli.sampling import Sampler
     from dcompile.cli.settings import DemoSettings
+    from dcompile.models.loading import load_pipeline, resolve_device
 
     settings = DemoSettings(
         model=model,

@@ -16,12 +16,12 @@ from dcompile.backends import resolve
 from dcompile.cli.bench_result import BenchResult, Facts, Measured, TimedRun, result_of
 from dcompile.cli.clock import StepClock, synchronize
 from dcompile.cli.demo import require_torchmetrics
-from dcompile.cli.loading import first_line, resolve_device
 from dcompile.cli.sampling import Progress
 from dcompile.cli.settings import BenchSettings
 from dcompile.cli.subjects import Subject, load_subject
 from dcompile.cli.ways import UNCACHED, Installer, Way, planned_ways
-from dcompile.errors import ModelError
+from dcompile.errors import ModelError, first_line
+from dcompile.models.loading import resolve_device
 from dcompile.policy.fixed import Uniform
 from dcompile.report.explain import Explanation
 from dcompile.runtime.counters import Stats

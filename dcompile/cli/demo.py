@@ -10,10 +10,10 @@ import torch
 
 from dcompile import models
 from dcompile.api import cache_compile, handle
-from dcompile.cli.loading import load_pipeline, resolve_device
 from dcompile.cli.sampling import Progress, Sampler
 from dcompile.cli.settings import DemoSettings
 from dcompile.errors import DcompileError
+from dcompile.models.loading import load_pipeline, resolve_device
 from dcompile.policy.fixed import Uniform
 from dcompile.report.explain import Explanation
 

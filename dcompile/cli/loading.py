@@ -1,126 +1,30 @@
-"""Loads a model by the name a user gives, and makes an example call of its denoiser."""
+"""Makes an example call of a model's denoiser, and loads bare networks."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
-import re
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dcompile import models
 from dcompile.api import cache_compile, handle
-from dcompile.errors import DcompileError, ModelError
-
-PIPELINE_FILE, NETWORK_FILE = "model_index.json", "config.json"
-
-# What loading files of unknown origin may raise; huggingface_hub's own errors are OSErrors.
-_LOAD_ERRORS = (
-    AttributeError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+from dcompile.errors import ModelError, first_line
+from dcompile.models.loading import (
+    LOAD_ERRORS,
+    NETWORK_FILE,
+    is_network,
+    is_unconditional,
+    load_pipeline,
+    locate,
+    without_bars,
 )
 
 _EXAMPLE_PROMPT = "a photograph"
 _EXAMPLE_STEPS = 4  # enough for image-to-image, which skips the first steps
 _TEXT_TOKENS = 77  # sequence length of CLIP's text encoders
-_INSTALL_TRANSFORMERS = 'pip install "dcompile[demo]"'
-
-
-def locate(model: str) -> str | Path:
-    """The folder, or the id on the Hugging Face hub, of a model.
-
-    Args:
-        model: a bundled model's name or alias ("ddpm", "sd"), a folder with a diffusers pipeline or
-            network, or an id, ``owner/name``.
-
-    Raises:
-        ModelError: it is none of these.
-    """
-    if model in models.ALIASES or model in models.names():
-        return models.path(models.ALIASES.get(model, model))
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not any((path / name).is_file() for name in (PIPELINE_FILE, NETWORK_FILE)):
-            raise ModelError(
-                f"{model} is not a diffusers model: expected a {PIPELINE_FILE} (pipeline) or a "
-                f"{NETWORK_FILE} (network) in it"
-            )
-        return path
-    if path.exists():
-        raise ModelError(f"{model} is a file; expected the folder of a diffusers pipeline")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        return model
-    if "/" in model or "\\" in model:
-        raise ModelError(f"there is no folder {model}")
-    known = sorted({*models.ALIASES, *models.names()})
-    raise ModelError(
-        f"unknown model {model!r}: expected {', '.join(known)}, the folder of a diffusers "
-        "pipeline, or an id on the Hugging Face hub (owner/name)"
-    )
-
-
-def is_network(model: str) -> bool:
-    """Whether this is the folder of a bare network, not of a pipeline.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    source = locate(model)
-    return isinstance(source, Path) and not (source / PIPELINE_FILE).is_file()
-
-
-def load_pipeline(model: str, device: torch.device | None = None) -> Any:
-    """A diffusers pipeline, without progress bars, on ``device``.
-
-    Half precision on CUDA, except for the bundled models; otherwise float32.
-
-    Raises:
-        ModelError: there is no such model, it cannot be loaded, or transformers is missing.
-    """
-    source = locate(model)
-    if is_network(model):
-        raise ModelError(
-            f"{model} is a network, not a pipeline: expected a folder with a {PIPELINE_FILE}"
-        )
-    # diffusers' own error names neither transformers nor the model.
-    without_transformers = importlib.util.find_spec("transformers") is None
-    if isinstance(source, Path) and without_transformers and _has_parts_of_transformers(source):
-        raise ModelError(f"{model} needs transformers: {_INSTALL_TRANSFORMERS}")
-    import diffusers
-
-    bundled = isinstance(source, Path) and source.parent == Path(models.__file__).parent
-    half = device is not None and device.type == "cuda" and not bundled
-    pipeline_class = diffusers.DiffusionPipeline  # imports transformers, if it is there
-    try:
-        with _without_bars(), warnings.catch_warnings():
-            # Newer releases warn of torch_dtype=, older ones have no dtype=.
-            warnings.simplefilter("ignore", FutureWarning)
-            pipeline = pipeline_class.from_pretrained(
-                source, torch_dtype=torch.float16 if half else torch.float32
-            )
-    except _LOAD_ERRORS as error:
-        origin = "" if isinstance(source, Path) else ", no folder here, from the Hugging Face hub"
-        hint = f" (without transformers: {_INSTALL_TRANSFORMERS})" if without_transformers else ""
-        raise ModelError(f"cannot load {model}{origin}: {first_line(error)}{hint}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline if device is None else pipeline.to(device)
-
-
-def _has_parts_of_transformers(folder: Path) -> bool:
-    return b'"transformers"' in (folder / PIPELINE_FILE).read_bytes()
 
 
 def example_call(
@@ -142,13 +46,6 @@ def example_call(
     if isinstance(source, Path) and is_network(model):
         return _network_call(model, source, size)
     return _first_call(load_pipeline(model), size)
-
-
-def is_unconditional(pipeline: Any) -> bool:
-    """Whether a pipeline consists of a UNet and a scheduler only, as ``DDPMPipeline`` does."""
-    return set(pipeline.components) == {"unet", "scheduler"} and "encoder_hidden_states" not in (
-        inspect.signature(pipeline.unet.forward).parameters
-    )
 
 
 def set_sample_size(pipeline: Any, size: int) -> None:
@@ -185,7 +82,7 @@ def _first_call(
         pipeline(**arguments)
     except _FirstCallError:
         pass
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"cannot make an example call of {type(pipeline).__name__}: {first_line(error)}"
         ) from error
@@ -254,13 +151,13 @@ def load_network(
     try:
         config, network_class = _network_class(folder)
         if trained:
-            with _without_bars():
+            with without_bars():
                 network = network_class.from_pretrained(folder)
         else:
             torch.manual_seed(0)
             network = network_class.from_config(config)
         network = network.to(device, dtype).eval()
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"cannot load {model}: {first_line(error)}") from error
     return network, _network_arguments(model, network, size), trained
 
@@ -279,7 +176,7 @@ def _network_call(
         config, network_class = _network_class(folder)
         with torch.device("meta"):
             network = network_class.from_config(config).eval()
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"cannot build a network from {model}: {first_line(error)}") from error
     return network, (), _network_arguments(model, network, size)
 
@@ -328,47 +225,3 @@ def _network_arguments(model: str, network: Any, size: int | None) -> dict[str, 
             "pipeline it belongs to"
         )
     return arguments
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        DcompileError: this machine has no such device.
-    """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    if device == "auto":
-        return torch.device(available[0])
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise DcompileError(
-            f"unknown device {device!r}: expected auto, {', '.join(available)}"
-        ) from error
-    if chosen.type not in available:
-        raise DcompileError(f"no device {device!r} here; there is {', '.join(available)}")
-    return chosen
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Disable the progress bars that diffusers and transformers show for the files they read."""
-    loaded = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
-    enabled: list[Any] = [log for log in loaded if log and log.is_progress_bar_enabled()]
-    for log in enabled:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in enabled:
-            log.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """An error's class and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -12,9 +12,10 @@ import torch
 
 from dcompile import models
 from dcompile.cli.clock import StepClock, at_each_step
-from dcompile.cli.loading import is_unconditional, set_sample_size
+from dcompile.cli.loading import set_sample_size
 from dcompile.cli.settings import SampleSettings
 from dcompile.errors import DcompileError, ModelError
+from dcompile.models.loading import is_unconditional, with_few_steps
 from dcompile.progress import StepBar
 
 Progress = Callable[[str, int, int], None]
@@ -43,8 +44,6 @@ class Sampler:
         self.prompts: tuple[str, ...] = ()
         parameters = inspect.signature(pipeline.__call__).parameters
         if is_unconditional(pipeline):
-            import diffusers
-
             if settings.prompts or settings.guidance is not None:
                 raise ModelError(
                     f"{type(pipeline).__name__} takes no prompt and no guidance: omit "
@@ -52,10 +51,7 @@ class Sampler:
                 )
             if settings.size is not None:
                 set_sample_size(pipeline, settings.size)
-            # DDPM's sampler needs 1000 steps; DDIM samples the same model in 50.
-            pipeline = diffusers.DDIMPipeline(
-                pipeline.unet, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
-            )
+            pipeline = with_few_steps(pipeline)
             self._arguments: dict[str, Any] = {"batch_size": settings.pictures, "eta": 0.0}
         elif "prompt" in parameters and "num_images_per_prompt" in parameters:
             defaults = models.defaults(settings.model)

@@ -16,7 +16,7 @@ class SampleSettings:
     """A model and what it generates.
 
     Attributes:
-        model: see ``dcompile.cli.loading.locate``.
+        model: see ``dcompile.models.loading.locate``.
         prompts: for text-to-image pipelines; pictures take them in turn. Without any, the model's
             default prompts, see ``dcompile.models.defaults``.
         steps: number of denoising steps.

@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from dcompile.cli.clock import StepClock, synchronize
-from dcompile.cli.loading import is_network, load_network, load_pipeline
+from dcompile.cli.loading import load_network
 from dcompile.cli.sampling import Progress, Sampler
 from dcompile.cli.settings import SampleSettings
 from dcompile.errors import ModelError
 from dcompile.integrations.pipelines import denoiser_name, network_of
+from dcompile.models.loading import is_network, load_pipeline
 
 TRAINING_TIMESTEPS = 1000
 

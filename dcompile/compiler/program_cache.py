@@ -21,7 +21,13 @@ from dcompile.compiler.program_memory import bytes_of_graphs, bytes_of_networks
 from dcompile.compiler.saved import SavedProgram
 from dcompile.compiler.signature import portable_signature, signature_of
 from dcompile.compiler.sizes import DynamicSizes
-from dcompile.errors import ArtifactError, BackendError, DcompileError, NotCompiledError
+from dcompile.errors import (
+    ArtifactError,
+    BackendError,
+    CaptureError,
+    DcompileError,
+    NotCompiledError,
+)
 from dcompile.notices import Notices
 from dcompile.progress import Display
 
@@ -89,6 +95,19 @@ class ProgramCache:
                 notices.warn(f"{cause}; compiled for each size separately instead of dynamic=")
         network = self.captures.captured(call, None, display)
         return self._compiled(network, call.leaves, target, display, notices)
+
+    def require_known(self, call: StandardCall, target: Target, display: Display) -> None:
+        """Refuse a call that would have to be compiled.
+
+        Raises:
+            CaptureError: no program that was loaded serves it.
+        """
+        if self._loaded_program(call, target, display) is None:
+            shape = tuple(call.leaves[call.form.sample].shape)
+            raise CaptureError(
+                f"no saved program serves a call with a sample of shape {shape}, and "
+                'new_calls="uncached" compiles none'
+            )
 
     def adopt(
         self, programs: Iterable[SavedProgram], written: Iterable[str], target: Target

@@ -43,9 +43,19 @@ class Placed(NamedTuple):
                 ends[int(at)] + (at - int(at)) * (ends[int(at) + 1] - ends[int(at)])
                 for at in (number * len(own) / count for number in range(count))
             ]
-            inner = inner | {int(time * steps / self.length) for time in times}
+            inner = _extended(inner, {int(time * steps / self.length) for time in times}, count)
             refresh.insert(0, tuple(sorted(inner)))
         return Placed(tuple(refresh), steps)
+
+
+def _extended(steps: set[int], others: set[int], count: int) -> set[int]:
+    """Up to ``count`` steps: those given, and of the others those that are farthest from them."""
+    found, left = set(steps), others - steps
+    while left and len(found) < count:
+        farthest = max(sorted(left), key=lambda step: min(abs(step - own) for own in found))
+        found.add(farthest)
+        left.remove(farthest)
+    return found
 
 
 class _UntilFound(Plan):

@@ -118,6 +118,8 @@ class Runners:
             display = Display(type(self._module).__name__, state.settings.verbose)
             try:
                 standard = self.forms.standard(form, materialize(call.leaves))
+                if state.settings.new_calls == "uncached":
+                    self.programs.require_known(standard, state.settings.target, display)
                 program = self.programs.program_for(
                     standard, state.settings.target, display, state.notices
                 )

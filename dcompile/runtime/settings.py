@@ -37,6 +37,7 @@ class Settings:
         on_error: what a network or call that cannot be captured or compiled does.
         program_memory: bytes that captured and compiled code may take.
         channels_last: whether the weights of convolutions are laid out channels-last.
+        new_calls: what a call does that no program serves yet.
     """
 
     schedule: Schedule
@@ -51,6 +52,7 @@ class Settings:
     on_error: Literal["uncached", "raise"] = "uncached"
     program_memory: int = DEFAULT_BUDGET
     channels_last: bool | Literal["auto"] = "auto"
+    new_calls: Literal["compile", "uncached"] = "compile"
 
     @functools.cached_property
     def target(self) -> Target:

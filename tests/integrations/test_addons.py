@@ -176,7 +176,7 @@ ADDONS = {
 }
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(20)
 @pytest.mark.parametrize("compiled_after", [0, 1, None], ids=["after", "between", "before"])
 @pytest.mark.parametrize("name", ADDONS)
 def test_addons(name: str, compiled_after: int | None, compatible: Compatible) -> None:
@@ -248,6 +248,7 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", RUNS)
 def test_runs(shared: tuple[Any, Any], name: str, compatible: Compatible) -> None:
     compatible("add-on", name)
@@ -339,6 +340,7 @@ def pag() -> Any:
     )
 
 
+@pytest.mark.full
 def test_perturbed_attention_guidance(compatible: Compatible) -> None:
     """PAG changes the attention processors at the start of a run, and back at its end."""
     compatible("add-on", "PAG")
@@ -397,6 +399,7 @@ OFFLOADS: dict[str, Change] = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", OFFLOADS)
 def test_offload_by_layer(name: str, order: str, compatible: Compatible) -> None:
@@ -412,6 +415,7 @@ def test_offload_by_layer(name: str, order: str, compatible: Compatible) -> None
         assert torch.equal(run(pipe), run(plain))
 
 
+@pytest.mark.full
 def test_after_cpu_offload_is_taken_off() -> None:
     pipe, plain = cached(small()), small()
     cpu_offload(pipe.unet, torch.device("cpu"))

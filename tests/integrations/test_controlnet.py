@@ -206,6 +206,7 @@ def test_another_scale_is_no_new_capture(pipes: tuple[Any, Any]) -> None:
     assert len(seam.partial_programs_of(companion_of(pipe))) == known
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -407,7 +408,7 @@ def test_every_controlnet_is_given_back() -> None:
         assert "forward" not in network.__dict__
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("state", ["fresh", "network only", "disabled", "compiled"])
 def test_tuning_leaves_a_controlnet_as_it_was(state: str) -> None:
     pipe = single()

@@ -201,7 +201,7 @@ def cached(pipe: Any, **settings: Any) -> Any:
     return dcompile.cache_compile(pipe, backend="eager", verbose=False, **settings)
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize(("name", "settings"), every_case())
 def test_every_scheduler(
     name: str, settings: dict[str, Any], compatible: Callable[..., dict[str, Any]]

@@ -114,6 +114,7 @@ def test_threads_of_a_server(warm: Any, alone: list[torch.Tensor], compatible: C
     assert (stats.runs, stats.captures, stats.uncached_calls) == (8, 0, 0)
 
 
+@pytest.mark.full
 def test_threads_whose_first_calls_fall_together(
     alone: list[torch.Tensor], compatible: Compatible
 ) -> None:

@@ -178,7 +178,7 @@ def give_sd3_adapter(pipe: Any) -> dict[str, Any]:
     return {"ip_adapter_image_embeds": torch.randn(2, 5, IMAGE, generator=generator)}
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "give"), [("flux", give_flux_adapter), ("sd3", give_sd3_adapter)])
 def test_image_adapters(
     name: str, give: Callable[[Any], dict[str, Any]], compatible: Callable[..., dict[str, Any]]

@@ -346,6 +346,7 @@ def test_awkward_networks_in_silence(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert_close(sessions.shallow(arrays(**inputs)), expected)
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_deeper_cut_of_changed_weights(tmp_path: Path) -> None:
     network = compiled(depth=1)

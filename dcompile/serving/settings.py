@@ -1,0 +1,78 @@
+"""What an engine and a server are started with; plain data that JSON and YAML can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from dcompile import models
+from dcompile.errors import DcompileError
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How one model is loaded and cached.
+
+    Attributes:
+        model: see ``dcompile.models.loading.locate``.
+        speedup, interval: see ``cache_compile``; 2.5 times fewer FLOPs if neither is given.
+        backend, options: see ``cache_compile``.
+        device: "auto", or any torch device.
+        steps: of the sampler, for jobs that do not say.
+        programs: a folder that ``dcompile build`` wrote, or an address of fsspec's; None to compile
+            at the start.
+        loras: names of sets of LoRA weights, and the folders or files they are in.
+        verbose: whether progress is shown.
+    """
+
+    model: str = models.DEFAULT
+    speedup: float | None = None
+    interval: int | None = None
+    backend: str = "inductor"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    steps: int = 20
+    programs: str | None = None
+    loras: Mapping[str, str] = field(default_factory=dict)
+    verbose: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the model, for people and metrics."""
+        return models.ALIASES.get(self.model, self.model.rstrip("/").rpartition("/")[2])
+
+    def caching_arguments(self) -> dict[str, Any]:
+        """Those of ``cache_compile`` that decide what is refreshed."""
+        if self.interval is not None:
+            return {"interval": self.interval, "speedup": self.speedup}
+        return {"speedup": 2.5 if self.speedup is None else self.speedup}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask for; beyond that a request is refused with a reason.
+
+    Attributes:
+        pixels: width times height of one picture.
+        steps: of the sampler.
+        prompt: characters of a prompt.
+        images: pictures of one request.
+        queue: pictures that wait or are being made at a time; beyond it, 429.
+    """
+
+    pixels: int = 1024 * 1024
+    steps: int = 150
+    prompt: int = 2000
+    images: int = 4
+    queue: int = 64
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if type(value) is not int or value < 1:
+                raise DcompileError(f"limit on {one.name}: expected a positive int, got {value!r}")
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
