@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from dcompile.errors import DcompileError
@@ -91,6 +91,10 @@ class Job:
             self.caching,
             self.lora,
         )
+
+    def with_seed(self, seed: int) -> Job:
+        """The same with another seed."""
+        return replace(self, seed=seed)
 
 
 def split(count: int, batches: tuple[int, ...]) -> list[int]:

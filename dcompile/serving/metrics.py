@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client import Gauge, Histogram, generate_latest
 
 from dcompile.runtime.counters import Stats
 from dcompile.serving.pictures import Trace
@@ -146,7 +145,7 @@ class Metrics:
             "Pictures begun again because the process that made them was lost",
             registry=self._registry,
         )
-        self._registry.register(self)  # type: ignore[arg-type]  # it has collect()
+        self._registry.register(self)  # it has collect()
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         """A request was answered."""

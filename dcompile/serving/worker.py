@@ -171,7 +171,9 @@ class Worker:
             self._tally.cancelled()
             raise
 
-    async def stream(self, request: Request, batcher: Batcher | None = None) -> AsyncIterator[Event]:
+    async def stream(
+        self, request: Request, batcher: Batcher | None = None
+    ) -> AsyncIterator[Event]:
         """What happens to a request, the picture last."""
         ticket = Ticket(request, asyncio.Queue())
         assert ticket.events is not None

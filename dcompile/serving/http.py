@@ -1,0 +1,369 @@
+"""The HTTP interface: OpenAI's images API, a plain one, health and metrics.
+
+``app_of`` makes an ASGI app of anything that generates (``client.Client``): in this process, or on
+a Ray cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Response
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from dcompile.notices import logger
+from dcompile.serving.client import Client, Lost, Overloaded
+from dcompile.serving.jobs import JobError
+from dcompile.serving.messages import ImagesRequest, PlainRequest, requests_of
+from dcompile.serving.metrics import Metrics
+from dcompile.serving.pictures import as_base64
+from dcompile.serving.settings import Limits
+from dcompile.serving.worker import Event, Made, Preview, Request, Step
+from dcompile.version import __version__
+
+LARGEST_BODY = 1 << 20  # bytes
+POLL = 0.2  # seconds from one look at whether the client is still there to the next
+CLIENT_GONE = 499  # as nginx logs it; nobody sees it
+T = TypeVar("T")
+
+
+class Server:
+    """What the endpoints share.
+
+    Args:
+        clients: name of a model -> who generates with it; the first is the default.
+        limits: what a client may ask for.
+        chooses_caching: whether requests may say how they are cached.
+    """
+
+    def __init__(
+        self, clients: Mapping[str, Client], limits: Limits, *, chooses_caching: bool = False
+    ) -> None:
+        self.clients = dict(clients)
+        self.limits = limits
+        self.chooses_caching = chooses_caching
+        self.metrics = Metrics()
+        self._about: dict[str, dict[str, Any]] = {}
+        self._pending = 0
+
+    def name_of(self, model: str | None) -> str:
+        """The model a request names, the first one if it names none.
+
+        Raises:
+            JobError: there is no such model here.
+        """
+        name = model or next(iter(self.clients))
+        if name not in self.clients:
+            known = ", ".join(self.clients)
+            raise JobError("model", f"expected one of: {known}; got {name[:100]!r}")
+        return name
+
+    async def requests(self, name: str, message: PlainRequest | ImagesRequest) -> list[Request]:
+        """A message from outside, checked.
+
+        Raises:
+            JobError, Lost: see ``messages.requests_of`` and ``Client``.
+        """
+        about = self._about.get(name)
+        if about is None:
+            about = await self.clients[name].describe()
+            if "multiple" not in about:
+                raise Lost(about.get("reason", "nothing generates yet"))
+            self._about[name] = about
+        return requests_of(message, about, self.limits, chooses_caching=self.chooses_caching)
+
+    @contextlib.asynccontextmanager
+    async def place(self, count: int) -> AsyncIterator[None]:
+        """A place in the queue for so many pictures.
+
+        Raises:
+            Overloaded: there is none.
+        """
+        if self._pending + count > self.limits.queue:
+            raise Overloaded(
+                f"{self._pending} pictures wait or are being made, of at most {self.limits.queue}"
+            )
+        self._pending += count
+        self.metrics.pending(self._pending)
+        try:
+            yield
+        finally:
+            self._pending -= count
+            self.metrics.pending(self._pending)
+
+    async def generate(self, name: str, requests: list[Request]) -> list[Made]:
+        """All pictures of one message; the others are cancelled if one of them fails."""
+        client = self.clients[name]
+        async with self.place(len(requests)):
+            tasks = [asyncio.ensure_future(client.generate(request)) for request in requests]
+            try:
+                made = list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        for one in made:
+            self.metrics.made(one.trace, one.snapshot)
+        return made
+
+    async def events(self, name: str, request: Request) -> AsyncIterator[Event]:
+        """What happens to one request."""
+        async with self.place(1), contextlib.aclosing(self.clients[name].stream(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Made):
+                    self.metrics.made(event.trace, event.snapshot)
+                yield event
+
+
+def app_of(
+    clients: Mapping[str, Client], limits: Limits | None = None, *, chooses_caching: bool = False
+) -> FastAPI:
+    """An ASGI app.
+
+    Args:
+        clients: name of a model -> who generates with it; the first is the default.
+        limits: what a client may ask for.
+        chooses_caching: whether requests may say how they are cached.
+    """
+    server = Server(clients, limits or Limits(), chooses_caching=chooses_caching)
+    app = FastAPI(title="dcompile", version=__version__, docs_url="/docs", redoc_url=None)
+    app.state.server = server
+    _add_errors(app)
+    _add_state(app, server)
+    _add_pictures(app, server)
+    return app
+
+
+def _add_state(app: FastAPI, server: Server) -> None:
+    @app.get("/health", summary="200 once pictures can be made")
+    async def health() -> Response:
+        async def ask(client: Client) -> dict[str, Any]:
+            try:
+                return await asyncio.wait_for(client.describe(), timeout=10)
+            except Exception as error:  # whatever it is, it is not ready
+                return {"ready": False, "reason": str(error) or type(error).__name__}
+
+        found = dict(
+            zip(
+                server.clients,
+                await asyncio.gather(*map(ask, server.clients.values())),
+                strict=True,
+            )
+        )
+        is_ready = all(about.get("ready") for about in found.values())
+        content = {"status": "ready" if is_ready else "not ready", "models": found}
+        return JSONResponse(content, 200 if is_ready else 503)
+
+    @app.get("/metrics", summary="For Prometheus")
+    async def metrics() -> Response:
+        return Response(server.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models", summary="OpenAI's list of models")
+    async def models() -> dict[str, Any]:
+        data = [{"id": name, "object": "model", "owned_by": "dcompile"} for name in server.clients]
+        return {"object": "list", "data": data}
+
+
+def _add_pictures(app: FastAPI, server: Server) -> None:
+    refusals: dict[int | str, dict[str, Any]] = {
+        413: {"description": "The body is too long."},
+        422: {"description": "Something is beyond the limits, or unknown here; says what."},
+        429: {"description": "Too much waits already."},
+        503: {"description": "Nothing generates yet, or any more."},
+    }
+
+    @app.post(
+        "/generate",
+        summary="One picture, as a file",
+        responses={200: {"content": {"image/png": {}}}, **refusals},
+    )
+    async def generate(message: PlainRequest, http: HttpRequest) -> Response:
+        name = server.name_of(None)
+        (request,) = await server.requests(name, message)
+        if message.stream:
+            return await _streamed(_plain_events(server.events(name, request)))
+        (made,) = await _while_connected(http, server.generate(name, [request]))
+        headers = {
+            "x-seed": str(made.seed),
+            "x-digest": made.digest,
+            "x-trace": json.dumps(made.trace),
+            "x-notes": json.dumps(made.notes),
+        }
+        return Response(made.content, media_type=f"image/{made.form}", headers=headers)
+
+    @app.post("/v1/images/generations", summary="OpenAI's images API", responses=refusals)
+    async def images(message: ImagesRequest, http: HttpRequest) -> Response:
+        name = server.name_of(message.model)
+        requests = await server.requests(name, message)
+        if message.stream:
+            if len(requests) > 1:
+                raise JobError("n", "a stream is of one picture")
+            return await _streamed(_openai_events(server.events(name, requests[0])))
+        made = await _while_connected(http, server.generate(name, requests))
+        data = [{**_content(one, message.response_format), **_about(one)} for one in made]
+        job = requests[0].job
+        return JSONResponse(
+            {
+                "created": int(time.time()),
+                "data": data,
+                "output_format": message.output_format,
+                "size": f"{job.width}x{job.height}",
+            }
+        )
+
+
+def _content(made: Made, response_format: str) -> dict[str, str]:
+    content = as_base64(made.content)
+    if response_format == "url":  # one that needs no file on any server
+        return {"url": f"data:image/{made.form};base64,{content}"}
+    return {"b64_json": content}
+
+
+def _about(made: Made) -> dict[str, Any]:
+    return {
+        "seed": made.seed,
+        "digest": made.digest,
+        "trace": made.trace,
+        "notes": list(made.notes),
+    }
+
+
+# Server-sent events -------------------------------------------------------------------------------
+
+
+async def _plain_events(events: AsyncIterator[Event]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async for event in events:
+        if isinstance(event, Step):
+            yield "step", {"done": event.done, "steps": event.steps}
+        elif isinstance(event, Preview):
+            yield "preview", {"format": event.form, "b64_json": as_base64(event.content)}
+        else:
+            content = {"format": event.form, "b64_json": as_base64(event.content)}
+            yield "picture", {**content, **_about(event)}
+
+
+async def _openai_events(
+    events: AsyncIterator[Event],
+) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async for event in events:
+        if isinstance(event, Preview):
+            kind = "image_generation.partial_image"
+            yield (
+                kind,
+                {
+                    "type": kind,
+                    "b64_json": as_base64(event.content),
+                    "partial_image_index": event.number,
+                    "output_format": event.form,
+                },
+            )
+        elif isinstance(event, Made):
+            kind = "image_generation.completed"
+            content = {"type": kind, "b64_json": as_base64(event.content)}
+            yield kind, {**content, "output_format": event.form, **_about(event)}
+
+
+async def _streamed(events: AsyncIterator[tuple[str, dict[str, Any]]]) -> Response:
+    """A stream; what fails before its first event is an ordinary error."""
+    first = await anext(events)
+
+    async def lines() -> AsyncIterator[str]:
+        yield _line(*first)
+        try:
+            async for event in events:
+                yield _line(*event)
+        except Exception as error:
+            status, body = _answer_to(error)
+            yield _line("error", {**body, "status": status})
+
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+def _line(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+async def _while_connected(http: HttpRequest, work: Awaitable[T]) -> T:
+    """Cancel the work when the client goes away."""
+    task = asyncio.ensure_future(work)
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=POLL)
+            if done:
+                return task.result()
+            if await http.is_disconnected():
+                raise HTTPException(CLIENT_GONE)
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+def _answer_to(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """Status and body, as OpenAI's clients expect them."""
+    if isinstance(error, JobError):
+        return 422, _error(str(error), "invalid_request_error", error.field)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part != "body"]
+        field = ".".join(place)
+        return 422, _error(f"{field or 'body'}: {first['msg']}", "invalid_request_error", field)
+    if isinstance(error, Overloaded):
+        return 429, _error(f"{error}; try again later", "rate_limit_error")
+    if isinstance(error, Lost):
+        return 503, _error(str(error), "server_error")
+    if isinstance(error, HTTPException):
+        return error.status_code, _error(str(error.detail), "invalid_request_error")
+    number = uuid.uuid4().hex[:12]
+    logger.error("request failed, number %s", number, exc_info=error)
+    message = f"generation failed; the server's log says why under {number}"
+    return 500, _error(message, "server_error")
+
+
+def _error(message: str, kind: str, field: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": field or None, "code": None}}
+
+
+def _add_errors(app: FastAPI) -> None:
+    async def answer(http: HttpRequest, error: Exception) -> Response:
+        status, body = _answer_to(error)
+        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        if isinstance(error, HTTPException) and error.headers:
+            headers |= error.headers
+        return JSONResponse(body, status, headers)
+
+    for kind in (JobError, RequestValidationError, Overloaded, Lost, HTTPException):
+        app.add_exception_handler(kind, answer)
+
+    @app.middleware("http")
+    async def watch(http: HttpRequest, call_next: Any) -> Response:
+        began = time.perf_counter()
+        length = http.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > LARGEST_BODY:
+            error = HTTPException(413, f"expected at most {LARGEST_BODY} bytes")
+            response = await answer(http, error)
+        else:
+            try:
+                response = await call_next(http)
+            except Exception as error:
+                response = await answer(http, error)
+        route = http.scope.get("route")
+        endpoint = getattr(route, "path", "other")
+        if endpoint not in ("/metrics", "/health"):
+            took = time.perf_counter() - began
+            app.state.server.metrics.answered(endpoint, response.status_code, took)
+        return response
