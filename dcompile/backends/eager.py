@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
+
+from dcompile.compat.fx import source_of
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,25 @@ class Eager:
         return forward
 
     def dump(self, run: Callable[..., Any]) -> dict[str, bytes]:
-        """The graph as Python code, which is how FX pickles it."""
-        graph_module = run.__self__  # type: ignore[attr-defined]
-        buffer = io.BytesIO()
-        torch.save(GraphModule({}, graph_module.graph), buffer)
-        return {"graph": buffer.getvalue()}
+        """The graph as Python source."""
+        owner = run.__self__  # type: ignore[attr-defined]
+        source = owner.source if isinstance(owner, _Restored) else source_of(owner)
+        return {"graph": source.encode()}
 
     def restore(self, files: Mapping[str, bytes]) -> Callable[..., Any]:
         """The callable of what ``dump`` returned."""
-        graph_module = torch.load(io.BytesIO(files["graph"]), weights_only=False)
-        forward: Callable[..., Any] = graph_module.forward
-        return forward
+        return _Restored(files["graph"].decode()).forward
+
+
+class _Restored:
+    """A graph of which there is only the source.
+
+    Args:
+        source: of a function ``forward(self, ...)`` that reads no attributes.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        names: dict[str, Any] = {}
+        exec(compile(source, "<saved graph>", "exec"), names)  # what a saved program is
+        self.forward: Callable[..., Any] = types.MethodType(names["forward"], self)

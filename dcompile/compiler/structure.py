@@ -48,7 +48,7 @@ class Identity(NamedTuple):
 
 
 class Items(tuple[Any, ...]):
-    """A mapping's pairs."""
+    """The pairs of a mapping, or of an object's attributes."""
 
     __slots__ = ()
 
@@ -288,7 +288,7 @@ class _Describer:
         if names:
             state = {**(state or {}), **{n: getattr(value, n) for n in names if hasattr(value, n)}}
         if state:
-            return self.kind(kind), tuple(
+            return self.kind(kind), Items(
                 (name, self.value(item, depth)) for name, item in state.items()
             )
         if getattr(kind, "__repr__", None) is not object.__repr__:
@@ -368,6 +368,16 @@ def _marked(description: Any, place: tuple[int, ...]) -> Any:
 @functools.lru_cache(maxsize=4096)
 def code_of(code: types.CodeType) -> str:
     """Differs when the code does; the same in every process."""
-    constants = [code_of(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    content = repr((code.co_code, constants, code.co_names))
+    content = repr((code.co_code, [*map(_constant, code.co_consts)], code.co_names))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _constant(value: Any) -> str:
+    """The order of a set of strings is another in each process."""
+    if isinstance(value, types.CodeType):
+        return code_of(value)
+    if isinstance(value, frozenset):
+        return f"frozenset({sorted(map(_constant, value))})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_constant, value))})"
+    return repr(value)

@@ -11,25 +11,28 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
 
 from dcompile import models
-from dcompile.api import cache_compile, handle
+from dcompile.api import cache_compile, handle, load
 from dcompile.errors import ModelError
 from dcompile.handles import Handle
+from dcompile.integrations.pipelines import denoisers_of
 from dcompile.models.loading import (
     is_unconditional,
     load_pipeline,
     resolve_device,
     with_few_steps,
 )
-from dcompile.policy.schedule import Schedule
 from dcompile.policy.self_tuned import SelfTuned
 from dcompile.progress import StepBar
 from dcompile.runtime.counters import Stats
+from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
+from dcompile.runtime.settings import Settings
 from dcompile.serving.adapters import Adapters
 from dcompile.serving.jobs import DEFAULT, Caching, Job, JobError
 from dcompile.serving.pictures import PARTIAL, REFRESH, REUSE, UNCACHED, Picture, Trace
@@ -94,15 +97,12 @@ class Engine:
             )
         self._samplers = _samplers_of(pipeline)
         self._adapters = Adapters(pipeline, settings.loras)
-        self._schedule: Schedule | None = None
+        self._own: list[tuple[Dispatcher, Settings]] = []  # what DEFAULT means, once it is settled
         self._caching = DEFAULT
-        cache_compile(
-            pipeline,
-            **settings.caching_arguments(),
-            backend=settings.backend,
-            options=settings.options or None,
-            verbose=settings.verbose,
-        )
+        if settings.programs is None:
+            self._configure(**settings.caching_arguments())
+        else:
+            self.adopt(Path(settings.programs))
 
     @classmethod
     def of(cls, settings: EngineSettings) -> Engine:
@@ -120,6 +120,20 @@ class Engine:
         """Of the pipeline's denoisers."""
         return handle(self.pipeline)
 
+    def adopt(self, programs: Path) -> None:
+        """Go on with saved programs and their schedule. Loading them runs code: see ``load``.
+
+        Raises:
+            ArtifactError: they are damaged, or for something else. Everything stays as it was.
+        """
+        load(
+            self.pipeline,
+            programs,
+            new_calls=self.settings.new_calls,
+            verbose=self.settings.verbose,
+        )
+        self._settle()
+
     def freeze(self) -> None:
         """Go on with what was found by watching runs, and watch no more.
 
@@ -127,9 +141,8 @@ class Engine:
         """
         schedule = self.handle.schedule
         if isinstance(schedule, SelfTuned):
-            schedule = replace(schedule, watch=None)
-            self._configure(schedule=schedule)
-        self._schedule = schedule
+            self._configure(schedule=replace(schedule, watch=None))
+        self._settle()
 
     def describe(self) -> dict[str, Any]:
         """What it can do, for those who check jobs elsewhere; JSON.
@@ -232,7 +245,7 @@ class Engine:
         """Cache as a job asks for. Programs for other ways are kept."""
         if caching == self._caching:
             return
-        if self._schedule is None:
+        if not self._own:
             self.freeze()
         if caching.mode == "off":
             self.handle.disable()
@@ -242,9 +255,17 @@ class Engine:
             elif caching.mode == "speedup":
                 self._configure(speedup=caching.value, autotune=False)
             else:
-                self._configure(schedule=self._schedule)
+                for dispatcher, settings in self._own:
+                    dispatcher.configure(settings)
             self.handle.enable()
         self._caching = caching
+
+    def _settle(self) -> None:
+        """Remember how it is cached now."""
+        self.handle.enable()
+        found = map(dispatcher_of, denoisers_of(self.pipeline).values())
+        self._own = [(one, one.settings) for one in found if one is not None]
+        self._caching = DEFAULT
 
     def _configure(self, **arguments: Any) -> None:
         cache_compile(

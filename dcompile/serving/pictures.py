@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from PIL.Image import Image
 
 REFRESH, PARTIAL, REUSE, UNCACHED = "refresh", "partial", "reuse", "uncached"
@@ -91,6 +93,19 @@ def encoded(image: Image, form: str = "png", quality: int = 90) -> bytes:
 def as_base64(content: bytes) -> str:
     """Bytes as JSON can carry them."""
     return base64.b64encode(content).decode("ascii")
+
+
+def psnr(found: Image, expected: Image) -> float:
+    """PSNR in dB, of 8 bits a channel; infinite if they are equal.
+
+    Raises:
+        ValueError: they have different sizes.
+    """
+    if found.size != expected.size:
+        raise ValueError(f"expected a picture of size {expected.size}, got {found.size}")
+    one, other = (np.asarray(image.convert("RGB"), dtype=np.float64) for image in (found, expected))
+    error = float(np.square(one - other).mean())
+    return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
 
 def digest(image: Image) -> str:

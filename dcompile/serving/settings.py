@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from dcompile import models
 from dcompile.errors import DcompileError
@@ -20,8 +20,8 @@ class EngineSettings:
         backend, options: see ``cache_compile``.
         device: "auto", or any torch device.
         steps: of the sampler, for jobs that do not say.
-        programs: a folder that ``dcompile build`` wrote, or an address of fsspec's; None to compile
-            at the start.
+        programs: a folder that ``Handle.save`` wrote; None to compile when a call needs it.
+        new_calls: what a call does that no program serves; see ``load``.
         loras: names of sets of LoRA weights, and the folders or files they are in.
         verbose: whether progress is shown.
     """
@@ -34,6 +34,7 @@ class EngineSettings:
     device: str = "auto"
     steps: int = 20
     programs: str | None = None
+    new_calls: Literal["compile", "uncached"] = "compile"
     loras: Mapping[str, str] = field(default_factory=dict)
     verbose: bool = False
 

@@ -25,7 +25,7 @@ from filelock import FileLock
 from dcompile.errors import ArtifactError
 from dcompile.version import __version__
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
 

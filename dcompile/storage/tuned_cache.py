@@ -29,10 +29,10 @@ from dcompile.errors import ScheduleError, root_cause
 from dcompile.notices import warn
 from dcompile.policy import codec
 from dcompile.policy.self_tuned import SelfTuned
+from dcompile.storage.cache_folder import cache_folder
 from dcompile.storage.folder import sha256_of
 from dcompile.version import __version__
 
-_VARIABLE = "DCOMPILE_CACHE_DIR"
 # Elements of each weight that its digest is made of, evenly spaced.
 _SAMPLED = 64
 
@@ -59,7 +59,7 @@ class TunedCache:
         self._module, self._speedup = module, speedup
         self._call = [_described(leaf) for leaf in tree_leaves((args, dict(kwargs)))]
         try:
-            folder = _folder()
+            folder = cache_folder()
             if folder is not None:
                 self._file = folder / self._name(structure)
         except Exception as error:  # no home; weights of other kinds, or without values
@@ -130,14 +130,6 @@ def _read(file: Path) -> SelfTuned:
     if not isinstance(found, SelfTuned):
         raise ValueError("it is another schedule")
     return found
-
-
-def _folder() -> Path | None:
-    asked = os.environ.get(_VARIABLE)
-    if asked is not None:
-        return Path(asked).expanduser() if asked.strip() else None
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "dcompile"
 
 
 def _digest_of_weights(module: nn.Module) -> str:

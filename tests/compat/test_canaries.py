@@ -29,6 +29,7 @@ from dcompile.compat import (
     storages,
     tensors,
 )
+from dcompile.compat.fx import source_of
 
 
 def test_storage_identity() -> None:
@@ -203,6 +204,16 @@ def test_inductor_artifacts(tmp_path: Path) -> None:
     loaded = inductor.callable_of(inductor.load_artifact(file))
     assert torch.equal(loaded(*inputs)[0], result), "a loaded artefact computes something else"
     assert isinstance(inductor.kernels_loaded_by(file), dict)
+
+
+def test_source_of_a_graph() -> None:
+    graph = fx.Graph()
+    noise = graph.call_function(torch.ops.aten.randn.default, ([3],))
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (graph.placeholder("x"), noise)),))
+    names: dict[str, Any] = {}
+    exec(source_of(fx.GraphModule({}, graph)), names)
+    found = [names["forward"](None, torch.zeros(3))[0] for _ in range(2)]
+    assert not torch.equal(*found), "a graph's source computes its constants once and for all"
 
 
 def test_cuda_names() -> None:

@@ -1,6 +1,11 @@
 """What counts as a change of the module's structure, and what does not."""
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +16,7 @@ from torch import nn
 
 import dcompile
 from dcompile.compiler.fingerprint import changed_by_running, difference, portable
-from dcompile.compiler.structure import structure_of
+from dcompile.compiler.structure import code_of, structure_of
 
 
 def set_attribute(module: Plain) -> None:
@@ -251,3 +256,53 @@ def test_training_mode_that_makes_no_difference_is_inference() -> None:
     assert (stats.refresh_steps, stats.reuse_steps, stats.uncached_calls) == (2, 4, 0)
     with noticed("training mode"):
         assert network(picture(), ts[0])[0].requires_grad
+
+
+# The same in every process -----------------------------------------------------------------------
+
+
+def test_the_order_of_a_set_in_code_means_nothing() -> None:
+    def member(name: str) -> bool:
+        return name in {"a", "b"}
+
+    one, other = frozenset((0, 8)), frozenset((8, 0))
+    assert list(one) != list(other), "these sets have one order"
+    codes = [
+        code_of(member.__code__.replace(co_consts=(None, held, (held, 1)))) for held in (one, other)
+    ]
+    assert codes[0] == codes[1]
+    assert codes[0] != code_of(member.__code__.replace(co_consts=(None, frozenset((0, 9)), 1)))
+
+
+SCRIPT = """
+import hashlib, json, sys
+sys.path.append(sys.argv[1])
+from networks import NETWORKS
+from transformers_small import TRANSFORMERS, small_transformer
+from dcompile.compiler.fingerprint import portable
+from dcompile.compiler.structure import structure_of
+modules = [(name, network.module()) for name, network in NETWORKS.items()]
+modules += [(name, small_transformer(name)[0]) for name in TRANSFORMERS]
+described = {
+    name: hashlib.sha256(json.dumps(portable(structure_of(module))).encode()).hexdigest()
+    for name, module in modules
+}
+print(json.dumps(described))
+"""
+
+
+@pytest.mark.full
+def test_every_network_is_described_alike_in_every_process() -> None:
+    support = str(Path(__file__).parents[1] / "support")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, support],
+            stdout=subprocess.PIPE,
+            env={**environment, "PYTHONHASHSEED": seed},
+        )
+        for seed in ("1", "2")
+    ]
+    one, other = (json.loads(process.communicate()[0].splitlines()[-1]) for process in processes)
+    assert len(one) > 40
+    assert [name for name in one if one[name] != other[name]] == []

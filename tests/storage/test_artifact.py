@@ -505,6 +505,59 @@ def test_inductor_in_a_fresh_process_without_a_compiler(tmp_path: Path) -> None:
     assert size < 2_000_000
 
 
+class Noisy(Plain):
+    """Draws noise that depends on no input."""
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:  # type: ignore[override]
+        return super().forward(sample + torch.randn(()), timestep, condition)
+
+
+def test_what_depends_on_no_input_is_computed_at_each_call(tmp_path: Path) -> None:
+    def run(network: nn.Module) -> torch.Tensor:
+        torch.manual_seed(0)
+        return sampled(network, picture(), timesteps())
+
+    network = Noisy().eval()
+    expected = run(network)
+    dcompile.cache_compile(network, interval=1, backend="eager", verbose=False)
+    assert torch.equal(run(network), expected)
+    dcompile.handle(network).save(tmp_path / "a")
+    again = Noisy().eval()
+    again.load_state_dict(network.state_dict())
+    dcompile.load(again, tmp_path / "a", verbose=False)
+    assert torch.equal(run(again), expected)
+    assert dcompile.handle(again).stats.captures == 0
+
+
+def test_saved_again(saved: Path, tmp_path: Path) -> None:
+    """Programs that were loaded, and one that was not."""
+    network = loaded(saved)
+    expected = sampled(network, picture(size=(8, 12)), timesteps())
+    assert dcompile.handle(network).stats.captures == 1
+    folder = dcompile.handle(network).save(tmp_path / "more")
+    again = loaded(folder)
+    assert torch.equal(sampled(again, picture(size=(8, 12)), timesteps()), expected)
+    sampled(again, picture(), timesteps())
+    assert dcompile.handle(again).stats.captures == 0
+
+
+def test_new_calls_uncached(saved: Path) -> None:
+    network = loaded(saved, new_calls="uncached")
+    alone = plain()
+    for size, uncached in ((None, 0), ((8, 12), 6)):
+        sample = picture() if size is None else picture(size=size)
+        found = sampled(network, sample, timesteps())
+        stats = dcompile.handle(network).stats
+        assert stats.captures == 0
+        assert stats.uncached_calls == (len(timesteps()) if uncached else 0)
+        if uncached:
+            assert torch.equal(found, sampled(alone, sample, timesteps()))
+            (reason,) = stats.uncached_reasons
+            assert "no saved program serves a call with a sample of shape" in reason
+    with pytest.raises(DcompileError, match="new_calls: expected"):
+        loaded(saved, new_calls="never")
+
+
 # What a loaded program could not find ----------------------------------------------------------
 
 
