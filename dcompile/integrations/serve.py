@@ -1,1 +1,293 @@
-"""Placeholder."""
+"""Online generation on Ray Serve: replicas that generate, and a cheap process that answers HTTP.
+
+``application`` is what ``serve run`` and ``serve deploy`` take; ``dcompile serve`` starts it.
+``Generator`` can be bound into an application of one's own:
+
+    generator = serve.deployment(Generator).bind(ServeSettings().as_dict())
+
+Every request is checked where HTTP is answered, then goes to a replica, where requests of one kind
+become a batch. A request whose replica dies is made again on another one: its seed is fixed by
+then, so the picture is the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import torch
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from dcompile.errors import DcompileError
+from dcompile.notices import logger
+from dcompile.serving.client import Lost, Overloaded
+from dcompile.serving.http import app_of
+from dcompile.serving.jobs import JobError
+from dcompile.serving.replica import Replica
+from dcompile.serving.settings import ServeSettings
+from dcompile.serving.worker import Event, Made, Request, Ticket
+
+NAME = "dcompile"
+# Models that one replica holds at a time; the one used least recently makes room.
+MOST_MODELS = 4
+MOST_TICKETS = 64  # of one batch, before it is split by kind
+RETRIES = 3
+HEALTH_CHECKS = {"health_check_period_s": 5, "health_check_timeout_s": 30}
+
+
+class Generator:
+    """Generates with one or more models, each with a thread of its own.
+
+    Args:
+        settings: see ``ServeSettings.as_dict``.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = ServeSettings.of(settings)
+        if self._settings.threads:
+            torch.set_num_threads(self._settings.threads)
+        self._name = uuid.uuid4().hex[:8]
+        self._loaded: dict[str, Replica] = {}
+        first = self._settings.engines[0]
+        # A replica is ready when its first model is.
+        self._first = Replica(first, self._name)
+        self._collect = self._collector()
+
+    async def describe(self, model: str) -> dict[str, Any]:
+        """See ``Replica.describe``."""
+        replica = await self._replica(model)
+        return replica.describe()
+
+    async def generate(self, model: str, request: Request) -> Made:
+        """A picture.
+
+        Raises:
+            JobError: the model does not do this.
+        """
+        replica = await self._replica(model)
+        return await replica.worker.submit(Ticket(request), self._batcher(replica))
+
+    async def stream(self, model: str, request: Request) -> AsyncIterator[Event]:
+        """What happens to a request, the picture last."""
+        replica = await self._replica(model)
+        async for event in replica.worker.stream(request, self._batcher(replica)):
+            yield event
+
+    def check_health(self) -> None:
+        """Have this replica started again once it can generate nothing any more."""
+        for replica in [self._first, *self._loaded.values()]:
+            if replica.worker.failure is not None:
+                raise RuntimeError(replica.worker.failure)
+
+    async def _replica(self, model: str) -> Replica:
+        if model == self._settings.engines[0].name:
+            return self._first
+        found: Replica = await self._other(model)
+        return found
+
+    @serve.multiplexed(max_num_models_per_replica=MOST_MODELS)
+    async def _other(self, model: str) -> Replica:
+        (engine,) = [one for one in self._settings.engines if one.name == model]
+        loop = asyncio.get_running_loop()
+        replica = await loop.run_in_executor(None, Replica, engine, self._name)
+        self._loaded[model] = replica
+        return replica
+
+    def _collector(self) -> Callable[[Ticket], Any]:
+        @serve.batch(max_batch_size=MOST_TICKETS, batch_wait_timeout_s=self._settings.batch_wait)
+        async def collect(tickets: list[Ticket]) -> list[None]:
+            """Run what came together, kind by kind."""
+            groups: dict[Any, list[Ticket]] = {}
+            for ticket in tickets:
+                groups.setdefault((id(ticket.worker), ticket.request.job.kind), []).append(ticket)
+            for group in groups.values():
+                worker = group[0].worker
+                assert worker is not None
+                results = await worker.run_batch(group, self._settings.batch_pixels)
+                for ticket, result in zip(group, results, strict=True):
+                    ticket.settle(result)
+            return [None] * len(tickets)
+
+        return collect
+
+    def _batcher(self, replica: Replica) -> Callable[[Ticket], Any]:
+        async def batched(ticket: Ticket) -> Made:
+            ticket.worker = replica.worker
+            ticket.result = asyncio.get_running_loop().create_future()
+            collecting = asyncio.ensure_future(self._collect(ticket))
+            try:
+                await asyncio.wait({ticket.result, collecting}, return_when=asyncio.FIRST_COMPLETED)
+                if not ticket.result.done():
+                    await collecting  # raises what went wrong
+                return await ticket.result
+            finally:
+                collecting.cancel()
+
+        return batched
+
+
+class RayClient:
+    """Generates on a deployment of ``Generator``.
+
+    Args:
+        handle: of the deployment.
+        model: name of one of its models.
+        told: called when a picture is begun again.
+    """
+
+    def __init__(
+        self, handle: DeploymentHandle, model: str, told: Callable[[], None] = lambda: None
+    ) -> None:
+        self._handle = handle.options(multiplexed_model_id=model)
+        self._model = model
+        self.told = told
+
+    async def describe(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = await self._handle.describe.remote(self._model)
+        except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+            return {"ready": False, "reason": _first_line(error)}
+        return found
+
+    async def generate(self, request: Request) -> Made:
+        for attempt in range(RETRIES + 1):
+            response = self._handle.generate.remote(self._model, request)
+            try:
+                made: Made = await response
+                return made
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except Exception as error:
+                self._raise_unless_lost(error, attempt)
+        raise AssertionError("the last attempt raises")
+
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
+        for attempt in range(RETRIES + 1):
+            response = self._handle.options(stream=True).stream.remote(self._model, request)
+            try:
+                async for event in response:
+                    yield event
+                return
+            except (asyncio.CancelledError, GeneratorExit):
+                response.cancel()
+                raise
+            except Exception as error:
+                self._raise_unless_lost(error, attempt)
+
+    def _raise_unless_lost(self, error: Exception, attempt: int) -> None:
+        """Raise what the request itself has caused; a lost replica's work is made again."""
+        if isinstance(error, RayTaskError):
+            cause = error.cause
+            if isinstance(cause, JobError):
+                raise cause
+            raise error
+        if isinstance(error, BackPressureError):
+            raise Overloaded(str(error)) from error
+        lost = (RayActorError, DeploymentUnavailableError, TaskCancelledError)
+        if not isinstance(error, lost) and "Replica" not in type(error).__name__:
+            raise error
+        if attempt == RETRIES:
+            raise Lost(f"replicas were lost {attempt + 1} times: {_first_line(error)}") from error
+        logger.warning("a replica was lost, its picture is begun again: %s", _first_line(error))
+        self.told()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def application(settings: Mapping[str, Any] | None = None) -> serve.Application:
+    """The application: for ``serve.run``, ``serve run`` and the import path of ``serve deploy``.
+
+    Args:
+        settings: see ``ServeSettings.as_dict``; all of them have defaults.
+
+    Raises:
+        DcompileError: a setting is unknown or wrong.
+    """
+    own = ServeSettings.of(settings or {})
+    generator: Any = serve.deployment(
+        name="Generator",
+        max_ongoing_requests=max(MOST_TICKETS, own.limits.queue),
+        graceful_shutdown_timeout_s=own.drain,
+        ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
+        **_replicas(own),
+        **HEALTH_CHECKS,
+    )(Generator)
+
+    def build_app() -> Any:
+        # In the process that answers; a closure travels there, an app with a page cannot.
+        handle = serve.get_deployment_handle(
+            "Generator", app_name=serve.get_replica_context().app_name
+        )
+        clients = {one.name: RayClient(handle, one.name) for one in own.engines}
+        app = app_of(
+            clients, own.limits, chooses_caching=own.chooses_caching, **own.page_arguments()
+        )
+        for client in clients.values():
+            client.told = app.state.server.metrics.retried
+        return app
+
+    ingress = serve.deployment(
+        name="Http",
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        **HEALTH_CHECKS,
+    )(serve.ingress(build_app)())
+    bound: serve.Application = ingress.bind(generator.bind(own.as_dict()))
+    return bound
+
+
+def _replicas(own: ServeSettings) -> dict[str, Any]:
+    if own.autoscale is None:
+        return {"num_replicas": own.replicas}
+    least, most = own.autoscale
+    return {
+        "autoscaling_config": {
+            "min_replicas": least,
+            "max_replicas": most,
+            # Two pictures a replica: one is made while the next one waits.
+            "target_ongoing_requests": 2,
+            "upscale_delay_s": 10,
+            "downscale_delay_s": 300,
+        }
+    }
+
+
+def start(settings: ServeSettings, host: str, port: int) -> None:
+    """Start a cluster if there is none, and the application on it; returns when it is ready.
+
+    Args:
+        settings: of the application.
+        host, port: where HTTP is answered.
+
+    Raises:
+        DcompileError: the replicas cannot start; says why.
+    """
+    import os
+
+    import ray
+
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = os.environ.get("RAY_ADDRESS")
+        options = {} if address else {"include_dashboard": False}
+        ray.init(address=address, namespace=NAME, log_to_driver=True, **options)
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        serve.run(application(settings.as_dict()), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise DcompileError(f"the server cannot start: {_why(error)}") from error
+
+
+def _why(error: BaseException) -> str:
+    """The last line of what Serve says: the error that a replica was stopped by."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = [line for line in lines if "Error" in line.partition(":")[0]]
+    return (found or lines or ["no reason given"])[-1]

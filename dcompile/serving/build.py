@@ -55,7 +55,14 @@ class Built:
     failed: tuple[tuple[str, str], ...]
 
 
-def build(plan: Plan, folder: Path, *, processes: int = 0, told: Told = lambda line: None) -> Built:
+def build(
+    plan: Plan,
+    folder: Path,
+    *,
+    processes: int = 0,
+    told: Told = lambda line: None,
+    is_background: bool = False,
+) -> Built:
     """Compile a model's programs for all sizes and batches, and write them to a folder.
 
     One process watches runs, finds the schedule and compiles the first size; the others, one for
@@ -66,6 +73,7 @@ def build(plan: Plan, folder: Path, *, processes: int = 0, told: Told = lambda l
         folder: where to write; what was built there before is replaced at the end.
         processes: that compile at a time; 0 for one per four processors.
         told: is given a line about each thing that is done.
+        is_background: whether something else on this machine matters more.
 
     Raises:
         DcompileError: the first size cannot be compiled, or the folder cannot be written.
@@ -73,7 +81,7 @@ def build(plan: Plan, folder: Path, *, processes: int = 0, told: Told = lambda l
     processes = processes or max(1, (os.cpu_count() or 1) // 4)
     combinations = [(size, batch) for batch in plan.batches for size in plan.sizes or ((0, 0),)]
     failed: list[tuple[str, str]] = []
-    with _workplace(folder) as place, _pool(processes) as pool:
+    with _workplace(folder) as place, _pool(processes, is_background) as pool:
         first = place / "0"
         record, picture = _result(pool.submit(_first, plan, *combinations[0], first))
         told(f"{_name(*combinations[0])}: compiled; {record.check.psnr:.1f} dB against uncached")
@@ -110,7 +118,7 @@ def extend(
     Raises:
         DcompileError: it cannot be compiled.
     """
-    with _workplace(target) as place, _pool(1) as pool:
+    with _workplace(target) as place, _pool(1, is_background=True) as pool:
         own = replace(settings, programs=str(folder / PROGRAMS), new_calls="compile")
         size = (job.width, job.height)
         _result(pool.submit(_further, own, job.steps, size, batch, place / "1"))
@@ -194,9 +202,12 @@ def _workplace(folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
+def _pool(processes: int, is_background: bool) -> ProcessPoolExecutor:
     # Spawned: a forked process has the locks of torch's threads without the threads.
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    if is_background:
+        return ProcessPoolExecutor(processes, context, os.nice, (10,))
+    return ProcessPoolExecutor(processes, context)
 
 
 def _result(future: Future[T]) -> T:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL.Image import Image
@@ -99,10 +99,11 @@ class Engine:
         self._adapters = Adapters(pipeline, settings.loras)
         self._own: list[tuple[Dispatcher, Settings]] = []  # what DEFAULT means, once it is settled
         self._caching = DEFAULT
+        self._is_paused = False
         if settings.programs is None:
             self._configure(**settings.caching_arguments())
         else:
-            self.adopt(Path(settings.programs))
+            self.adopt(Path(settings.programs), settings.new_calls)
 
     @classmethod
     def of(cls, settings: EngineSettings) -> Engine:
@@ -120,8 +121,12 @@ class Engine:
         """Of the pipeline's denoisers."""
         return handle(self.pipeline)
 
-    def adopt(self, programs: Path) -> None:
+    def adopt(self, programs: Path, new_calls: Literal["compile", "uncached"] = "compile") -> None:
         """Go on with saved programs and their schedule. Loading them runs code: see ``load``.
+
+        Args:
+            programs: what ``Handle.save`` wrote.
+            new_calls: see ``load``.
 
         Raises:
             ArtifactError: they are damaged, or for something else. Everything stays as it was.
@@ -129,10 +134,15 @@ class Engine:
         load(
             self.pipeline,
             programs,
-            new_calls=self.settings.new_calls,
+            new_calls=new_calls,
             verbose=self.settings.verbose,
         )
+        self._is_paused = False
         self._settle()
+
+    def pause(self) -> None:
+        """Run uncached until ``adopt``."""
+        self._is_paused = True
 
     def freeze(self) -> None:
         """Go on with what was found by watching runs, and watch no more.
@@ -243,6 +253,8 @@ class Engine:
 
     def _use(self, caching: Caching) -> None:
         """Cache as a job asks for. Programs for other ways are kept."""
+        if self._is_paused:
+            caching = Caching("off")
         if caching == self._caching:
             return
         if not self._own:

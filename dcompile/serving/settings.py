@@ -77,3 +77,72 @@ class Limits:
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What a server is started with.
+
+    Attributes:
+        engines: one for each model; the first is the default.
+        limits: what a client may ask for.
+        replicas: processes that generate.
+        autoscale: instead, the least and the most of them.
+        batch_pixels: most pixels of one batch; None for no limit.
+        batch_wait: seconds to wait for others of the same kind.
+        cpus, gpus: of Ray's, for each process that generates.
+        threads: torch's, in each of them; 0 leaves them as Ray sets them.
+        drain: seconds that a process may take to finish its pictures when it is stopped.
+        chooses_caching: whether requests may say how they are cached; the page's always may.
+        page: whether there is a page for people.
+    """
+
+    engines: tuple[EngineSettings, ...] = (EngineSettings(new_calls="uncached"),)
+    limits: Limits = field(default_factory=Limits)
+    replicas: int = 1
+    autoscale: tuple[int, int] | None = None
+    batch_pixels: int | None = None
+    batch_wait: float = 0.005
+    cpus: float = 1.0
+    gpus: float = 0.0
+    threads: int = 0
+    drain: float = 60.0
+    chooses_caching: bool = False
+    page: bool = False
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.engines]
+        if not names or len(set(names)) < len(names):
+            raise DcompileError(f"models: expected one or more different ones, got {names}")
+        if self.replicas < 1:
+            raise DcompileError(f"replicas: expected at least 1, got {self.replicas}")
+        if self.autoscale is not None and not 0 <= self.autoscale[0] <= self.autoscale[1] > 0:
+            raise DcompileError(f"autoscale: expected least:most, got {self.autoscale}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON and YAML; ``of`` reads it."""
+        return asdict(self)
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> ServeSettings:
+        """From plain data, such as a YAML file has; what is left out has its default.
+
+        Raises:
+            DcompileError: something is unknown, or of the wrong type.
+        """
+        given = dict(settings)
+        try:
+            if "engines" in given:
+                given["engines"] = tuple(EngineSettings(**one) for one in given["engines"])
+            if "limits" in given:
+                given["limits"] = Limits(**given["limits"])
+            if given.get("autoscale") is not None:
+                least, most = given["autoscale"]
+                given["autoscale"] = (least, most)
+            return ServeSettings(**given)
+        except (TypeError, ValueError) as error:
+            raise DcompileError(f"settings of the server: {error}") from error
+
+    def page_arguments(self) -> dict[str, bool]:
+        """Those of ``http.app_of``."""
+        return {"page": True} if self.page else {}

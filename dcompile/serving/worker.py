@@ -92,6 +92,8 @@ class Ticket:
         cancelled: set when nobody waits for it any more.
         since: when it came.
         previewed: previews shown so far.
+        worker: that is to generate, where several share a batcher.
+        result: what comes of it, where a batcher is used.
     """
 
     request: Request
@@ -99,6 +101,17 @@ class Ticket:
     cancelled: threading.Event = field(default_factory=threading.Event)
     since: float = field(default_factory=time.perf_counter)
     previewed: int = 0
+    worker: Worker | None = None
+    result: asyncio.Future[Made] | None = None
+
+    def settle(self, result: Made | BaseException) -> None:
+        """Tell whoever waits for ``result``, if it is not cancelled."""
+        if self.result is None or self.result.done():
+            return
+        if isinstance(result, BaseException):
+            self.result.set_exception(result)
+        else:
+            self.result.set_result(result)
 
 
 Batcher = Callable[[Ticket], Awaitable[Made]]
@@ -116,19 +129,27 @@ class Worker:
         engine: see above.
         failure: why this process can generate nothing any more; None while it can.
         between: called in the engine's thread before each batch, to install new programs, say.
+        after: called there after each batch, with its jobs and whether they ran uncached.
     """
 
     def __init__(self, engine: Engine, name: str, batches: tuple[int, ...] = (1,)) -> None:
         self.engine = engine
         self.failure: str | None = None
         self.between: Callable[[], None] = lambda: None
+        self.after: Callable[[Sequence[Job], bool], None] = lambda jobs, uncached: None
         self.batches = batches
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcompile-engine")
         self._others = ThreadPoolExecutor(2, thread_name_prefix="dcompile-encode")
         self._tally = Tally(name, engine.settings.name)
 
-    async def run_batch(self, tickets: Sequence[Ticket]) -> list[Made | BaseException]:
+    async def run_batch(
+        self, tickets: Sequence[Ticket], pixels: int | None = None
+    ) -> list[Made | BaseException]:
         """Generate for tickets of one kind.
+
+        Args:
+            tickets: in any number; they are split into batches that there are programs for.
+            pixels: most pixels of a batch; None for no limit.
 
         Returns:
             For each what was made, or why not: ``RunCancelled`` for a cancelled one.
@@ -142,7 +163,9 @@ class Worker:
             waiting = [pair for pair in waiting if pair[0] not in results]
             if not waiting:
                 break
-            size = split(len(waiting), self.batches)[0]
+            job = waiting[0][1].request.job
+            most = len(waiting) if pixels is None else max(1, pixels // (job.width * job.height))
+            size = split(min(len(waiting), most), self.batches)[0]
             part, waiting = waiting[:size], waiting[size:]
             made = await self._run([ticket for _, ticket in part])
             results.update(zip((place for place, _ in part), made, strict=True))
@@ -217,7 +240,10 @@ class Worker:
 
         def generate() -> list[Picture]:
             self.between()
-            return self.engine.generate([ticket.request.job for ticket in tickets], watcher)
+            jobs = [ticket.request.job for ticket in tickets]
+            found = self.engine.generate(jobs, watcher)
+            self.after(jobs, bool(found[0].trace.uncached_reasons))
+            return found
 
         try:
             pictures = await loop.run_in_executor(self._thread, generate)
