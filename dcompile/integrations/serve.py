@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ray import serve
@@ -90,7 +90,7 @@ class Generator:
         found: Replica = await self._other(model)
         return found
 
-    @serve.multiplexed(max_num_models_per_replica=MOST_MODELS)
+    @serve.multiplexed(max_num_models_per_replica=MOST_MODELS)  # type: ignore[untyped-decorator]
     async def _other(self, model: str) -> Replica:
         (engine,) = [one for one in self._settings.engines if one.name == model]
         loop = asyncio.get_running_loop()
@@ -99,7 +99,11 @@ class Generator:
         return replica
 
     def _collector(self) -> Callable[[Ticket], Any]:
-        @serve.batch(max_batch_size=MOST_TICKETS, batch_wait_timeout_s=self._settings.batch_wait)
+        wait = self._settings.batch_wait
+
+        @serve.batch(  # type: ignore[untyped-decorator]
+            max_batch_size=MOST_TICKETS, batch_wait_timeout_s=wait
+        )
         async def collect(tickets: list[Ticket]) -> list[None]:
             """Run what came together, kind by kind."""
             groups: dict[Any, list[Ticket]] = {}
@@ -113,7 +117,7 @@ class Generator:
                     ticket.settle(result)
             return [None] * len(tickets)
 
-        return collect
+        return cast(Callable[[Ticket], Any], collect)
 
     def _batcher(self, replica: Replica) -> Callable[[Ticket], Any]:
         async def batched(ticket: Ticket) -> Made:
@@ -202,16 +206,16 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def application(settings: Mapping[str, Any] | None = None) -> serve.Application:
+def application(arguments: Mapping[str, Any]) -> serve.Application:
     """The application: for ``serve.run``, ``serve run`` and the import path of ``serve deploy``.
 
     Args:
-        settings: see ``ServeSettings.as_dict``; all of them have defaults.
+        arguments: ``settings``, see ``ServeSettings.as_dict``; all of them have defaults.
 
     Raises:
         DcompileError: a setting is unknown or wrong.
     """
-    own = ServeSettings.of(settings or {})
+    own = ServeSettings.of(arguments.get("settings", {}))
     generator: Any = serve.deployment(
         name="Generator",
         max_ongoing_requests=max(MOST_TICKETS, own.limits.queue),
@@ -281,9 +285,17 @@ def start(settings: ServeSettings, host: str, port: int) -> None:
         ray.init(address=address, namespace=NAME, log_to_driver=True, **options)
     serve.start(http_options={"host": host, "port": port})
     try:
-        serve.run(application(settings.as_dict()), name=NAME, route_prefix="/")
+        serve.run(application({"settings": settings.as_dict()}), name=NAME, route_prefix="/")
     except RuntimeError as error:
         raise DcompileError(f"the server cannot start: {_why(error)}") from error
+
+
+def stop() -> None:
+    """End the application; and the cluster, if it is this process's own."""
+    import ray
+
+    serve.delete(NAME)
+    ray.shutdown()
 
 
 def _why(error: BaseException) -> str:
