@@ -162,13 +162,13 @@ def _serve(settings: ServeSettings, host: str, port: int) -> None:
     """Serve until the process is told to end."""
     from dcompile.integrations.serve import start, stop
 
-    ended = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: ended.set())
     names = ", ".join(one.name for one in settings.engines)
     note(f"starting {names} ...")
     start(settings, host, port)
     note(f"ready: http://{host}:{port}{'/page' if settings.page else '/docs'}")
+    ended = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):  # Ray sets handlers of its own when it starts
+        signal.signal(name, lambda *_: ended.set())
     ended.wait()
     note("stopping: what is being made is finished first")
     stop()

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dcompile.errors import ArtifactError
 from dcompile.serving.engine import Engine
-from dcompile.serving.jobs import Caching, Job
+from dcompile.serving.jobs import Caching, Job, JobError
 from dcompile.serving.pictures import Picture, digest, encoded, psnr
 from dcompile.storage.artifact import machine
 from dcompile.storage.folder import read_files, sealed, sha256_of
@@ -139,7 +139,12 @@ def require_as_built(engine: Engine, folder: Path, record: Record) -> str:
 
 def require_same_weights(engine: Engine, folder: Path, record: Record) -> str:
     """The same without programs: compares uncached pictures."""
-    (found,) = engine.generate([_with(record.check.job, Caching("off"))])
+    job = _with(record.check.job, Caching("off"))
+    try:
+        engine.check(job)
+    except JobError as error:
+        raise ArtifactError(f"{folder} was built for {record.model}: {error}") from error
+    (found,) = engine.generate([job])
     return _compared(found, folder, record, SAME_WEIGHTS, record.check.uncached)
 
 

@@ -236,9 +236,11 @@ class Worker:
     async def _run(self, tickets: Sequence[Ticket]) -> list[Made | BaseException]:
         loop = asyncio.get_running_loop()
         watcher = _Tickets(tickets, loop)
-        began = time.perf_counter()
+        began = 0.0
 
         def generate() -> list[Picture]:
+            nonlocal began
+            began = time.perf_counter()
             self.between()
             jobs = [ticket.request.job for ticket in tickets]
             found = self.engine.generate(jobs, watcher)

@@ -1,11 +1,13 @@
 """An engine: pictures depend on their jobs alone, and say how they came about."""
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from PIL.Image import Image
@@ -243,13 +245,11 @@ def test_lora_weights_that_are_none(tmp_path: Path) -> None:
 
 
 def test_psnr() -> None:
-    from PIL import Image as images
-
-    black, grey = (images.new("RGB", (4, 4), (level,) * 3) for level in (0, 51))
+    black, grey = (PIL.Image.new("RGB", (4, 4), (level,) * 3) for level in (0, 51))
     assert psnr(black, black) == math.inf
     assert psnr(black, grey) == pytest.approx(20 * math.log10(5))
     with pytest.raises(ValueError, match="expected a picture of size"):
-        psnr(black, images.new("RGB", (8, 4)))
+        psnr(black, PIL.Image.new("RGB", (8, 4)))
 
 
 @pytest.mark.parametrize(
@@ -257,11 +257,7 @@ def test_psnr() -> None:
     [("png", 1, True), ("webp", 100, True), ("webp", 50, False), ("jpeg", 95, False)],
 )
 def test_files(engine: Engine, job: Job, form: str, quality: int, exact: bool) -> None:
-    import io
-
-    from PIL import Image as images
-
     (picture,) = engine.generate([replace(job, steps=2)])
-    found = images.open(io.BytesIO(encoded(picture.image, form, quality)))
+    found = PIL.Image.open(io.BytesIO(encoded(picture.image, form, quality)))
     assert found.format == form.upper()
     assert (digest(found.convert("RGB")) == digest(picture.image)) is exact

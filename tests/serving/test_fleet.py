@@ -87,6 +87,7 @@ def started(folder: Path | str, replicas: list[Replica]) -> Replica:
     return replicas[-1]
 
 
+@pytest.mark.full
 def test_programs_that_fit(built: Path, replicas: list[Replica]) -> None:
     replica = started(built, replicas)
     assert replica.programs == f"shipped: {built}"
@@ -100,6 +101,7 @@ def test_programs_that_fit(built: Path, replicas: list[Replica]) -> None:
     assert found[0].snapshot.captures == 0
 
 
+@pytest.mark.full
 def test_a_size_without_a_program(built: Path, cache: Path, replicas: list[Replica]) -> None:
     replica = started(built, replicas)
     job = replace(replica.worker.engine.default_job("dog", 5), width=80)
@@ -115,34 +117,50 @@ def test_a_size_without_a_program(built: Path, cache: Path, replicas: list[Repli
     assert "uncached" not in plain.trace["steps"]
 
 
-@pytest.mark.parametrize("damage", ["file", "record", "picture", "missing", "machine", "version"])
+DAMAGES = {
+    "file": "is damaged",
+    "record": "cannot be parsed",
+    "picture": "uncached.png is not what was written",
+    "missing": "cannot be read",
+    "version": "was built by dcompile '0.0.1'",
+}
+
+
+def damaged(folder: Path, damage: str) -> None:
+    if damage == "file":
+        next(folder.glob("programs/data-*/*")).write_bytes(b"x")
+    elif damage == "record":
+        (folder / fleet.RECORD).write_text((folder / fleet.RECORD).read_text()[:-9])
+    elif damage == "picture":
+        (folder / fleet.PICTURE).write_bytes(b"x")
+    elif damage == "missing":
+        shutil.rmtree(folder)
+    else:
+        change(folder, dcompile="0.0.1")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(copy: Path, damage: str) -> None:
+    damaged(copy, damage)
+    with pytest.raises(ArtifactError, match=DAMAGES[damage]):
+        fleet.read_record(copy)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("damage", ["file", "machine"])
 def test_programs_that_do_not_fit(
     copy: Path, cache: Path, replicas: list[Replica], damage: str
 ) -> None:
     """Uncached at first, compiled meanwhile."""
-    if damage == "file":
-        next(copy.glob("programs/data-*/*")).write_bytes(b"x")
-    elif damage == "record":
-        (copy / fleet.RECORD).write_text((copy / fleet.RECORD).read_text()[:-9])
-    elif damage == "picture":
-        (copy / fleet.PICTURE).write_bytes(b"x")
-    elif damage == "missing":
-        shutil.rmtree(copy)
-    elif damage == "machine":
+    if damage == "machine":
         change(copy, machine={"torch": "2.13.0", "card": "another"})
     else:
-        change(copy, dcompile="0.0.1")
+        damaged(copy, damage)
     replica = started(copy, replicas)
+    reason = "does not fit: built where" if damage == "machine" else DAMAGES[damage]
     assert replica.programs.startswith("none yet, compiling: ")
-    words = {
-        "file": "is damaged",
-        "record": "cannot be parsed",
-        "picture": "uncached.png is not what was written",
-        "missing": "cannot be read",
-        "machine": "does not fit: built where",
-        "version": "was built by dcompile '0.0.1'",
-    }
-    assert words[damage] in replica.programs
+    assert reason in replica.programs
     job = replica.worker.engine.default_job("dog", 5)
     (first,) = made(replica, job)
     assert set(first.trace["steps"]) == {"uncached"}
@@ -153,6 +171,7 @@ def test_programs_that_do_not_fit(
     assert replica.describe()["ready"]
 
 
+@pytest.mark.full
 def test_other_weights_are_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -170,11 +189,13 @@ def test_other_weights_are_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) 
         Replica(replace(SETTINGS, programs=str(copy)), "here")
 
 
+@pytest.mark.full
 def test_another_model(built: Path) -> None:
     with pytest.raises(ArtifactError, match="built for emoji-sd"):
         Replica(replace(SETTINGS, model="ddpm-emoji", programs=str(built)), "here")
 
 
+@pytest.mark.full
 def test_object_storage(built: Path, cache: Path, replicas: list[Replica]) -> None:
     fleet.upload(built, "memory://bucket/fleet")
     replica = started("memory://bucket/fleet", replicas)
@@ -185,6 +206,7 @@ def test_object_storage(built: Path, cache: Path, replicas: list[Replica]) -> No
     assert (local / fleet.RECORD).stat().st_mtime_ns == before, "what is here is downloaded again"
 
 
+@pytest.mark.full
 def test_a_damaged_download(built: Path, tmp_path: Path) -> None:
     import fsspec
 
@@ -192,7 +214,7 @@ def test_a_damaged_download(built: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     file = next(one for one in memory.find("/bucket/bad") if "data-" in one)
     memory.pipe_file(file, b"x")
-    with pytest.raises(ArtifactError, match="memory://bucket/bad: .* is damaged"):
+    with pytest.raises(ArtifactError, match=r"memory://bucket/bad: .* is damaged"):
         fleet.download("memory://bucket/bad", tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ArtifactError, match="cannot read memory://bucket/none"):
@@ -201,6 +223,7 @@ def test_a_damaged_download(built: Path, tmp_path: Path) -> None:
         fleet.download("nowhere://x", tmp_path)
 
 
+@pytest.mark.full
 def test_what_cannot_be_built(tmp_path: Path) -> None:
     with pytest.raises(DcompileError, match="width: expected a multiple of 8"):
         build(replace(PLAN, sizes=((63, 64),)), tmp_path / "a")
@@ -210,6 +233,7 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
         build(PLAN, tmp_path / "file")
 
 
+@pytest.mark.full
 def test_a_full_disk(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was there before is untouched."""
     before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}

@@ -1,9 +1,11 @@
 """Requests and the thread that computes: batches, cancellation, failures."""
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,15 +78,11 @@ def run(
 
 
 def request(seed: int = 1, previews: int = 0, **change: Any) -> Request:
-    return Request(
-        Job(**{"prompt": "", "seed": seed, "steps": STEPS, "width": 8, "height": 8, **change}),
-        previews=previews,
-    )
+    job = Job(prompt="", seed=seed, steps=STEPS, width=8, height=8)
+    return Request(replace(job, **change), previews=previews)
 
 
 def colour(made: Made) -> int:
-    import io
-
     return int(PIL.Image.open(io.BytesIO(made.content)).getpixel((0, 0))[0])  # type: ignore[index]
 
 
