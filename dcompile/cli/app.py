@@ -1,4 +1,4 @@
-"""The command line: ``dcompile demo``, ``explain``, ``bench``, ``profile`` and ``tune``."""
+"""The command line: ``dcompile demo``, ``explain``, ``bench``, ``profile``, ``tune`` ..."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dcompile.cli.console import (
     quiet_libraries,
     require_writable,
 )
+from dcompile.cli.generate import generate
 from dcompile.errors import DcompileError, DepthError, NoCutError
 from dcompile.version import __version__
 
@@ -311,6 +312,9 @@ def tune(
         console().print(tuned_table(tuned))
         note(f"wrote {out} and {picture}")
         note(f'use it: cache_compile(pipe, schedule=Tuned.load("{out}"))')
+
+
+app.command()(generate)
 
 
 def _sampler(
