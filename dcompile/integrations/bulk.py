@@ -110,12 +110,13 @@ def _ray(cpus: int) -> Iterator[None]:
             "object_store_memory": _OBJECT_STORE,
             "include_dashboard": False,
         }
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **(local if address == "local" else {}),
-        )
+        with _silent():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **(local if address == "local" else {}),
+            )
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
     logger = logging.getLogger("ray.data")
@@ -128,3 +129,16 @@ def _ray(cpus: int) -> Iterator[None]:
         context.enable_progress_bars = shown
         if own:
             ray.shutdown()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what is written to standard error, also by Ray's C++, which says how it will log."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
