@@ -159,6 +159,7 @@ class _Rate(ProgressColumn):
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error of the pictures that were left, removed when done."""
+    errors = console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -166,8 +167,9 @@ def _progress_bar() -> Iterator[Callable[[int, int], None]]:
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=console(stderr=True),
+        console=errors,
         transient=True,
+        disable=not errors.is_terminal,  # a file would get an empty line
         speed_estimate_period=600,
     )
     with bar:

@@ -8,7 +8,7 @@ wrote down. Nothing here knows Ray; ``generate_all`` is given what spreads chunk
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -346,10 +346,13 @@ def generate_all(
         left = [chunk for chunk in chunks if lacking[chunk.name]]
         task = Task(settings, output, tuple(kinds_of(chunks)), found.has_prompts)
         total = _Total(sum(lacking.values()), list(found.bad), progress)
+        reports = run(task, left) if left else iter(())
         try:
-            if left:
-                total.follow(run(task, left))
+            total.follow(reports)
         finally:
+            # Processes end while the folder is still locked.
+            if isinstance(reports, Generator):
+                reports.close()
             output.fail(total.failures)
         manifest = output.finish(chunks)
     return Summary(

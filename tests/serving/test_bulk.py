@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from dcompile.errors import DcompileError
 from dcompile.serving import bulk_folder
@@ -393,6 +394,48 @@ def test_a_damaged_part_is_named(prompts: Path, tmp_path: Path) -> None:
         made(prompts, tmp_path / "out")
     part.unlink()
     assert made(prompts, tmp_path / "out").made == 3
+
+
+def test_the_processes_end_before_the_folder_is_free(prompts: Path, tmp_path: Path) -> None:
+    ended = []
+
+    def run(task: Task, chunks: Sequence[Chunk]) -> Iterator[Report]:
+        try:
+            yield Report(fatal="nothing works")
+        finally:
+            with pytest.raises(DcompileError, match="another dcompile generate"):
+                made(prompts, tmp_path / "out")
+            ended.append(True)
+
+    with pytest.raises(DcompileError, match="nothing works"):
+        generate_all(prompts, tmp_path / "out", SETTINGS, run)
+    assert ended
+
+
+def test_the_command(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dcompile.cli.app import app
+    from dcompile.integrations.bulk import Actors
+
+    monkeypatch.setattr(Actors, "run", lambda self, task, chunks: Local().run(task, chunks))
+
+    def outcome(*arguments: str, rows: Path = prompts) -> tuple[int, str]:
+        command = ["generate", str(rows), "--model", "sd", "--out", str(tmp_path / "out")]
+        result = CliRunner().invoke(app, [*command, *arguments])
+        return result.exit_code, result.output
+
+    code, text = outcome("--batch", "4", "--interval", "3")
+    assert code == 0
+    assert "10 rows" in text
+    assert "50% (2.00 times fewer)" in text
+    code, text = outcome("--batch", "4", "--interval", "2")
+    assert code == 2
+    assert text.startswith(f"error: {tmp_path / 'out'} holds pictures made with interval 3")
+    assert outcome("--interval", "3", "--speedup", "2")[0] == 2
+    assert outcome("--lora", "unnamed")[1].startswith("error: --lora: expected NAME=PATH")
+    bad = written(tmp_path / "bad.jsonl", [{"prompt": "a", "seed": -1}])
+    code, text = outcome("--out", str(tmp_path / "failed"), rows=bad)
+    assert code == 1
+    assert "failed.jsonl" in text
 
 
 def test_what_all_processes_need(prompts: Path, tmp_path: Path) -> None:

@@ -7,6 +7,21 @@ from pathlib import Path
 
 import bulk
 import pytest
+import ray
+
+from dcompile.errors import DcompileError
+from dcompile.integrations.bulk import Actors
+
+
+def test_gpus_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    assert Actors()._gpus("auto") == 0
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    assert Actors()._gpus("auto") == 1
+    assert Actors()._gpus("cpu") == 0
+    assert Actors(4, 0.5)._gpus("auto") == 0.5
+    with pytest.raises(DcompileError, match=r"5 actors with 0.5 GPUs each need 2.5, and Ray has 2"):
+        Actors(5, 0.5)._gpus("auto")
 
 
 @pytest.mark.full
