@@ -23,7 +23,7 @@ from dcompile.serving.bulk_folder import FORMS, Output, Record
 from dcompile.serving.bulk_rows import Chunk, Failure, Kind, Row, kinds_of, read_prompts
 from dcompile.serving.engine import Engine
 from dcompile.serving.jobs import Job, JobError
-from dcompile.serving.pictures import Picture, digest, encoded
+from dcompile.serving.pictures import Picture, Trace, digest, encoded
 from dcompile.serving.settings import EngineSettings
 from dcompile.serving.worker import FATAL
 from dcompile.version import __version__
@@ -94,14 +94,16 @@ class Report:
     """What became of a chunk.
 
     Attributes:
-        made: rows that have a picture now, and had none.
+        chunk: its name.
+        present: its rows that have a picture now.
         failures: rows that have none.
         steps: steps of the pictures made.
         cost: the same in full steps, by their FLOPs.
         fatal: why nothing more can be made by anyone; None if that is not so.
     """
 
-    made: int = 0
+    chunk: str
+    present: int = 0
     failures: list[Failure] = field(default_factory=list)
     steps: float = 0.0
     cost: float = 0.0
@@ -153,27 +155,28 @@ class Maker:
         try:
             return self._make(chunk)
         except DcompileError as error:
-            return Report(fatal=str(error))
+            return Report(chunk.name, fatal=str(error))
 
     def _make(self, chunk: Chunk) -> Report:
         output = self._task.output
         present = output.present(chunk)
         rows = [row for row in chunk.rows if row.number not in present]
         if not rows:  # written by a process that died before it could say so
-            return Report()
+            return Report(chunk.name, len(present))
+        report = Report(chunk.name, len(present))
         with output.attempt(chunk) as deaths:
             if deaths >= MOST_DEATHS:
                 reason = f"{deaths} processes died while they made this row's chunk"
-                return Report(failures=[_failure(row, reason) for row in rows])
+                report.failures += [_failure(row, reason) for row in rows]
+                return report
             if self._engine is None:
                 self._engine = prepared(self._task, self._build)
-            report = Report()
             jobs = self._accepted(self._engine, rows, report)
             # What failed before is tried alone, so that rows beside it are not made again.
             pictures = self._pictures(self._engine, jobs, report, together=not present)
             if pictures:
                 output.add(chunk, [self._record(*made) for made in pictures])
-            report.made = len(pictures)
+            report.present += len(pictures)
         return report
 
     def _accepted(
@@ -225,13 +228,18 @@ class Maker:
             height=picture.image.height,
             image=encoded(picture.image, form, quality=100),
             digest=digest(picture.image),
-            notes="; ".join(picture.notes),
+            notes="; ".join((*picture.notes, *_uncached(picture.trace))),
             carried=row.carried,
         )
 
 
 def _failure(row: Row, reason: str) -> Failure:
     return Failure(row.number, row.carried["id"], reason)
+
+
+def _uncached(trace: Trace) -> list[str]:
+    """Calls that ran uncached, as where the denoiser could not be captured for lack of memory."""
+    return [f"{count} calls ran uncached: {why}" for why, count in trace.uncached_reasons.items()]
 
 
 def _require_taken(job: Job, row: Row, about: dict[str, Any]) -> None:
@@ -342,10 +350,10 @@ def generate_all(
     output = Output(folder.absolute(), settings.form, found.schema)
     with output.locked():
         output.begin(said)
-        lacking = {chunk.name: len(chunk.rows) - len(output.present(chunk)) for chunk in chunks}
-        left = [chunk for chunk in chunks if lacking[chunk.name]]
+        present = {chunk.name: len(output.present(chunk)) for chunk in chunks}
+        left = [chunk for chunk in chunks if present[chunk.name] < len(chunk.rows)]
         task = Task(settings, output, tuple(kinds_of(chunks)), found.has_prompts)
-        total = _Total(sum(lacking.values()), list(found.bad), progress)
+        total = _Total(len(found.rows), present, list(found.bad), progress)
         reports = run(task, left) if left else iter(())
         try:
             total.follow(reports)
@@ -358,7 +366,7 @@ def generate_all(
     return Summary(
         rows=len(found.rows) + len(found.bad),
         made=total.made,
-        present=len(found.rows) - sum(lacking.values()),
+        present=sum(present.values()),
         failed=len(total.failures),
         seconds=time.perf_counter() - began,
         flops_speedup=total.steps / total.cost if total.cost else None,
@@ -368,9 +376,10 @@ def generate_all(
 
 @dataclass
 class _Total:
-    """Adds up what is reported."""
+    """Adds up what is reported; ``present`` is what was there before, by chunk."""
 
-    left: int
+    rows: int
+    present: dict[str, int]
     failures: list[Failure]
     progress: Callable[[int, int], None]
     made: int = 0
@@ -378,14 +387,15 @@ class _Total:
     cost: float = 0.0
 
     def follow(self, reports: Iterable[Report]) -> None:
-        done = 0
-        self.progress(done, self.left)
+        done, left = 0, self.rows - sum(self.present.values())
+        self.progress(done, left)
         for report in reports:
             if report.fatal is not None:
                 raise DcompileError(report.fatal)
-            self.made += report.made
+            made = report.present - self.present[report.chunk]
+            self.made += made
             self.failures += report.failures
             self.steps += report.steps
             self.cost += report.cost
-            done += report.made + len(report.failures)
-            self.progress(done, self.left)
+            done += made + len(report.failures)
+            self.progress(done, left)

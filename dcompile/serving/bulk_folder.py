@@ -118,16 +118,16 @@ class Output:
         Raises:
             DcompileError: it holds another run's pictures, or other files.
         """
-        for leftover in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*")):
-            leftover.unlink(missing_ok=True)
         record = self.folder / _RUN
         if record.is_file():
             self._require_same(run, _read_json(record))
+            self._sweep()
         else:
-            others = [item for item in self.folder.iterdir() if item.name != _LOCK]
+            names = {item.name for item in self.folder.iterdir()} - {_LOCK}
+            others = sorted(name for name in names if not name.startswith(f".{_RUN}."))
             if others:
                 raise DcompileError(
-                    f"{self.folder} holds other files ({others[0].name}): give a folder of its own"
+                    f"{self.folder} holds other files ({others[0]}): give a folder of its own"
                 )
             replace_file(record, json.dumps(run, indent=1).encode())
         try:
@@ -135,6 +135,12 @@ class Output:
                 (self.folder / name).mkdir(exist_ok=True)
         except OSError as error:
             raise _not_written(self.folder, error) from error
+
+    def _sweep(self) -> None:
+        """Remove what crashed writes left, and the counts of ``attempt``."""
+        for pattern in (".*.tmp", "parts/.*", "images/.*"):
+            for leftover in self.folder.glob(pattern):
+                leftover.unlink(missing_ok=True)
 
     def _require_same(self, run: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         for name in dict.fromkeys((*run, *before)):
@@ -315,8 +321,8 @@ def _damaged(file: Path, error: Exception) -> DcompileError:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], json.loads(file.read_bytes()))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise _damaged(file, error) from error
 
 

@@ -320,6 +320,16 @@ def test_a_chunk_that_ends_its_process_fails_after_some(tmp_path: Path) -> None:
     assert reports[0].failures[0].error == "3 processes died while they made this row's chunk"
 
 
+def test_a_process_that_dies_before_it_can_report(prompts: Path, tmp_path: Path) -> None:
+    def run(task: Task, chunks: Sequence[Chunk]) -> Iterator[Report]:
+        for chunk in chunks:
+            Maker(task, Local().build).make(chunk)  # dies
+            yield Maker(task, Local().build).make(chunk)
+
+    summary = generate_all(prompts, tmp_path / "out", SETTINGS, run)
+    assert (summary.made, summary.present, summary.failed) == (10, 0, 0)
+
+
 def test_leftovers_of_crashed_writes_are_removed(prompts: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, form="webp")
     with pytest.raises(KeyboardInterrupt):
@@ -345,9 +355,14 @@ def test_folders_that_are_refused(prompts: Path, tmp_path: Path) -> None:
             made(prompts, out, other)
     with pytest.raises(DcompileError, match="a file of prompts with other content"):
         made(written(tmp_path / "q.jsonl", [{"prompt": "a"}]), out)
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used/thesis.tex").touch()
-    with pytest.raises(DcompileError, match=r"holds other files \(thesis.tex\)"):
+    (tmp_path / "used/parts").mkdir(parents=True)
+    for name in (".thesis.tmp", "parts/.thesis", "thesis.tex"):
+        (tmp_path / "used" / name).touch()
+    with pytest.raises(DcompileError, match=r"holds other files \(.thesis.tmp\)"):
+        made(prompts, tmp_path / "used")
+    assert len(list((tmp_path / "used").rglob("*thesis*"))) == 3  # nothing of it was removed
+    (tmp_path / "used/run.json").write_text("[1]")
+    with pytest.raises(DcompileError, match=r"run.json is damaged"):
         made(prompts, tmp_path / "used")
     with pytest.raises(DcompileError, match="cannot write into"):
         made(prompts, prompts / "below a file")
@@ -401,7 +416,7 @@ def test_the_processes_end_before_the_folder_is_free(prompts: Path, tmp_path: Pa
 
     def run(task: Task, chunks: Sequence[Chunk]) -> Iterator[Report]:
         try:
-            yield Report(fatal="nothing works")
+            yield Report(chunks[0].name, fatal="nothing works")
         finally:
             with pytest.raises(DcompileError, match="another dcompile generate"):
                 made(prompts, tmp_path / "out")
