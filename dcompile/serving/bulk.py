@@ -198,20 +198,20 @@ class Maker:
     def _pictures(
         self, engine: Engine, jobs: list[tuple[Row, Job]], report: Report, together: bool
     ) -> list[tuple[Row, Job, Picture]]:
-        if len(jobs) > 1 and not together:
+        pictures: list[Picture] = []
+        if jobs and (together or len(jobs) == 1):
+            try:
+                pictures = engine.generate([job for _, job in jobs])
+            except Exception as error:
+                if any(sign in str(error) for sign in FATAL):
+                    raise BrokenDeviceError(first_line(error)) from error
+                if len(jobs) == 1:
+                    report.failures.append(_failure(jobs[0][0], first_line(error)))
+                    return []
+        # Not in the handler, where the error would keep the memory of the run that failed.
+        if not pictures:
             alone = [self._pictures(engine, [one], report, True) for one in jobs]
             return [made for found in alone for made in found]
-        if not jobs:
-            return []
-        try:
-            pictures = engine.generate([job for _, job in jobs])
-        except Exception as error:
-            if any(sign in str(error) for sign in FATAL):
-                raise BrokenDeviceError(first_line(error)) from error
-            if len(jobs) > 1:
-                return self._pictures(engine, jobs, report, together=False)
-            report.failures.append(_failure(jobs[0][0], first_line(error)))
-            return []
         for picture in pictures:
             steps = len(picture.trace.levels)
             report.steps += steps
