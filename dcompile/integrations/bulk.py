@@ -110,13 +110,17 @@ def _ray(cpus: int) -> Iterator[None]:
             "object_store_memory": _OBJECT_STORE,
             "include_dashboard": False,
         }
-        with _silent():
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **(local if address == "local" else {}),
-            )
+        try:
+            with _silent():
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **(local if address == "local" else {}),
+                )
+        except BaseException:  # Ctrl-C, too: what is half started would crash at exit
+            ray.shutdown()
+            raise
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
     logger = logging.getLogger("ray.data")
