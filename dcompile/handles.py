@@ -146,7 +146,7 @@ class Handle:
         settings = self._dispatcher.settings
         device = device_of(self.module)
         with Display(type(self.module).__name__, settings.verbose).stage(f"saving to {target}"):
-            write(target, self._artifact(), settings.backend, device)
+            write(target, _artifact_of(self._dispatcher), settings.backend, device)
         return target
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
@@ -264,25 +264,6 @@ class Handle:
         args, kwargs, _ = example_of(loaded[0], device_of(self.module))
         return captured_network(self._dispatcher, args, kwargs)
 
-    def _artifact(self) -> Artifact:
-        """Everything compiled so far for the module and the settings as they are now."""
-        dispatcher, settings = self._dispatcher, self._dispatcher.settings
-        programs = dispatcher.programs.programs_to_save(settings.target)
-        captures = dispatcher.programs.captures
-        return Artifact(
-            network=type(self.module).__name__,
-            backend=(settings.backend.name, dict(getattr(settings.backend, "options", {}))),
-            cuts=settings.target.spec,
-            dynamic=settings.dynamic.as_argument() if settings.dynamic is not None else False,
-            cuda_graphs=settings.cuda_graphs,
-            channels_last=settings.channels_last,
-            schedule=settings.schedule,
-            forecasts=tuple(map(name_of, settings.forecasts)),
-            structure=portable(captures.structure()),
-            written=tuple(sorted(captures.written)),
-            programs=programs,
-        )
-
 
 class JointHandle(Handle):
     """The handle of a pipeline with several denoisers: one for much noise and one for little.
@@ -356,6 +337,26 @@ _NOTHING_CAPTURED = (
     "nothing is captured of the network as it is now: call the network or its pipeline once, or "
     "give an example call: handle(unet).{}"
 )
+
+
+def _artifact_of(dispatcher: Dispatcher) -> Artifact:
+    """Everything compiled so far for the network and the settings as they are now."""
+    settings = dispatcher.settings
+    programs = dispatcher.programs.programs_to_save(settings.target)
+    captures = dispatcher.programs.captures
+    return Artifact(
+        network=type(dispatcher.module).__name__,
+        backend=(settings.backend.name, dict(getattr(settings.backend, "options", {}))),
+        cuts=settings.target.spec,
+        dynamic=settings.dynamic.as_argument() if settings.dynamic is not None else False,
+        cuda_graphs=settings.cuda_graphs,
+        channels_last=settings.channels_last,
+        schedule=settings.schedule,
+        forecasts=tuple(map(name_of, settings.forecasts)),
+        structure=portable(captures.structure()),
+        written=tuple(sorted(captures.written)),
+        programs=programs,
+    )
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -19,6 +19,7 @@ from dcompile.cli.console import (
     require_writable,
 )
 from dcompile.cli.fleet import build, serve
+from dcompile.cli.generate import generate
 from dcompile.errors import DcompileError, DepthError, NoCutError
 from dcompile.version import __version__
 
@@ -316,6 +317,7 @@ def tune(
 
 app.command()(serve)
 app.command()(build)
+app.command()(generate)
 
 
 def _sampler(

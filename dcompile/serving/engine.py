@@ -21,7 +21,7 @@ from dcompile import models
 from dcompile.api import cache_compile, handle, load
 from dcompile.errors import ModelError
 from dcompile.handles import Handle
-from dcompile.integrations.pipelines import denoisers_of
+from dcompile.integrations.pipelines import denoisers_of, network_of
 from dcompile.models.loading import (
     is_unconditional,
     load_pipeline,
@@ -96,6 +96,8 @@ class Engine:
                 "pipeline: others are not served"
             )
         self._samplers = _samplers_of(pipeline)
+        config = network_of(pipeline).config
+        self._size, self._multiple = _default_size(pipeline, config), _multiple(pipeline, config)
         self._adapters = Adapters(pipeline, settings.loras)
         self._own: list[tuple[Dispatcher, Settings]] = []  # what DEFAULT means, once it is settled
         self._caching = DEFAULT
@@ -150,7 +152,7 @@ class Engine:
         From now on a job's picture depends on the job alone, and not on those before it.
         """
         schedule = self.handle.schedule
-        if isinstance(schedule, SelfTuned):
+        if isinstance(schedule, SelfTuned) and schedule.watch is not None:
             self._configure(schedule=replace(schedule, watch=None))
         self._settle()
 
@@ -160,7 +162,7 @@ class Engine:
         ``size`` and ``multiple`` are in pixels; ``tokens`` is how many the text encoder reads.
         """
         own = models.defaults(self.settings.model)
-        width, height = self._default_size()
+        width, height = self._size
         return {
             "model": self.settings.name,
             "pipeline": type(self.pipeline).__name__,
@@ -171,7 +173,7 @@ class Engine:
             "steps": self.settings.steps,
             "width": width,
             "height": height,
-            "multiple": self._multiple(),
+            "multiple": self._multiple,
             "resizes": not self._is_unconditional,
             "samplers": sorted(self._samplers),
             "sampler": type(self.pipeline.scheduler).__name__,
@@ -213,7 +215,7 @@ class Engine:
         ).images
         trace = run.trace(len(jobs))
         return [
-            Picture(image.convert("RGB"), job.seed, trace, self._notes(job))
+            Picture(image.convert("RGB"), job.seed, trace, _notes(self.pipeline, job))
             for job, image in zip(jobs, images, strict=True)
         ]
 
@@ -225,8 +227,8 @@ class Engine:
         """
         if self._is_unconditional and (job.prompt or job.negative_prompt):
             raise JobError("prompt", f"{self.settings.name} takes none")
-        multiple = self._multiple()
-        width, height = self._default_size()
+        multiple = self._multiple
+        width, height = self._size
         for field, value, own in (("width", job.width, width), ("height", job.height, height)):
             if value % multiple:
                 raise JobError(field, f"expected a multiple of {multiple}, got {value}")
@@ -240,7 +242,7 @@ class Engine:
 
     def default_job(self, prompt: str = "", seed: int = 0) -> Job:
         """A job with the model's own settings."""
-        width, height = self._default_size()
+        width, height = self._size
         prompts = models.defaults(self.settings.model).prompts
         return Job(
             prompt="" if self._is_unconditional else prompt or prompts[0],
@@ -306,34 +308,6 @@ class Engine:
             arguments["guidance_scale"] = first.guidance
         return arguments
 
-    def _notes(self, job: Job) -> tuple[str, ...]:
-        tokenizer = getattr(self.pipeline, "tokenizer", None)
-        longest = getattr(tokenizer, "model_max_length", None)
-        if tokenizer is None or longest is None or len(job.prompt) < longest:
-            return ()
-        count = len(tokenizer(job.prompt).input_ids)
-        if count <= longest:
-            return ()
-        return (f"the prompt has {count} tokens, of which the text encoder reads {longest}",)
-
-    def _default_size(self) -> tuple[int, int]:
-        """Width and height, in pixels."""
-        config = self.handle.module.config
-        size = getattr(config, "sample_size", None)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        if height is None or width is None:
-            default = getattr(self.pipeline, "default_sample_size", None) or 64
-            height = width = default
-        factor = 1 if self._is_unconditional else getattr(self.pipeline, "vae_scale_factor", 8)
-        return int(width) * factor, int(height) * factor
-
-    def _multiple(self) -> int:
-        if self._is_unconditional:
-            return 1
-        patch = getattr(self.handle.module.config, "patch_size", None)
-        factor = int(getattr(self.pipeline, "vae_scale_factor", 8))
-        return max(8, factor * (patch if type(patch) is int else 1))
-
 
 class _Run:
     """Follows one run by the pipeline's progress bar, the one hook that all pipelines have."""
@@ -395,6 +369,36 @@ class _Run:
             uncached_reasons=reasons,
             programs=after.captures - before.captures,
         )
+
+
+def _notes(pipeline: Any, job: Job) -> tuple[str, ...]:
+    tokenizer = getattr(pipeline, "tokenizer", None)
+    longest = getattr(tokenizer, "model_max_length", None)
+    if tokenizer is None or longest is None or len(job.prompt) < longest:
+        return ()
+    count = len(tokenizer(job.prompt).input_ids)
+    if count <= longest:
+        return ()
+    return (f"the prompt has {count} tokens, of which the text encoder reads {longest}",)
+
+
+def _default_size(pipeline: Any, config: Any) -> tuple[int, int]:
+    """Width and height in pixels, from the configuration of the pipeline's denoiser."""
+    size = getattr(config, "sample_size", None)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    if height is None or width is None:
+        height = width = getattr(pipeline, "default_sample_size", None) or 64
+    factor = 1 if is_unconditional(pipeline) else getattr(pipeline, "vae_scale_factor", 8)
+    return int(width) * factor, int(height) * factor
+
+
+def _multiple(pipeline: Any, config: Any) -> int:
+    """What sizes in pixels are multiples of."""
+    if is_unconditional(pipeline):
+        return 1
+    patch = getattr(config, "patch_size", None)
+    factor = int(getattr(pipeline, "vae_scale_factor", 8))
+    return max(8, factor * (patch if type(patch) is int else 1))
 
 
 def _level(before: Stats, after: Stats) -> str:

@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dcompile.errors import ArtifactError
 from dcompile.serving.engine import Engine
 from dcompile.serving.jobs import Caching, Job, JobError
 from dcompile.serving.pictures import Picture, digest, encoded, psnr
+from dcompile.serving.settings import EngineSettings
 from dcompile.storage.artifact import machine
 from dcompile.storage.folder import read_files, sealed, sha256_of
 from dcompile.version import __version__
@@ -88,6 +89,18 @@ class Record:
                     f"{here.get(name)!r}"
                 )
         return None
+
+
+def as_built(settings: EngineSettings, record: Record) -> EngineSettings:
+    """These settings, with how runs are cached as the programs were built for."""
+    own = record.settings
+    return replace(
+        settings,
+        speedup=own.get("speedup"),
+        interval=own.get("interval"),
+        backend=own["backend"],
+        options=own["options"],
+    )
 
 
 def machine_of(device: torch.device) -> dict[str, str]:

@@ -25,6 +25,7 @@ from dcompile.serving.engine import Engine
 from dcompile.serving.fleet import (
     PROGRAMS,
     Record,
+    as_built,
     digest_of_machine,
     download,
     is_address,
@@ -126,7 +127,7 @@ class Replica:
 
     def _with(self, folder: Path) -> Engine:
         assert self._record is not None
-        own = _as_built(self._settings, self._record)
+        own = as_built(self._settings, self._record)
         return Engine.of(replace(own, programs=str(folder / PROGRAMS), new_calls="uncached"))
 
     def _uncached(self, error: ArtifactError) -> Engine:
@@ -176,7 +177,7 @@ class Replica:
     def _rebuild(self, settings: EngineSettings) -> None:
         """What was shipped, compiled for this machine."""
         record = self._record
-        own = settings if record is None else _as_built(settings, record)
+        own = settings if record is None else as_built(settings, record)
         here = f"{settings.name}-{digest_of_machine(resolve_device(settings.device))}"
         target = self._work() / here
         plan = Plan(
@@ -207,7 +208,7 @@ class Replica:
 
         def widen() -> None:
             target = Path(tempfile.mkdtemp(prefix=f"{record.model}-", dir=self._made(self._work())))
-            own = _as_built(self._settings, record)
+            own = as_built(self._settings, record)
             self._record = extend(own, record, folder, target, job, batch)
             self._install_later(target, f"with {job.width}x{job.height}, batch {batch}")
 
@@ -239,15 +240,3 @@ class Replica:
     def _made(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-
-
-def _as_built(settings: EngineSettings, record: Record) -> EngineSettings:
-    """What the programs were built with decides how runs are cached."""
-    own = record.settings
-    return replace(
-        settings,
-        speedup=own.get("speedup"),
-        interval=own.get("interval"),
-        backend=own["backend"],
-        options=own["options"],
-    )

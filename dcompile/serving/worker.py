@@ -20,7 +20,7 @@ from dcompile.serving.metrics import Snapshot, Tally
 from dcompile.serving.pictures import Picture, digest, encoded
 
 # Errors after which a device answers nothing any more: the process has to be started again.
-_FATAL = ("CUDA error", "device-side assert", "out of memory on device", "CUBLAS_STATUS")
+FATAL = ("CUDA error", "device-side assert", "out of memory on device", "CUBLAS_STATUS")
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Worker:
             return [error] * len(tickets)
         except Exception as error:
             self._tally.failed(len(tickets))
-            if any(sign in str(error) for sign in _FATAL):
+            if any(sign in str(error) for sign in FATAL):
                 self.failure = str(error).splitlines()[0]
             logger.exception("a batch of %d failed", len(tickets))
             return [error] * len(tickets)
