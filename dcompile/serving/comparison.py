@@ -20,10 +20,10 @@ SHOWN_SIDE = 512  # pixels: smaller pictures are shown larger
 LARGEST_GAIN = 32
 # What a step ran -> its letter in the strip, and what it means.
 KINDS = {
-    REFRESH: ("F", "full: the whole network ran, and its features were kept"),
+    REFRESH: ("F", "refresh: the full network ran, and its features were kept"),
     PARTIAL: ("P", "partial: some of the kept features were computed again"),
     REUSE: ("R", "reuse: only the outer layers ran, on kept features"),
-    UNCACHED: ("U", "uncached: the whole network ran, and nothing was kept"),
+    UNCACHED: ("U", "uncached: the full network ran, and nothing was kept"),
 }
 
 _Pixels = npt.NDArray[np.int16]
@@ -122,7 +122,7 @@ def summary(comparison: Comparison) -> str:
     cards = (
         ("speedup", f"{whole:.2f}×", "faster, whole picture"),
         ("psnr", close, "PSNR, higher is closer"),
-        ("flops", f"{after['flops_speedup']:.2f}×", "fewer FLOPs in the denoiser"),
+        ("flops", f"{after['flops_speedup']:.2f}×", "less computing in the denoiser (FLOPs)"),
     )
     tiles = "".join(
         f'<div class="dc-tile" data-name="{name}"><b>{value}</b><span>{text}</span></div>'
@@ -133,8 +133,8 @@ def summary(comparison: Comparison) -> str:
         ("Whole picture", total(before), total(after), whole),
     )
     lines = "".join(
-        f'<tr><th scope="row">{name}</th><td>{seconds(one)}</td><td>{seconds(other)}</td>'
-        f"<td>{ratio:.2f}×</td></tr>"
+        f'<tr><th scope="row" class="dc-name">{name}</th>'
+        f"<td>{seconds(one)}</td><td>{seconds(other)}</td><td>{ratio:.2f}×</td></tr>"
         for name, one, other, ratio in rows
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("Uncached", "Cached", "Speed-up"))
@@ -191,7 +191,7 @@ def strip(title: str, steps: Sequence[str]) -> str:
     cells = "".join(_cell(number, kind) for number, kind in enumerate(steps, 1))
     name = escape(title)
     return (
-        f'<h4 class="dc-run">{name}: {escape(counted(steps))}</h4>'
+        f'<h4 class="dc-run">{name} run, {escape(counted(steps))}</h4>'
         f'<ol class="dc-strip" role="list" aria-label="{name}, step by step">{cells}</ol>'
     )
 

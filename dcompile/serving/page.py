@@ -109,10 +109,10 @@ class Controls:
     def __init__(self, models: list[str], steps: int) -> None:
         several = len(models) > 1
         self.model = gr.Dropdown(models, value=models[0], label="Model", visible=several)
-        self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="dc-prompt")
+        self.prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="dc-prompt")
         self.preset = gr.Radio(_PRESETS, value=SPEEDUP, label="How to cache", elem_id="dc-preset")
         self.speedup = gr.Slider(
-            1.5, 5, value=2.5, step=0.1, label="Speed-up: so many times fewer FLOPs"
+            1.5, 5, value=2.5, step=0.1, label="Speed-up: times less computing"
         )
         self.steps = gr.Slider(1, steps, value=min(20, steps), step=1, label="Steps")
         with gr.Row(elem_classes="dc-seed"):
@@ -192,9 +192,8 @@ class Results:
                 elem_id="dc-pictures",
             )
             self.strips = gr.HTML(elem_id="dc-strips")
-            self.gain = gr.HTML()
             self.difference = gr.Image(
-                show_label=False,
+                label="The difference",
                 format="png",
                 interactive=False,
                 buttons=["fullscreen"],
@@ -211,7 +210,6 @@ class Results:
             self.numbers,
             self.pictures,
             self.strips,
-            self.gain,
             self.difference,
         ]
 
@@ -223,7 +221,7 @@ class Results:
         """Updates when all is there. Takes a while for large pictures."""
         one, other = found.images()
         picture, gain = comparison.difference(one, other)
-        brighter = f", {gain} times as bright as it is" if gain > 1 else ", as bright as it is"
+        label = f"The difference, {gain} times as bright as it is" if gain > 1 else "The difference"
         return {
             self.status: '<p class="dc-hint" role="status">Done.</p>',
             self.first: gr.update(visible=False),
@@ -231,8 +229,7 @@ class Results:
             self.numbers: comparison.summary(found),
             self.pictures: (comparison.enlarged(one), comparison.enlarged(other)),
             self.strips: comparison.strips(found),
-            self.gain: f'<h4 class="dc-run" data-gain="{gain}">The difference{brighter}</h4>',
-            self.difference: comparison.enlarged(picture),
+            self.difference: gr.update(value=comparison.enlarged(picture), label=label),
         }
 
 
@@ -268,7 +265,7 @@ class Page:
         except Exception as error:
             status, text = _said(error)
             gr.Warning(escape(text), title="No comparison")
-            yield {self._results.status: comparison.refusal(text)}
+            yield {**self._results.begun(), self._results.status: comparison.refusal(text)}
         yield {stop: gr.update(visible=False)}
         self._server.metrics.answered("/page", status, time.perf_counter() - began)
 
@@ -386,4 +383,5 @@ def mount(app: FastAPI, server: Server, path: str) -> None:
         enable_monitoring=False,
         theme=gr.themes.Default(font=_SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")),
         css=CSS.read_text(),
+        head='<link rel="icon" href="data:,">',  # or the browser asks for one
     )
