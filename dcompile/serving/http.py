@@ -210,6 +210,10 @@ def _add_page(app: FastAPI, server: Server) -> None:
     async def root() -> Response:
         return RedirectResponse(f".{PAGE}/")  # relative: a proxy may serve this under a prefix
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:  # browsers ask for one, and log an error if there is none
+        return Response(status_code=204)
+
     mount(app, server, PAGE)
 
 

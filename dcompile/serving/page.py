@@ -383,5 +383,4 @@ def mount(app: FastAPI, server: Server, path: str) -> None:
         enable_monitoring=False,
         theme=gr.themes.Default(font=_SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")),
         css=CSS.read_text(),
-        head='<link rel="icon" href="data:,">',  # or the browser asks for one
     )

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,7 @@ def test_difference_is_as_bright_as_can_be(brighter: int, gain: int) -> None:
     picture, found = comparison.difference(GREY, other)
     assert found == gain
     assert np.unique(np.asarray(picture)[..., 0]).tolist() == [brighter * gain]
-    assert (
-        np.asarray(comparison.difference(other, GREY)[0]).tolist() == np.asarray(picture).tolist()
-    )
+    assert comparison.difference(other, GREY)[0].tobytes() == picture.tobytes()
 
 
 def test_one_pixel_alone_is_seen() -> None:
@@ -282,8 +281,6 @@ def chromium() -> str | None:
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found
-    from pathlib import Path
-
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -339,7 +336,7 @@ def opened(browser: Any, address: str, width: int, height: int) -> Iterator[Any]
     page.on("request", lambda one: one.url.startswith("http") and elsewhere.append(one.url))
     page.goto(address)
     page.wait_for_selector("#dc-prompt textarea", timeout=LONG)
-    page.wait_for_function("document.querySelector('[aria-label*=\"Steps\"]').value == 5")
+    page.wait_for_function("document.querySelector('[aria-label*=\"Steps\"]')?.value == 5")
     yield page
     context.close()
     assert not errors
@@ -371,7 +368,7 @@ def test_two_pictures_are_compared_in_a_browser(browser: Any, address: str) -> N
         assert "compiling" not in page.inner_text("#dc-numbers")
         counts = [strip.locator("li").count() for strip in page.locator(".dc-strip").all()]
         assert counts == [STEPS_IN_BROWSER] * 2
-        assert "8 times" in page.inner_text("#dc-difference") or page.inner_text("#dc-difference")
+        assert "The difference" in page.inner_text("#dc-difference")
         handle = page.locator("#dc-pictures .handle-wrap, #dc-pictures .outer").first
         before = handle.bounding_box()
         page.mouse.move(before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
