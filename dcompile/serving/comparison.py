@@ -18,6 +18,7 @@ from dcompile.serving.worker import Made
 
 SHOWN_SIDE = 512  # pixels: smaller pictures are shown larger
 LARGEST_GAIN = 32
+_CLOSE = 0.95  # of the speed-up asked for
 # What a step ran -> its letter in the strip, and what it means.
 KINDS = {
     REFRESH: ("F", "refresh: the full network ran, and its features were kept"),
@@ -35,10 +36,12 @@ class Comparison:
 
     Attributes:
         uncached, cached: what was made.
+        aim: FLOPs speed-up that was asked for; None if none was.
     """
 
     uncached: Made
     cached: Made
+    aim: float | None = None
 
     def images(self) -> tuple[Image.Image, Image.Image]:
         """Both, decoded."""
@@ -155,6 +158,12 @@ def _remarks(comparison: Comparison) -> str:
         found.append(
             f"The cached time includes {seconds(compiling)} of compiling. "
             "Compare again for the time without it."
+        )
+    reached = trace["flops_speedup"]
+    if comparison.aim is not None and reached < _CLOSE * comparison.aim:
+        found.append(
+            f"{comparison.aim:g}× less computing was asked for, {reached:.2f}× is what this model "
+            "reaches with these steps."
         )
     if trace["forced"]:
         found.append(f"{trace['forced']} full steps were not in the schedule.")

@@ -108,6 +108,13 @@ def test_summary_says_what_to_know_about_the_numbers() -> None:
     assert html.count("a note") == 1  # both pictures have it
 
 
+@pytest.mark.parametrize(("aim", "is_said"), [(None, False), (1.65, False), (5.0, True)])
+def test_summary_says_that_a_speedup_was_not_reached(aim: float | None, is_said: bool) -> None:
+    found = compared()
+    html = comparison.summary(Comparison(found.uncached, found.cached, aim))
+    assert ("5× less computing was asked for, 1.60×" in html) == is_said
+
+
 def test_strip_has_a_cell_with_a_text_for_each_step() -> None:
     html = comparison.strip("Cached", ["refresh", "partial", "reuse", "uncached"])
     assert html.count("<li ") == 4
