@@ -169,7 +169,7 @@ class RayClient:
                 raise
             except Exception as error:
                 self._raise_unless_lost(error, attempt)
-        raise AssertionError("the last attempt raises")
+        raise Lost("no replica answers")
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         for attempt in range(RETRIES + 1):

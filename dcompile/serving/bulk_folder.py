@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from dcompile.errors import DcompileError, first_line
 from dcompile.serving.bulk_rows import Chunk, Failure, plain
+from dcompile.storage.folder import write_in_one_step
 
 FORMS = ("parquet", "webp", "png")
 _RUN, _AGREED, _FAILED = "run.json", "agreed.json", "failed.jsonl"
@@ -288,21 +287,9 @@ def replace_file(file: Path, content: bytes) -> None:
     Raises:
         DcompileError: it cannot be written.
     """
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with draft.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, outlasts a loss of power
-        finally:
-            os.close(folder)
+        write_in_one_step(file, content)
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise _not_written(file, error) from error
 
 

@@ -368,6 +368,7 @@ class _Run:
             batch=batch,
             uncached_reasons=reasons,
             programs=after.captures - before.captures,
+            compile_seconds=after.compile_seconds - before.compile_seconds,
         )
 
 

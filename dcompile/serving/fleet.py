@@ -27,7 +27,7 @@ from dcompile.serving.jobs import Caching, Job, JobError
 from dcompile.serving.pictures import Picture, digest, encoded, psnr
 from dcompile.serving.settings import EngineSettings
 from dcompile.storage.artifact import machine
-from dcompile.storage.folder import read_files, sealed, sha256_of
+from dcompile.storage.folder import read_files, sealed, sha256_of, write_in_one_step
 from dcompile.version import __version__
 
 FORMAT = 1
@@ -195,8 +195,8 @@ def write_record(folder: Path, record: Record, picture: bytes) -> None:
         ArtifactError: it cannot be written.
     """
     try:
-        _replace(folder / PICTURE, picture)
-        _replace(folder / RECORD, sealed(_as_json(record)))
+        write_in_one_step(folder / PICTURE, picture)
+        write_in_one_step(folder / RECORD, sealed(_as_json(record)))
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
 
@@ -266,18 +266,6 @@ def _of_json(folder: Path, content: Mapping[str, Any]) -> Record:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} is damaged: {RECORD} lacks something: {error}") from error
-
-
-def _replace(file: Path, content: bytes) -> None:
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with draft.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 # Object storage -----------------------------------------------------------------------------------

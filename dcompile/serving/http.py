@@ -9,18 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 
-from dcompile.notices import logger
+from dcompile.errors import DcompileError
+from dcompile.serving.answers import Watch, add_errors, answer_to, while_connected
 from dcompile.serving.client import Client, Lost, Overloaded
 from dcompile.serving.jobs import JobError
 from dcompile.serving.messages import ImagesRequest, PlainRequest, requests_of
@@ -30,10 +29,7 @@ from dcompile.serving.settings import Limits
 from dcompile.serving.worker import Event, Made, Preview, Request, Step
 from dcompile.version import __version__
 
-LARGEST_BODY = 1 << 20  # bytes
-POLL = 0.2  # seconds from one look at whether the client is still there to the next
-CLIENT_GONE = 499  # as nginx logs it; nobody sees it
-T = TypeVar("T")
+PAGE = "/page"
 
 
 class Server:
@@ -67,11 +63,11 @@ class Server:
             raise JobError("model", f"expected one of: {known}; got {name[:100]!r}")
         return name
 
-    async def requests(self, name: str, message: PlainRequest | ImagesRequest) -> list[Request]:
-        """A message from outside, checked.
+    async def about(self, name: str) -> dict[str, Any]:
+        """What a model can do, see ``Engine.describe``; asked for once.
 
         Raises:
-            JobError, Lost: see ``messages.requests_of`` and ``Client``.
+            Lost: nothing generates yet.
         """
         about = self._about.get(name)
         if about is None:
@@ -79,7 +75,24 @@ class Server:
             if "multiple" not in about:
                 raise Lost(about.get("reason", "nothing generates yet"))
             self._about[name] = about
-        return requests_of(message, about, self.limits, chooses_caching=self.chooses_caching)
+        return about
+
+    async def requests(
+        self, name: str, message: PlainRequest | ImagesRequest, *, chooses_caching: bool = False
+    ) -> list[Request]:
+        """A message from outside, checked.
+
+        Args:
+            name: of the model.
+            message: what is asked for.
+            chooses_caching: let it say how it is cached, even where others may not.
+
+        Raises:
+            JobError, Lost: see ``messages.requests_of`` and ``Client``.
+        """
+        may_choose = chooses_caching or self.chooses_caching
+        about = await self.about(name)
+        return requests_of(message, about, self.limits, chooses_caching=may_choose)
 
     @contextlib.asynccontextmanager
     async def place(self, count: int) -> AsyncIterator[None]:
@@ -115,7 +128,7 @@ class Server:
             self.metrics.made(one.trace, one.snapshot)
         return made
 
-    async def events(self, name: str, request: Request) -> AsyncIterator[Event]:
+    async def events(self, name: str, request: Request) -> AsyncGenerator[Event, None]:
         """What happens to one request."""
         async with self.place(1), contextlib.aclosing(self.clients[name].stream(request)) as events:  # type: ignore[type-var]
             async for event in events:
@@ -125,7 +138,11 @@ class Server:
 
 
 def app_of(
-    clients: Mapping[str, Client], limits: Limits | None = None, *, chooses_caching: bool = False
+    clients: Mapping[str, Client],
+    limits: Limits | None = None,
+    *,
+    chooses_caching: bool = False,
+    page: bool = False,
 ) -> FastAPI:
     """An ASGI app.
 
@@ -133,13 +150,22 @@ def app_of(
         clients: name of a model -> who generates with it; the first is the default.
         limits: what a client may ask for.
         chooses_caching: whether requests may say how they are cached.
+        page: serve a page at ``/page`` that compares uncached and cached pictures; it chooses
+            caching in any case.
+
+    Raises:
+        DcompileError: a page needs gradio.
     """
     server = Server(clients, limits or Limits(), chooses_caching=chooses_caching)
     app = FastAPI(title="dcompile", version=__version__, docs_url="/docs", redoc_url=None)
     app.state.server = server
-    _add_errors(app)
+    add_errors(app)
     _add_state(app, server)
     _add_pictures(app, server)
+    counted = ("/generate", "/v1/images/generations", "/v1/models")
+    app.add_middleware(Watch, counted=counted, answered=server.metrics.answered)
+    if page:
+        _add_page(app, server)
     return app
 
 
@@ -173,6 +199,24 @@ def _add_state(app: FastAPI, server: Server) -> None:
         return {"object": "list", "data": data}
 
 
+def _add_page(app: FastAPI, server: Server) -> None:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read at its import
+    try:
+        from dcompile.serving.page import mount
+    except ImportError as error:
+        raise DcompileError('the page needs gradio: pip install "dcompile[page]"') from error
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse(f".{PAGE}/")  # relative: a proxy may serve this under a prefix
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:  # browsers ask for one, and log an error if there is none
+        return Response(status_code=204)
+
+    mount(app, server, PAGE)
+
+
 def _add_pictures(app: FastAPI, server: Server) -> None:
     refusals: dict[int | str, dict[str, Any]] = {
         413: {"description": "The body is too long."},
@@ -190,8 +234,8 @@ def _add_pictures(app: FastAPI, server: Server) -> None:
         name = server.name_of(None)
         (request,) = await server.requests(name, message)
         if message.stream:
-            return await _streamed(_plain_events(server.events(name, request)))
-        (made,) = await _while_connected(http, server.generate(name, [request]))
+            return await _streamed(http, _plain_events(server.events(name, request)))
+        (made,) = await while_connected(http, server.generate(name, [request]))
         headers = {
             "x-seed": str(made.seed),
             "x-digest": made.digest,
@@ -207,8 +251,8 @@ def _add_pictures(app: FastAPI, server: Server) -> None:
         if message.stream:
             if len(requests) > 1:
                 raise JobError("n", "a stream is of one picture")
-            return await _streamed(_openai_events(server.events(name, requests[0])))
-        made = await _while_connected(http, server.generate(name, requests))
+            return await _streamed(http, _openai_events(server.events(name, requests[0])))
+        made = await while_connected(http, server.generate(name, requests))
         data = [{**_content(one, message.response_format), **_about(one)} for one in made]
         job = requests[0].job
         return JSONResponse(
@@ -240,50 +284,48 @@ def _about(made: Made) -> dict[str, Any]:
 # Server-sent events -------------------------------------------------------------------------------
 
 
-async def _plain_events(events: AsyncIterator[Event]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    async for event in events:
-        if isinstance(event, Step):
-            yield "step", {"done": event.done, "steps": event.steps}
-        elif isinstance(event, Preview):
-            yield "preview", {"format": event.form, "b64_json": as_base64(event.content)}
-        else:
-            content = {"format": event.form, "b64_json": as_base64(event.content)}
-            yield "picture", {**content, **_about(event)}
+_Lines = AsyncGenerator[tuple[str, dict[str, Any]], None]
 
 
-async def _openai_events(
-    events: AsyncIterator[Event],
-) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    async for event in events:
-        if isinstance(event, Preview):
-            kind = "image_generation.partial_image"
-            yield (
-                kind,
-                {
-                    "type": kind,
-                    "b64_json": as_base64(event.content),
-                    "partial_image_index": event.number,
-                    "output_format": event.form,
-                },
-            )
-        elif isinstance(event, Made):
-            kind = "image_generation.completed"
-            content = {"type": kind, "b64_json": as_base64(event.content)}
-            yield kind, {**content, "output_format": event.form, **_about(event)}
+async def _plain_events(events: AsyncGenerator[Event, None]) -> _Lines:
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if isinstance(event, Step):
+                yield "step", {"done": event.done, "steps": event.steps}
+            elif isinstance(event, Preview):
+                yield "preview", {"format": event.form, "b64_json": as_base64(event.content)}
+            else:
+                content = {"format": event.form, "b64_json": as_base64(event.content)}
+                yield "picture", {**content, **_about(event)}
 
 
-async def _streamed(events: AsyncIterator[tuple[str, dict[str, Any]]]) -> Response:
+async def _openai_events(events: AsyncGenerator[Event, None]) -> _Lines:
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if isinstance(event, Preview):
+                kind = "image_generation.partial_image"
+                content = {"type": kind, "b64_json": as_base64(event.content)}
+                place = {"partial_image_index": event.number, "output_format": event.form}
+                yield kind, {**content, **place}
+            elif isinstance(event, Made):
+                kind = "image_generation.completed"
+                content = {"type": kind, "b64_json": as_base64(event.content)}
+                yield kind, {**content, "output_format": event.form, **_about(event)}
+
+
+async def _streamed(http: HttpRequest, events: _Lines) -> Response:
     """A stream; what fails before its first event is an ordinary error."""
-    first = await anext(events)
+    first = await while_connected(http, anext(events))
 
     async def lines() -> AsyncIterator[str]:
-        yield _line(*first)
-        try:
-            async for event in events:
-                yield _line(*event)
-        except Exception as error:
-            status, body = _answer_to(error)
-            yield _line("error", {**body, "status": status})
+        async with contextlib.aclosing(events):  # a client that goes away cancels the picture
+            yield _line(*first)
+            try:
+                async for event in events:
+                    yield _line(*event)
+            except Exception as error:
+                status, body = answer_to(error)
+                yield _line("error", {**body, "status": status})
 
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
@@ -291,79 +333,3 @@ async def _streamed(events: AsyncIterator[tuple[str, dict[str, Any]]]) -> Respon
 
 def _line(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
-
-
-async def _while_connected(http: HttpRequest, work: Awaitable[T]) -> T:
-    """Cancel the work when the client goes away."""
-    task = asyncio.ensure_future(work)
-    try:
-        while True:
-            done, _ = await asyncio.wait({task}, timeout=POLL)
-            if done:
-                return task.result()
-            if await http.is_disconnected():
-                raise HTTPException(CLIENT_GONE)
-    finally:
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
-
-# Errors -------------------------------------------------------------------------------------------
-
-
-def _answer_to(error: BaseException) -> tuple[int, dict[str, Any]]:
-    """Status and body, as OpenAI's clients expect them."""
-    if isinstance(error, JobError):
-        return 422, _error(str(error), "invalid_request_error", error.field)
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        field = ".".join(place)
-        return 422, _error(f"{field or 'body'}: {first['msg']}", "invalid_request_error", field)
-    if isinstance(error, Overloaded):
-        return 429, _error(f"{error}; try again later", "rate_limit_error")
-    if isinstance(error, Lost):
-        return 503, _error(str(error), "server_error")
-    if isinstance(error, HTTPException):
-        return error.status_code, _error(str(error.detail), "invalid_request_error")
-    number = uuid.uuid4().hex[:12]
-    logger.error("request failed, number %s", number, exc_info=error)
-    message = f"generation failed; the server's log says why under {number}"
-    return 500, _error(message, "server_error")
-
-
-def _error(message: str, kind: str, field: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": field or None, "code": None}}
-
-
-def _add_errors(app: FastAPI) -> None:
-    async def answer(http: HttpRequest, error: Exception) -> Response:
-        status, body = _answer_to(error)
-        headers = {"retry-after": "1"} if status in (429, 503) else {}
-        if isinstance(error, HTTPException) and error.headers:
-            headers |= error.headers
-        return JSONResponse(body, status, headers)
-
-    for kind in (JobError, RequestValidationError, Overloaded, Lost, HTTPException):
-        app.add_exception_handler(kind, answer)
-
-    @app.middleware("http")
-    async def watch(http: HttpRequest, call_next: Any) -> Response:
-        began = time.perf_counter()
-        length = http.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > LARGEST_BODY:
-            error = HTTPException(413, f"expected at most {LARGEST_BODY} bytes")
-            response = await answer(http, error)
-        else:
-            try:
-                response = await call_next(http)
-            except Exception as error:
-                response = await answer(http, error)
-        route = http.scope.get("route")
-        endpoint = getattr(route, "path", "other")
-        if endpoint not in ("/metrics", "/health"):
-            took = time.perf_counter() - began
-            app.state.server.metrics.answered(endpoint, response.status_code, took)
-        return response

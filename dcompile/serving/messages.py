@@ -13,7 +13,7 @@ from dcompile.serving.settings import Limits
 from dcompile.serving.worker import Request
 
 LARGEST_SEED = 2**63 - 1
-_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 Form = Literal["png", "jpeg", "webp"]
 
@@ -116,7 +116,7 @@ class ImagesRequest(_Common):
         if self.size is None or self.size == "auto":
             return None, None
         found = _SIZE.fullmatch(self.size)
-        if found is None or "0" in found.groups():
+        if found is None or not all(map(int, found.groups())):
             raise JobError("size", f'expected "<width>x<height>" or "auto", got {self.size[:40]!r}')
         return int(found[1]), int(found[2])
 

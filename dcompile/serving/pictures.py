@@ -29,6 +29,7 @@ class Trace:
         batch: pictures in the run.
         uncached_reasons: why calls ran uncached, and how many.
         programs: how many programs were captured and compiled meanwhile.
+        compile_seconds: how long that took.
     """
 
     levels: tuple[str, ...]
@@ -38,6 +39,7 @@ class Trace:
     batch: int
     uncached_reasons: dict[str, int] = field(default_factory=dict)
     programs: int = 0
+    compile_seconds: float = 0.0
 
     def counts(self) -> Counter[str]:
         """Steps by what they ran."""
@@ -52,6 +54,7 @@ class Trace:
             "seconds": {phase: round(took, 4) for phase, took in self.seconds.items()},
             "batch": self.batch,
             "uncached_reasons": self.uncached_reasons,
+            "compile_seconds": round(self.compile_seconds, 4),
         }
 
 

@@ -7,6 +7,7 @@ to it. So whoever reads finds the old programs or the new ones, and two writers 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -52,6 +53,30 @@ def replace_folder(folder: Path, manifest: dict[str, Any], files: Mapping[str, b
                     shutil.rmtree(item, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_in_one_step(file: Path, content: bytes) -> None:
+    """Write a file: whoever reads finds what was there before, or all of this.
+
+    Raises:
+        OSError: it cannot be written; what was there before is untouched.
+    """
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with draft.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, outlasts a loss of power
+        finally:
+            os.close(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
 
 
 _DATA = re.compile(r"data-[0-9a-f]{16}")

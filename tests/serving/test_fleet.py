@@ -242,7 +242,7 @@ def test_a_full_disk(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fleet.os, "fsync", full)
+    monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(ArtifactError, match="No space left on device"):
         fleet.write_record(copy, record, b"picture")
     assert before == {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
