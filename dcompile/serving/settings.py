@@ -89,7 +89,8 @@ class ServeSettings:
         replicas: processes that generate.
         autoscale: instead, the least and the most of them.
         batch_pixels: most pixels of one batch; None for no limit.
-        batch_wait: seconds to wait for others of the same kind.
+        batch_wait: seconds to wait for others of the same kind. While a batch runs, requests collect
+            anyway.
         cpus, gpus: of Ray's, for each process that generates.
         threads: torch's, in each of them; 0 leaves them as Ray sets them.
         drain: seconds that a process may take to finish its pictures when it is stopped.
@@ -102,7 +103,7 @@ class ServeSettings:
     replicas: int = 1
     autoscale: tuple[int, int] | None = None
     batch_pixels: int | None = None
-    batch_wait: float = 0.005
+    batch_wait: float = 0.0
     cpus: float = 1.0
     gpus: float = 0.0
     threads: int = 0

@@ -19,7 +19,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dcompile.errors import DcompileError
-from dcompile.serving import bulk_folder
 from dcompile.serving.bulk import (
     MOST_DEATHS,
     BrokenDeviceError,
@@ -34,6 +33,7 @@ from dcompile.serving.bulk_rows import Chunk, read_prompts
 from dcompile.serving.jobs import Job, JobError
 from dcompile.serving.pictures import Picture, Trace
 from dcompile.serving.settings import EngineSettings
+from dcompile.storage import folder as folders
 
 SETTINGS = BulkSettings(EngineSettings(model="emoji-sd", backend="eager", steps=4), batch=3)
 
@@ -389,7 +389,7 @@ def test_a_full_disk_stops_the_run(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replaced(source, target)
 
-    monkeypatch.setattr(bulk_folder.os, "replace", full)
+    monkeypatch.setattr(folders.os, "replace", full)
     with pytest.raises(DcompileError, match=r"cannot write .*: No space left on device") as caught:
         made(prompts, tmp_path / "out")
     assert "\n" not in str(caught.value)
