@@ -89,8 +89,8 @@ class ServeSettings:
         replicas: processes that generate.
         autoscale: instead, the least and the most of them.
         batch_pixels: most pixels of one batch; None for no limit.
-        batch_wait: seconds to wait for others of the same kind. While a batch runs, requests collect
-            anyway.
+        batch_wait: seconds to wait for others of the same kind; they collect anyway while a batch
+            runs.
         cpus, gpus: of Ray's, for each process that generates.
         threads: torch's, in each of them; 0 leaves them as Ray sets them.
         drain: seconds that a process may take to finish its pictures when it is stopped.
