@@ -12,7 +12,8 @@ loopback by ``dcompile serve``. Four parts:
 4. soak: locust's users draw at random from a fixed set of jobs (sizes, steps, guidance, samplers,
    LoRA sets), and some go away before their picture is there. Every minute the youngest replica is
    killed with SIGKILL. Afterwards each picture is compared with that of the same job alone, in one
-   thread, and memory and file descriptors of the oldest replica and of the process that answers
+   thread: bit for bit if it was made alone, to one of 255 levels if it was made in a batch, where
+   torch adds in another order. And memory and file descriptors of the oldest replica and of the process that answers
    HTTP with what they were after the first fifth of the time.
 
 Writes bench/results/serve.json.
@@ -293,13 +294,19 @@ def soak(minutes: float, users: int, folder: Path) -> dict[str, Any]:
         "retries": value["dcompile_retries_total"],
         "cancelled": value.get('dcompile_cancelled_total{model="emoji-sd"}', 0.0),
         "growth": watch.growth(),
-        "digests": sorted({(one["job"], one["digest"]) for one in answers if "digest" in one}),
+        "made": sorted(
+            {(one["job"], one["digest"], one["batch"]) for one in answers if "digest" in one}
+        ),
     }
 
 
-def compare(found: dict[str, Any], programs: Path, loras: dict[str, Path]) -> dict[str, int]:
+def compare(
+    found: dict[str, Any], folder: Path, programs: Path, loras: dict[str, Path]
+) -> dict[str, int]:
     """Each picture with that of the same job alone."""
+    import numpy as np
     import torch
+    from PIL import Image
 
     from dcompile.serving.engine import Engine
     from dcompile.serving.fleet import PROGRAMS
@@ -318,11 +325,21 @@ def compare(found: dict[str, Any], programs: Path, loras: dict[str, Path]) -> di
         )
     )
     jobs = jobs_of_the_soak()
-    wrong = 0
-    for number, seen in found.pop("digests"):
-        (picture,) = engine.generate([Job(**jobs[number])])
-        wrong += digest(picture.image) != seen
-    return {"jobs": len(jobs), "wrong": wrong}
+    counts = {"jobs": len(jobs), "alone": 0, "in_batches": 0, "wrong": 0}
+    expected: dict[int, Any] = {}
+    for number, seen, batch in found.pop("made"):
+        if number not in expected:
+            (picture,) = engine.generate([Job(**jobs[number])])
+            expected[number] = picture.image
+        if batch == 1:
+            counts["alone"] += 1
+            counts["wrong"] += digest(expected[number]) != seen
+        else:
+            counts["in_batches"] += 1
+            image = Image.open(folder / f"{number}-{seen}.png").convert("RGB")
+            difference = np.int16(np.asarray(image)) - np.asarray(expected[number])
+            counts["wrong"] += int(np.abs(difference).max()) > 1
+    return counts
 
 
 def make_loras(folder: Path) -> dict[str, Path]:
@@ -379,7 +396,7 @@ def main(
         if minutes:
             with served(programs, 2, loras):
                 found = soak(minutes, users, folder)
-            found["compared"] = compare(found, programs, loras)
+            found["compared"] = compare(found, folder, programs, loras)
             result["soak"] = found
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -17,6 +18,14 @@ LOG = Path(os.environ["SOAK_LOG"])
 def note(**answer: Any) -> None:
     with LOG.open("a") as file:
         file.write(json.dumps(answer) + "\n")
+
+
+def made(job: int, digest: str, batch: int, content: bytes) -> None:
+    """A picture of a batch is compared by its values, and kept once."""
+    file = LOG.parent / f"{job}-{digest}.png"
+    if batch > 1 and not file.exists():
+        file.write_bytes(content)
+    note(job=job, status=200, digest=digest, batch=batch)
 
 
 class Painter(HttpUser):
@@ -37,8 +46,7 @@ class Painter(HttpUser):
             note(job=number, status=answer.status_code, error=answer.text[:200])
         else:
             trace = json.loads(answer.headers["x-trace"])
-            digest = answer.headers["x-digest"]
-            note(job=number, status=200, digest=digest, batch=trace["batch"])
+            made(number, answer.headers["x-digest"], trace["batch"], answer.content)
 
     @task(1)
     def stream(self) -> None:
@@ -47,7 +55,8 @@ class Painter(HttpUser):
         events = [line for line in answer.text.splitlines() if line.startswith("event: ")]
         if answer.status_code == 200 and events and events[-1] == "event: picture":
             data = json.loads(answer.text.strip().rpartition("data: ")[2])
-            note(job=number, status=200, digest=data["digest"], batch=data["trace"]["batch"])
+            content = base64.b64decode(data["b64_json"])
+            made(number, data["digest"], data["trace"]["batch"], content)
         elif answer.status_code == 0 or (
             answer.status_code == 200 and "event: error" not in events
         ):

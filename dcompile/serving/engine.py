@@ -208,11 +208,15 @@ class Engine:
         if "callback_on_step_end" in self._parameters:
             arguments["callback_on_step_end"] = run.after_step(pipeline)
         generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
-        images = pipeline(
-            **arguments,
-            generator=generators[0] if len(jobs) == 1 else generators,
-            num_inference_steps=jobs[0].steps,
-        ).images
+        try:
+            images = pipeline(
+                **arguments,
+                generator=generators[0] if len(jobs) == 1 else generators,
+                num_inference_steps=jobs[0].steps,
+            ).images
+        except BaseException:  # whoever keeps the error keeps the run's timesteps alive with it
+            self.handle.reset()
+            raise
         trace = run.trace(len(jobs))
         return [
             Picture(image.convert("RGB"), job.seed, trace, _notes(self.pipeline, job))
