@@ -13,8 +13,8 @@ loopback by ``dcompile serve``. Four parts:
    LoRA sets), and some go away before their picture is there. Every minute the youngest replica is
    killed with SIGKILL. Afterwards each picture is compared with that of the same job alone, in one
    thread: bit for bit if it was made alone, to one of 255 levels if it was made in a batch, where
-   torch adds in another order. And memory and file descriptors of the oldest replica and of the process that answers
-   HTTP with what they were after the first fifth of the time.
+   torch adds in another order. Memory and file descriptors of the oldest replica, and of the
+   process that answers HTTP, are compared with what they were after the first fifth of the time.
 
 Writes bench/results/serve.json.
 """
