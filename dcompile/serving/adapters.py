@@ -55,12 +55,16 @@ class Adapters:
         if not hasattr(pipeline, "load_lora_weights"):
             raise ModelError(f"{type(pipeline).__name__} takes no LoRA weights")
         before = {key: value.detach().clone() for key, value in self._parameters().items()}
+        attributes = {module: set(vars(module)) for module in self._modules()}
         try:
             pipeline.load_lora_weights(source, adapter_name=_NAME)
             pipeline.fuse_lora(adapter_names=[_NAME])
             pipeline.unload_lora_weights()
         except LOAD_ERRORS as error:
             raise ModelError(f"cannot load LoRA weights {name!r}: {first_line(error)}") from error
+        for module, names in attributes.items():  # unloading leaves some, and programs look at them
+            for added in vars(module).keys() - names:
+                del vars(module)[added]
         found: dict[tuple[str, str], torch.Tensor] = {}
         with torch.no_grad():
             for key, value in self._parameters().items():
@@ -71,6 +75,10 @@ class Adapters:
         if not found:
             raise ModelError(f"LoRA weights {name!r} change nothing in this pipeline")
         return found
+
+    def _modules(self) -> list[nn.Module]:
+        components = self._pipeline.components.values()
+        return [one for held in components if isinstance(held, nn.Module) for one in held.modules()]
 
     def _parameters(self) -> dict[tuple[str, str], torch.Tensor]:
         return {

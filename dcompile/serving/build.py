@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +113,7 @@ def build(
 def extend(
     settings: EngineSettings, record: Record, folder: Path, target: Path, job: Job, batch: int
 ) -> Record:
-    """Programs for one more size or batch, with those that there are, in another folder.
+    """Programs for one more job in such a batch, with those that there are, in another folder.
 
     Raises:
         DcompileError: it cannot be compiled.
@@ -121,7 +121,7 @@ def extend(
     with _workplace(target) as place, _pool(1, is_background=True) as pool:
         own = replace(settings, programs=str(folder / PROGRAMS), new_calls="compile")
         size = (job.width, job.height)
-        _result(pool.submit(_further, own, job.steps, size, batch, place / "1"))
+        _result(pool.submit(_asked, own, replace(job, lora=""), batch, place / "1"))
         merge([folder / PROGRAMS, place / "1"], target / PROGRAMS)
         known = dict.fromkeys([*record.sizes, size]), dict.fromkeys([*record.batches, batch])
         wider = replace(record, sizes=tuple(known[0]), batches=tuple(known[1]))
@@ -138,7 +138,8 @@ def _first(plan: Plan, size: tuple[int, int], batch: int, folder: Path) -> tuple
         engine.generate([replace(job, steps=steps)])  # watched
     engine.freeze()
     job = replace(job, steps=plan.steps[0])
-    engine.generate(_batch(job, batch))
+    for sampler in engine.samplers_for_programs():
+        engine.generate(_batch(replace(job, sampler=sampler), batch))
     check, picture = check_of(engine, job)
     engine.handle.save(folder)
     record = _record(engine, plan, check)
@@ -151,10 +152,20 @@ def _further(
     """In a process of its own: compile for one more size and batch."""
     engine = Engine.of(settings)
     job = replace(_sized(engine.default_job(), size), steps=steps)
+    _compile(engine, job, batch, engine.samplers_for_programs(), folder)
+
+
+def _asked(settings: EngineSettings, job: Job, batch: int, folder: Path) -> None:
+    """In a process of its own: compile for one more job."""
+    _compile(Engine.of(settings), job, batch, [job.sampler], folder)
+
+
+def _compile(engine: Engine, job: Job, batch: int, samplers: Sequence[str], folder: Path) -> None:
     engine.check(job)
-    pictures = engine.generate(_batch(job, batch))
-    if pictures[0].trace.uncached_reasons:
-        raise ArtifactError(next(iter(pictures[0].trace.uncached_reasons)))
+    for sampler in samplers:
+        pictures = engine.generate(_batch(replace(job, sampler=sampler), batch))
+        if pictures[0].trace.uncached_reasons:
+            raise ArtifactError(next(iter(pictures[0].trace.uncached_reasons)))
     engine.handle.save(folder)
 
 

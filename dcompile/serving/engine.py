@@ -244,6 +244,18 @@ class Engine:
             known = ", ".join(sorted(self.settings.loras)) or "none here"
             raise JobError("lora", f"expected one of: {known}")
 
+    def samplers_for_programs(self) -> list[str]:
+        """Samplers whose calls need programs of their own: one for each dtype of timesteps.
+
+        The pipeline's own is the first, as an empty name.
+        """
+        own = self.pipeline.scheduler
+        found = {_timesteps_of(own, type(own))[0]: ""}
+        rows = [(*_timesteps_of(own, sampler), name) for name, sampler in self._samplers.items()]
+        for dtype, _, name in sorted(rows, key=lambda row: row[1:]):  # with few calls a step first
+            found.setdefault(dtype, name)
+        return [name for dtype, name in found.items() if dtype is not None]
+
     def default_job(self, prompt: str = "", seed: int = 0) -> Job:
         """A job with the model's own settings."""
         width, height = self._size
@@ -374,6 +386,16 @@ class _Run:
             programs=after.captures - before.captures,
             compile_seconds=after.compile_seconds - before.compile_seconds,
         )
+
+
+def _timesteps_of(own: Any, sampler: Any) -> tuple[torch.dtype | None, int]:
+    """Dtype and number of a short run's timesteps; no dtype for one that cannot be used here."""
+    try:
+        made = sampler.from_config(own.config)
+        made.set_timesteps(4)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None, 0
+    return made.timesteps.dtype, len(made.timesteps)
 
 
 def _notes(pipeline: Any, job: Job) -> tuple[str, ...]:

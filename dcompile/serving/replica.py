@@ -34,12 +34,12 @@ from dcompile.serving.fleet import (
     require_as_built,
     require_same_weights,
 )
-from dcompile.serving.jobs import Job
+from dcompile.serving.jobs import DEFAULT, Job
 from dcompile.serving.settings import EngineSettings
 from dcompile.serving.worker import Worker
 from dcompile.storage.cache_folder import cache_folder
 
-# Sizes and batches that are compiled during traffic; further ones stay uncached, so that requests
+# Kinds of calls that are compiled during traffic; further ones stay uncached, so that requests
 # cannot keep a machine compiling.
 MOST_EXTRA = 4
 
@@ -66,7 +66,7 @@ class Replica:
     def __init__(self, settings: EngineSettings, name: str) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        self._tried: set[tuple[int, int, int]] = set()
+        self._tried: set[tuple[Any, ...]] = set()
         self._thread: threading.Thread | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._folder: Path | None = None
@@ -195,15 +195,15 @@ class Replica:
         if not uncached or self._folder is None or self._record is None:
             return
         job, batch = jobs[0], len(jobs)
-        size = (job.width, job.height, batch)
-        if size in self._tried or len(self._tried) >= MOST_EXTRA:
-            return
-        if job.caching.mode != "default":
+        # What a call's signature depends on; without guidance there is one half to compute.
+        is_guided = job.guidance is None or job.guidance > 1
+        kind = (job.width, job.height, batch, job.sampler, is_guided)
+        if kind in self._tried or len(self._tried) >= MOST_EXTRA or job.caching != DEFAULT:
             return
         thread = self._thread
         if thread is not None and thread.is_alive():
             return  # it is asked for again, or it is not needed
-        self._tried.add(size)
+        self._tried.add(kind)
         folder, record = self._folder, self._record
 
         def widen() -> None:

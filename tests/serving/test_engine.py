@@ -233,6 +233,20 @@ def test_sets_of_lora_weights(adapters: dict[str, str]) -> None:
     assert engine.handle.stats.captures == captures == 1
 
 
+def test_saved_programs_fit_a_pipeline_with_sets(adapters: dict[str, str], tmp_path: Path) -> None:
+    plain = Engine.of(EngineSettings("emoji-sd", interval=2, backend="eager", device="cpu"))
+    job = replace(plain.default_job("dog", seed=3), steps=4)
+    expected = one(plain, job)
+    folder = plain.handle.save(tmp_path / "programs")
+    settings = replace(plain.settings, loras=adapters, programs=str(folder), new_calls="uncached")
+    engine = Engine.of(settings)
+    assert one(engine, job) == expected
+    (picture,) = engine.generate([replace(job, lora="red")])
+    assert picture.trace.levels == ("refresh", "reuse") * 2
+    assert not picture.trace.uncached_reasons
+    assert digest(picture.image) != expected
+
+
 def test_lora_weights_that_are_none(tmp_path: Path) -> None:
     settings = EngineSettings("emoji-sd", backend="eager", loras={"x": str(tmp_path)})
     with pytest.raises(ModelError, match="cannot load LoRA weights 'x'"):

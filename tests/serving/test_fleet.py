@@ -115,6 +115,12 @@ def test_a_size_without_a_program(built: Path, cache: Path, replicas: list[Repli
     assert replica.programs == "with 80x64, batch 1"
     (plain,) = made(replica, replace(job, width=64))
     assert "uncached" not in plain.trace["steps"]
+    (sampler,) = made(replica, replace(job, width=64, sampler="EulerDiscreteScheduler"))
+    assert "uncached" not in sampler.trace["steps"], "its timesteps are fractional"
+    without = replace(job, width=64, guidance=1.0)
+    assert "uncached" in made(replica, without)[0].trace["steps"]
+    assert replica.wait(120)
+    assert "uncached" not in made(replica, without)[0].trace["steps"]
 
 
 DAMAGES = {
