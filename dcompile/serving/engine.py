@@ -253,8 +253,9 @@ class Engine:
         found = {_timesteps_of(own, type(own))[0]: ""}
         rows = [(*_timesteps_of(own, sampler), name) for name, sampler in self._samplers.items()]
         for dtype, _, name in sorted(rows, key=lambda row: row[1:]):  # with few calls a step first
-            found.setdefault(dtype, name)
-        return [name for dtype, name in found.items() if dtype is not None]
+            if dtype in (torch.int64, torch.float32):  # one or two samplers have others
+                found.setdefault(dtype, name)
+        return list(found.values())
 
     def default_job(self, prompt: str = "", seed: int = 0) -> Job:
         """A job with the model's own settings."""
