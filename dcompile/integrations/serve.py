@@ -13,6 +13,7 @@ then, so the picture is the same.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, cast
@@ -299,7 +300,11 @@ def stop() -> None:
 
 
 def _why(error: BaseException) -> str:
-    """The last line of what Serve says: the error that a replica was stopped by."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    found = [line for line in lines if "Error" in line.partition(":")[0]]
+    """The error that a replica was stopped by, as far as Serve says it."""
+    said = [str(error)]
+    with contextlib.suppress(Exception):  # the reason is of less weight than the failure
+        deployments = serve.status().applications[NAME].deployments
+        said += [deployment.message for deployment in deployments.values()]
+    lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
+    found = [line for line in lines if "Error: " in line and not line.startswith("ray.")]
     return (found or lines or ["no reason given"])[-1]

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from dcompile import models
-from dcompile.errors import DcompileError
+from dcompile.errors import DcompileError, ScheduleError
+from dcompile.policy.checks import require_speedup
+from dcompile.policy.fixed import Uniform
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,19 @@ class EngineSettings:
     loras: Mapping[str, str] = field(default_factory=dict)
     verbose: bool = False
 
+    def __post_init__(self) -> None:
+        if self.interval is not None and self.speedup is not None:
+            raise ScheduleError(
+                f"give one of interval and speedup, not interval={self.interval!r} and "
+                f"speedup={self.speedup!r}"
+            )
+        if self.interval is not None:
+            Uniform(self.interval)
+        if self.speedup is not None:
+            require_speedup(self.speedup)
+        if type(self.steps) is not int or self.steps < 1:
+            raise DcompileError(f"steps: expected a positive int, got {self.steps!r}")
+
     @property
     def name(self) -> str:
         """Of the model, for people and metrics."""
@@ -46,7 +61,7 @@ class EngineSettings:
     def caching_arguments(self) -> dict[str, Any]:
         """Those of ``cache_compile`` that decide what is refreshed."""
         if self.interval is not None:
-            return {"interval": self.interval, "speedup": self.speedup}
+            return {"interval": self.interval}
         return {"speedup": 2.5 if self.speedup is None else self.speedup}
 
 

@@ -63,6 +63,10 @@ def test_settings_are_plain_data() -> None:
         ({"autoscale": 3}, "settings of the server"),
         ({"limits": {"steps": 0}}, "limit on steps: expected a positive int"),
         ({"limits": {"steps": "9"}}, "limit on steps: expected a positive int"),
+        ({"engines": [{"interval": 2, "speedup": 2.0}]}, "give one of interval and speedup"),
+        ({"engines": [{"interval": 0}]}, "interval"),
+        ({"engines": [{"speedup": 0.5}]}, "speedup"),
+        ({"engines": [{"steps": 0}]}, "steps: expected a positive int"),
         ({"engines": []}, "models: expected one or more different ones"),
         ({"engines": [{}, {}]}, "models: expected one or more different ones"),
         ({"engines": [{"modle": "sd"}]}, "unexpected keyword argument 'modle'"),
@@ -75,7 +79,7 @@ def test_wrong_settings(given_: dict[str, Any], message: str) -> None:
 
 def test_what_is_cached_by_default() -> None:
     assert EngineSettings().caching_arguments() == {"speedup": 2.5}
-    assert EngineSettings(interval=3).caching_arguments() == {"interval": 3, "speedup": None}
+    assert EngineSettings(interval=3).caching_arguments() == {"interval": 3}
     assert EngineSettings("models/mine/").name == "mine"
     assert EngineSettings("owner/other").name == "other"
     assert EngineSettings("sd").name == "emoji-sd"
