@@ -1,0 +1,221 @@
+"""What runs beside the denoiser, and what a fleet of replicas carries, on paper and by simulation.
+
+    python bench/scaling.py            # all of it; about four minutes on two cores
+    python bench/scaling.py --no-cpu   # FLOPs and simulation; seconds on the CPU stay as they were
+
+FLOPs are counted on the meta device, with the configurations of the published models. Step times
+are those of bench/results/gpu.json. Nothing but the denoiser was timed on a GPU: encode and decode
+times there are derived from FLOPs, and the page says so. Writes bench/results/scaling.json and
+scaling.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import AutoencoderKL
+from replicas import Autoscaler, Fleet, Service, simulate
+from scaling_page import page
+from shapes import UNETS
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOKENS = 77
+STEPS = (20, 30, 50)
+INTERVALS = (1, 3, 5)
+
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model: what its pipeline runs beside the denoiser.
+
+    Attributes:
+        title: for tables.
+        latents: width and height of its latents.
+        encoders: class and configuration of its text encoders. Each runs twice for a picture, on
+            the prompt and on the negative one.
+    """
+
+    title: str
+    latents: int
+    encoders: tuple[tuple[type[nn.Module], dict[str, Any]], ...]
+
+
+MODELS = {
+    "sd15": Model("SD 1.5, 512x512", 64, ((CLIPTextModel, CLIP_L),)),
+    "sdxl": Model(
+        "SDXL, 1024x1024",
+        128,
+        ((CLIPTextModel, CLIP_L), (CLIPTextModelWithProjection, CLIP_BIG_G)),
+    ),
+}
+
+
+def flops_of(function: Callable[[], Any]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def counted(name: str) -> dict[str, Any]:
+    """FLOPs of a picture's parts, by their shapes alone."""
+    model, shape, meta = MODELS[name], UNETS[name], torch.device("meta")
+    with meta:
+        vae = AutoencoderKL(**VAE).eval()
+        latents = torch.empty(1, 4, model.latents, model.latents)
+        tokens = torch.zeros(1, TOKENS, dtype=torch.long)
+        encoders = [kind(CLIPTextConfig(**config)).eval() for kind, config in model.encoders]
+        network = shape.unfilled(meta, torch.float32)
+        call = shape.call(torch.empty)
+        timestep = torch.empty(())
+    return {
+        "title": model.title,
+        "encode": 2 * sum(flops_of(lambda one=one: one(tokens)) for one in encoders),
+        "step": flops_of(lambda: network(timestep=timestep, **call)),
+        "decode": flops_of(lambda: vae.decode(latents)),
+    }
+
+
+def full_steps(steps: int, interval: int, ratio: float) -> float:
+    """What a run costs, in steps of the whole network."""
+    refreshes = math.ceil(steps / interval)
+    return refreshes + (steps - refreshes) * ratio
+
+
+def shares(parts: dict[str, float], ratio: float) -> list[dict[str, Any]]:
+    """Shares of encode, denoise and decode in a picture; ``parts`` in FLOPs or in seconds."""
+    rows = []
+    for steps in STEPS:
+        for interval in INTERVALS:
+            denoise = parts["step"] * full_steps(steps, interval, ratio)
+            total = parts["encode"] + denoise + parts["decode"]
+            rows.append(
+                {
+                    "steps": steps,
+                    "interval": interval,
+                    "total": total,
+                    "encode": parts["encode"] / total,
+                    "denoise": denoise / total,
+                    "decode": parts["decode"] / total,
+                }
+            )
+    return rows
+
+
+# Seconds on this CPU
+
+
+def timed(functions: dict[str, Callable[[], Any]], times: int) -> dict[str, dict[str, float]]:
+    """The least wall and processor seconds of each, measured in turns after one call of each.
+
+    Processor seconds are those of all threads; where other processes compete for the cores they
+    are the better measure.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    first = {}
+    for number in range(times + 1):
+        for name, function in functions.items():
+            began = time.perf_counter(), time.process_time()
+            with torch.no_grad():
+                function()
+            took = time.perf_counter() - began[0], time.process_time() - began[1]
+            if number:
+                found[name].append(took)
+            else:
+                first[name] = took[0]
+    return {
+        name: {
+            "seconds": round(min(wall for wall, _ in rows), 3),
+            "processor_seconds": round(min(cpu for _, cpu in rows), 3),
+            "first_seconds": round(first[name], 1),
+        }
+        for name, rows in found.items()
+    }
+
+
+def measured_on_cpu(threads: int) -> dict[str, Any]:
+    """Seconds of the parts of SD 1.5, float32, random weights, and of two of them compiled."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    began = os.getloadavg()[0]
+    encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L)).eval()
+    compiled = copy.deepcopy(encoder)
+    compiled.compile(dynamic=False)
+    tokens = torch.randint(0, 1000, (1, TOKENS))
+    found = timed(
+        {
+            "encode one prompt": lambda: encoder(tokens),
+            "encode one prompt, compiled": lambda: compiled(tokens),
+        },
+        5,
+    )
+    vae = AutoencoderKL(**VAE).eval()
+    decoder = copy.deepcopy(vae.decoder)
+    decoder.compile(dynamic=False)
+    small, whole = torch.randn(1, 4, 32, 32), torch.randn(1, 4, 64, 64)
+    found |= timed(
+        {
+            "decode 256x256": lambda: vae.decoder(small),
+            "decode 256x256, compiled": lambda: decoder(small),
+        },
+        3,
+    )
+    found |= timed({"decode 512x512": lambda: vae.decoder(whole)}, 1)
+    del vae, decoder, encoder, compiled
+    gc.collect()
+    network, call = UNETS["sd15"].build(torch.device("cpu"), torch.float32)
+    timestep = torch.tensor(500)
+    found |= timed({"one step": lambda: network(timestep=timestep, **call)}, 1)
+    return {
+        "parts": found,
+        "machine": f"{processor()}, {threads} threads",
+        "load": [round(began, 1), round(os.getloadavg()[0], 1)],
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def processor() -> str:
+    """Its name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
