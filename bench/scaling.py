@@ -19,7 +19,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -171,39 +171,45 @@ def timed(functions: dict[str, Callable[[], Any]], times: int) -> dict[str, dict
     }
 
 
+def seconds_of_encoder() -> dict[str, Any]:
+    encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L)).eval()
+    compiled = copy.deepcopy(encoder)
+    compiled.compile(dynamic=False)
+    tokens = torch.randint(0, 1000, (1, TOKENS))
+    parts = {
+        "encode one prompt": lambda: encoder(tokens),
+        "encode one prompt, compiled": lambda: compiled(tokens),
+    }
+    return timed(parts, 5)
+
+
+def seconds_of_decoder() -> dict[str, Any]:
+    decoder = AutoencoderKL(**VAE).eval().decoder
+    compiled = copy.deepcopy(decoder)
+    compiled.compile(dynamic=False)
+    small, whole = torch.randn(1, 4, 32, 32), torch.randn(1, 4, 64, 64)
+    parts = {
+        "decode 256x256": lambda: decoder(small),
+        "decode 256x256, compiled": lambda: compiled(small),
+    }
+    return timed(parts, 3) | timed({"decode 512x512": lambda: decoder(whole)}, 1)
+
+
+def seconds_of_step() -> dict[str, Any]:
+    network, call = UNETS["sd15"].build(torch.device("cpu"), torch.float32)
+    timestep = torch.tensor(500)
+    return timed({"one step": lambda: network(timestep=timestep, **call)}, 1)
+
+
 def measured_on_cpu(threads: int) -> dict[str, Any]:
     """Seconds of the parts of SD 1.5, float32, random weights, and of two of them compiled."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     began = os.getloadavg()[0]
-    encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L)).eval()
-    compiled = copy.deepcopy(encoder)
-    compiled.compile(dynamic=False)
-    tokens = torch.randint(0, 1000, (1, TOKENS))
-    found = timed(
-        {
-            "encode one prompt": lambda: encoder(tokens),
-            "encode one prompt, compiled": lambda: compiled(tokens),
-        },
-        5,
-    )
-    vae = AutoencoderKL(**VAE).eval()
-    decoder = copy.deepcopy(vae.decoder)
-    decoder.compile(dynamic=False)
-    small, whole = torch.randn(1, 4, 32, 32), torch.randn(1, 4, 64, 64)
-    found |= timed(
-        {
-            "decode 256x256": lambda: vae.decoder(small),
-            "decode 256x256, compiled": lambda: decoder(small),
-        },
-        3,
-    )
-    found |= timed({"decode 512x512": lambda: vae.decoder(whole)}, 1)
-    del vae, decoder, encoder, compiled
-    gc.collect()
-    network, call = UNETS["sd15"].build(torch.device("cpu"), torch.float32)
-    timestep = torch.tensor(500)
-    found |= timed({"one step": lambda: network(timestep=timestep, **call)}, 1)
+    found: dict[str, Any] = {}
+    for measure in (seconds_of_encoder, seconds_of_decoder, seconds_of_step):
+        found |= measure()
+        gc.collect()
     return {
         "parts": found,
         "machine": f"{processor()}, {threads} threads",
@@ -219,3 +225,125 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+# A GPU's seconds, as far as they were measured
+
+
+def services(name: str, parts: dict[str, Any], steps: int) -> dict[str, Service]:
+    """A picture's seconds on the GPU of bench/results/gpu.json.
+
+    Steps were measured. Encoding and decoding are derived: their FLOPs at the rate of the uncached
+    step, compiled or as diffusers runs it, whichever they are.
+    """
+    rows = json.loads((RESULTS / "gpu.json").read_text())["shapes"][name]["rows"]
+    ms = {way: rows[way]["step_ms"] for way in ("eager@1", "torch-graphs@1", "dcompile-graphs@3")}
+
+    def service(step: str, beside: str) -> Service:
+        rate = parts["step"] / ms[beside] * 1000
+        return Service(parts["encode"] / rate, ms[step] / 1000, parts["decode"] / rate, steps)
+
+    return {
+        "diffusers, eager": service("eager@1", "eager@1"),
+        "torch.compile": service("torch-graphs@1", "eager@1"),
+        "cached, N=3": service("dcompile-graphs@3", "eager@1"),
+        "torch.compile, all of it": service("torch-graphs@1", "torch-graphs@1"),
+        "cached, N=3, companions compiled": service("dcompile-graphs@3", "torch-graphs@1"),
+    }
+
+
+LOADS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 0.97, 0.99)
+
+
+def most_loaded(fleet: Fleet, pictures: int) -> dict[str, Any]:
+    """At the highest load with 95 % of the pictures done in twice the time that one takes."""
+    alone = fleet.service.seconds()
+    best: dict[str, Any] = {}
+    for load in LOADS:
+        rate = load * fleet.replicas / alone
+        found = simulate(fleet, rate, pictures / rate)
+        if found["p95"] > 2 * alone:
+            break
+        best = {"replicas": fleet.replicas, "load": load, **found}
+    return best
+
+
+def by_kinds(service: Service) -> list[dict[str, Any]]:
+    """Eight replicas at nine tenths of what they could do one by one."""
+    rows = []
+    for marginal in (1.0, 0.8, 0.6):
+        for kinds in (1, 4, 16):
+            one = replace(service, marginal=marginal)
+            fleet = Fleet(8, one, (1, 2, 4, 8), 0.005, (1 / kinds,) * kinds)
+            found = simulate(fleet, 0.9 * 8 / one.seconds(), 600)
+            rows.append({"marginal": marginal, "kinds": kinds, **found})
+    return rows
+
+
+SURGE = 4.0  # times as many requests
+REPLICAS_BEFORE = 8
+# Process, weights and a first picture: a guess. Compiling an SD 1.5-shaped network: gpu.json.
+PROCESS_SECONDS = 12.0
+
+
+def surges(service: Service, compile_seconds: float) -> list[dict[str, Any]]:
+    """Four times as many requests from one second to the next, for ten minutes."""
+    before = 0.5 * REPLICAS_BEFORE / service.seconds()
+    plan = [(0.0, before), (120.0, SURGE * before), (720.0, before)]
+    rows = []
+    for target in (0.7, 1.0, 2.0, 4.0):
+        for start in (PROCESS_SECONDS, PROCESS_SECONDS + compile_seconds):
+            for queue in (None, 64):
+                rule = Autoscaler(REPLICAS_BEFORE, 64, target, start)
+                fleet = Fleet(REPLICAS_BEFORE, service, queue=queue, autoscaler=rule)
+                found = simulate(fleet, plan, 840.0)
+                rows.append({"target": target, "start": start, "queue": queue, **found})
+    return rows
+
+
+def main(
+    cpu: Annotated[bool, typer.Option(help="Measure seconds on this CPU again.")] = True,
+    threads: int = 2,
+    steps: Annotated[int, typer.Option(help="Of the simulated pictures.")] = 30,
+    output: Path = RESULTS / "scaling.json",
+) -> None:
+    earlier = json.loads(output.read_text()) if output.is_file() else {}
+    gpu = json.loads((RESULTS / "gpu.json").read_text())
+    flops = {name: counted(name) for name in MODELS}
+    fleets: dict[str, Any] = {}
+    for name, parts in flops.items():
+        found = services(name, parts, steps)
+        fleets[name] = {
+            way: {
+                **asdict(service),
+                "seconds": service.seconds(),
+                "fleets": [
+                    most_loaded(Fleet(replicas, service), max(20_000, 60 * replicas))
+                    for replicas in (1, 8, 64, 1000)
+                ],
+            }
+            for way, service in found.items()
+        }
+    cached = services("sd15", flops["sd15"], steps)["cached, N=3"]
+    compiling = gpu["shapes"]["sd15"]["rows"]["dcompile-graphs@3"]["compile_seconds"]
+    result = {
+        "flops": flops,
+        "ratios": {name: gpu["shapes"][name]["ratio"] for name in MODELS},
+        "shares": {
+            name: shares(parts, gpu["shapes"][name]["ratio"]) for name, parts in flops.items()
+        },
+        "cpu": measured_on_cpu(threads) if cpu else earlier.get("cpu"),
+        "gpu": f"{gpu['card']['name']}, {gpu['date']}",
+        "steps": steps,
+        "fleets": fleets,
+        "kinds": by_kinds(cached),
+        "surges": surges(cached, compiling),
+        "date": date.today().isoformat(),
+    }
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(page(result))
+    print(page(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)
