@@ -192,7 +192,7 @@ def seconds_of_decoder() -> dict[str, Any]:
         "decode 256x256": lambda: decoder(small),
         "decode 256x256, compiled": lambda: compiled(small),
     }
-    return timed(parts, 3) | timed({"decode 512x512": lambda: decoder(whole)}, 1)
+    return timed(parts, 2) | timed({"decode 512x512": lambda: decoder(whole)}, 1)
 
 
 def seconds_of_step() -> dict[str, Any]:
@@ -306,7 +306,9 @@ def surges(service: Service, compile_seconds: float) -> list[dict[str, Any]]:
 
 def main(
     cpu: Annotated[bool, typer.Option(help="Measure seconds on this CPU again.")] = True,
-    threads: int = 2,
+    threads: Annotated[
+        int, typer.Option(help="More wait for each other where cores are shared.")
+    ] = 1,
     steps: Annotated[int, typer.Option(help="Of the simulated pictures.")] = 30,
     output: Path = RESULTS / "scaling.json",
 ) -> None:

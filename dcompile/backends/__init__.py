@@ -113,8 +113,8 @@ def resolve(backend: str | GraphCompiler, options: Mapping[str, Any] | None) -> 
     )
 
 
-# Options of Inductor that only denoisers are compiled with: dcompile's own, and folding weights into
-# code, which would not follow a change of them.
+# Options of Inductor that only denoisers are compiled with: dcompile's own, and folding weights
+# into code, which would not follow a change of them.
 _FOR_DENOISERS = ("regions", "freezing")
 
 
