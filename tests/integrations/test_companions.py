@@ -222,3 +222,12 @@ def test_with_inductor() -> None:
     found = picture(cached(pipe, "inductor", companions="compile"))
     assert not any(own_forwards(pipe))
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_calibrating_leaves_them_as_they_were() -> None:
+    pipe = cached(stable_diffusion(), Counting(), companions="compile")
+    before = pipe.vae.decoder.forward
+    dcompile.profile(pipe, run=lambda: picture(pipe), verbose=False)
+    assert pipe.vae.decoder.forward is before
+    dcompile.handle(pipe).remove()
+    assert own_forwards(pipe) == [True, True]
