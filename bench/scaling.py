@@ -212,7 +212,7 @@ def measured_on_cpu(threads: int) -> dict[str, Any]:
         gc.collect()
     return {
         "parts": found,
-        "machine": f"{processor()}, {threads} threads",
+        "machine": f"{processor()}, {threads} thread{'s' * (threads > 1)}",
         "load": [round(began, 1), round(os.getloadavg()[0], 1)],
         "torch": torch.__version__,
         "date": date.today().isoformat(),

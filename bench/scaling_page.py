@@ -91,7 +91,8 @@ def _cpu(data: dict[str, Any]) -> list[str]:
         f"{cpu['machine']}, torch {cpu['torch']}, float32, random weights, {cpu['date']}. The "
         "least of several calls, in turns with the compiled one; processor seconds are those of "
         f"all threads. Other processes were running (load {cpu['load'][0]} at the beginning, "
-        f"{cpu['load'][1]} at the end), so that wall times say little. Compiled: "
+        f"{cpu['load'][1]} at the end), so that processor seconds are to be "
+        "compared. Compiled: "
         "`torch.compile(dynamic=False)`, Inductor without freezing.",
         "",
         *_table(["part", "seconds", "processor seconds", "first call, s"], rows),
