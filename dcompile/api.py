@@ -31,6 +31,7 @@ from dcompile.integrations.pipelines import (
     denoisers_of,
     is_pipeline,
     network_of,
+    parts_beside,
     sampler_of,
     take_denoisers,
 )
@@ -42,6 +43,7 @@ from dcompile.policy.schedule import RefreshRule, Schedule, as_schedule
 from dcompile.progress import Display
 from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
 from dcompile.runtime.install import install, install_companions
+from dcompile.runtime.parts import install_parts
 from dcompile.runtime.settings import Settings
 from dcompile.selftuning import self_tune
 from dcompile.storage.artifact import Artifact, read
@@ -68,6 +70,7 @@ def cache_compile(
     on_error: Literal["uncached", "raise"] = "uncached",
     program_memory: int = DEFAULT_BUDGET,
     channels_last: bool | Literal["auto"] = "auto",
+    companions: Literal["compile", False] = False,
     verbose: bool = True,
 ) -> M:
     """Make a diffusion network reuse its deep features across sampling steps.
@@ -140,6 +143,11 @@ def cache_compile(
             ``network.to(memory_format=torch.channels_last)`` does; ``handle(module).remove()``
             lays them out as before. "auto" does so on CUDA devices with Inductor, whose code
             would otherwise copy them at every step. False leaves them alone.
+        companions: "compile" has ``torch.compile`` compile, in place, what a pipeline runs beside
+            its denoiser once for a picture: text encoders and the VAE's decoder, with Inductor, or
+            ``backend`` where that is a name or callable of ``torch.compile``'s; "eager" compiles
+            nothing. Each is compiled at its first call, and again for other sizes; if that fails it
+            runs uncompiled, with one warning. ControlNets are served in any case.
         verbose: show on standard error what is captured and compiled.
 
     Returns:
@@ -153,8 +161,9 @@ def cache_compile(
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device;
             ``channels_last`` is none of the three.
-        DcompileError: ``on_error`` is neither; ``program_memory`` is no positive int; a pipeline
-            without a recognisable denoiser; a parallel wrapper (DDP, FSDP, DeepSpeed) or weights
+        DcompileError: ``on_error`` or ``companions`` is neither; ``companions="compile"`` without a
+            pipeline; ``program_memory`` is no positive int; a pipeline without a recognisable
+            denoiser; a parallel wrapper (DDP, FSDP, DeepSpeed) or weights
             spread over processes.
         TimestepError: the network's forward takes no timestep, or has no parameter of the name
             given for it or for the sample.
@@ -179,10 +188,11 @@ def cache_compile(
         channels_last=_checked_layout(channels_last),
     )
     _require_sampler(settings)
+    parts = _parts_to_compile(module, companions)
     for network in map(network_of, denoisers_of(module).values()):
         plan.require_fit(identity_of(network))
     for network in take_denoisers(module):
-        dispatcher = _install(network, settings, module)
+        dispatcher = _install(network, settings, module, parts)
         if tunes:
             assert speedup is not None
             self_tune(dispatcher, settings, float(speedup), asked_for=autotune == "first")
@@ -203,6 +213,7 @@ def load(
     on_error: Literal["uncached", "raise"] = "uncached",
     program_memory: int = DEFAULT_BUDGET,
     new_calls: Literal["compile", "uncached"] = "compile",
+    companions: Literal["compile", False] = False,
     verbose: bool = True,
 ) -> M:
     """``cache_compile`` with programs that ``Handle.save`` wrote: nothing is captured or compiled.
@@ -222,6 +233,8 @@ def load(
         new_calls: what a call does that none of the programs serves: "compile" captures and
             compiles it; "uncached" runs it as if nothing had been loaded, and counts it, which
             keeps captures out of a server's traffic.
+        companions: see ``cache_compile``. They are no part of what was saved: each is compiled at
+            its first call, from Inductor's cache on disk where that has it.
         verbose: show on standard error what is done.
 
     Returns:
@@ -232,9 +245,11 @@ def load(
             first difference. The module is as it was.
         ScheduleError: a bad schedule or forecast, one that needs a sampler where there is none, or
             none given where a class of your own was saved.
-        DcompileError: ``on_error``, ``program_memory`` or ``new_calls`` is none of what it may be.
+        DcompileError: ``on_error``, ``program_memory``, ``new_calls`` or ``companions`` is none of
+            what it may be; ``companions="compile"`` without a pipeline.
     """
     denoisers = denoisers_of(module)
+    parts = _parts_to_compile(module, companions)
     given = (interval, speedup, schedule) != (None, None, None)
     asked_plan = _schedule_of(interval, schedule, speedup) if given else None
     found: list[tuple[nn.Module, Artifact, Settings]] = []
@@ -267,7 +282,7 @@ def load(
         found.append((network, artifact, settings))
     take_denoisers(module)
     for network, artifact, settings in found:
-        dispatcher = _install(network, settings, module)
+        dispatcher = _install(network, settings, module, parts)
         dispatcher.programs.adopt(artifact.programs, artifact.written, settings.target)
     return module if is_pipeline(module) else cast(M, network_of(module))
 
@@ -292,11 +307,14 @@ def handle(module: Any) -> Handle:
     return JointHandle(handles) if len(handles) > 1 else next(iter(handles.values()))
 
 
-def _install(network: nn.Module, settings: Settings, module: Any) -> Dispatcher:
-    """Install on a denoiser of ``module`` and, if that is a pipeline, on its companions."""
+def _install(
+    network: nn.Module, settings: Settings, module: Any, parts: Sequence[nn.Module]
+) -> Dispatcher:
+    """Install on a denoiser of ``module`` and, if that is a pipeline, on what runs beside it."""
     dispatcher = install(network, settings)
     if is_pipeline(module):
         install_companions(companions_of(module), dispatcher)
+        install_parts(parts, dispatcher, settings.backend, settings.verbose)
     return dispatcher
 
 
@@ -381,6 +399,19 @@ def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto
             "there is one"
         )
     return wanted
+
+
+def _parts_to_compile(module: Any, companions: object) -> list[nn.Module]:
+    if companions is False:
+        return []
+    if companions != "compile":
+        raise DcompileError(f'companions: expected "compile" or False, got {companions!r}')
+    if not is_pipeline(module):
+        raise DcompileError(
+            'companions="compile" compiles what a pipeline runs beside its denoiser, got '
+            f"{type(module).__name__}: pass the pipeline"
+        )
+    return parts_beside(module)
 
 
 def _checked_layout(wanted: bool | Literal["auto"]) -> bool | Literal["auto"]:

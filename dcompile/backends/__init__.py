@@ -113,4 +113,25 @@ def resolve(backend: str | GraphCompiler, options: Mapping[str, Any] | None) -> 
     )
 
 
-__all__ = ["Backend", "GraphCompiler", "Refittable", "resolve"]
+# Options of Inductor that only denoisers are compiled with: dcompile's own, and folding weights
+# into code, which would not follow a change of them.
+_FOR_DENOISERS = ("regions", "freezing")
+
+
+def torch_compile_arguments(backend: Backend) -> dict[str, Any] | None:
+    """Arguments of ``torch.compile`` for what runs beside a denoiser; None to compile nothing.
+
+    TensorRT builds engines of denoisers only: the rest is Inductor's.
+    """
+    match backend:
+        case Eager():
+            return None
+        case Inductor(options=options):
+            others = {name: v for name, v in options.items() if name not in _FOR_DENOISERS}
+            return {"backend": "inductor", "options": others or None}
+        case FromTorch(compiler=compiler):
+            return {"backend": compiler}
+    return {"backend": "inductor"}
+
+
+__all__ = ["Backend", "GraphCompiler", "Refittable", "resolve", "torch_compile_arguments"]

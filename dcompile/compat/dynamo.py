@@ -16,6 +16,12 @@ def lookup_backend(name: str) -> Callable[..., Any]:
     return compiler
 
 
+def compiler_error(error: BaseException) -> BaseException:
+    """What a compiler raised, without Dynamo's exception around it."""
+    inner = getattr(error, "inner_exception", None)
+    return inner if isinstance(inner, BaseException) else error
+
+
 def is_of_module(node: Node) -> bool:
     """Whether Dynamo found an input on the module rather than among the call's arguments."""
     source = _source_of(node)

@@ -79,6 +79,24 @@ def give_compiled_call(module: nn.Module, installed: Any) -> None:
     module._compiled_call_impl = installed
 
 
+def has_compiled_call(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, which bypasses ``forward``."""
+    return module._compiled_call_impl is not None
+
+
+def moves_parts(module: nn.Module) -> bool:
+    """Whether hooks of accelerate or diffusers change weights inside of a module during its call.
+
+    Those are sequential and group offloading, and layerwise casting. A hook on the whole module,
+    such as model offloading's, does its work before.
+    """
+    return any(
+        getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
+        or (part is not module and hasattr(part, "_hf_hook"))
+        for part in module.modules()
+    )
+
+
 @contextmanager
 def casts_in_graph(module: nn.Module) -> Iterator[None]:
     """diffusers' layerwise casting, as casts that a capture can follow.

@@ -104,6 +104,29 @@ def companions_of(pipeline: Any) -> list[nn.Module]:
     return [getattr(pipeline, name) for name in timed_components(pipeline) if name not in denoisers]
 
 
+def parts_beside(pipeline: Any) -> list[nn.Module]:
+    """What runs once for a picture, beside the denoiser: text encoders, and the VAE's decoder.
+
+    Pipelines call ``vae.decode``, which calls the module ``vae.decoder``. Decoders of videos that
+    keep features from one call to the next are left out.
+    """
+    timed = set(timed_components(pipeline))
+    found: list[nn.Module] = []
+    for name, component in pipeline.components.items():
+        if not isinstance(component, nn.Module) or name in timed:
+            continue
+        decoder = getattr(component, "decoder", None)
+        if name.startswith("text_encoder"):
+            found.append(component)
+        elif (
+            isinstance(decoder, nn.Module)
+            and hasattr(component, "decode")
+            and "feat_cache" not in _parameters(decoder)
+        ):
+            found.append(decoder)
+    return list(dict.fromkeys(found))
+
+
 def network_of(module: Any) -> nn.Module:
     """The network itself: a pipeline's denoiser, and without ``torch.compile`` around it.
 
