@@ -18,6 +18,7 @@ from dcompile.models.loading import resolve_device
 from dcompile.serving.engine import Engine
 from dcompile.serving.fleet import PROGRAMS, Check, Record, check_of, machine_of, write_record
 from dcompile.serving.jobs import Job
+from dcompile.serving.samplers import samplers_for_programs
 from dcompile.serving.settings import EngineSettings
 from dcompile.storage.merge import merge
 
@@ -138,7 +139,7 @@ def _first(plan: Plan, size: tuple[int, int], batch: int, folder: Path) -> tuple
         engine.generate([replace(job, steps=steps)])  # watched
     engine.freeze()
     job = replace(job, steps=plan.steps[0])
-    for sampler in engine.samplers_for_programs():
+    for sampler in samplers_for_programs(engine.pipeline):
         engine.generate(_batch(replace(job, sampler=sampler), batch))
     check, picture = check_of(engine, job)
     engine.handle.save(folder)
@@ -152,7 +153,7 @@ def _further(
     """In a process of its own: compile for one more size and batch."""
     engine = Engine.of(settings)
     job = replace(_sized(engine.default_job(), size), steps=steps)
-    _compile(engine, job, batch, engine.samplers_for_programs(), folder)
+    _compile(engine, job, batch, samplers_for_programs(engine.pipeline), folder)
 
 
 def _asked(settings: EngineSettings, job: Job, batch: int, folder: Path) -> None:

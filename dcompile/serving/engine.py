@@ -36,6 +36,7 @@ from dcompile.runtime.settings import Settings
 from dcompile.serving.adapters import Adapters
 from dcompile.serving.jobs import DEFAULT, Caching, Job, JobError
 from dcompile.serving.pictures import PARTIAL, REFRESH, REUSE, UNCACHED, Picture, Trace
+from dcompile.serving.samplers import samplers_of
 from dcompile.serving.settings import EngineSettings
 
 
@@ -95,7 +96,7 @@ class Engine:
                 f"{type(pipeline).__name__} is neither a text-to-image nor an unconditional "
                 "pipeline: others are not served"
             )
-        self._samplers = _samplers_of(pipeline)
+        self._samplers = samplers_of(pipeline)
         config = network_of(pipeline).config
         self._size, self._multiple = _default_size(pipeline, config), _multiple(pipeline, config)
         self._adapters = Adapters(pipeline, settings.loras)
@@ -244,19 +245,6 @@ class Engine:
             known = ", ".join(sorted(self.settings.loras)) or "none here"
             raise JobError("lora", f"expected one of: {known}")
 
-    def samplers_for_programs(self) -> list[str]:
-        """Samplers whose calls need programs of their own: one for each dtype of timesteps.
-
-        The pipeline's own is the first, as an empty name.
-        """
-        own = self.pipeline.scheduler
-        found = {_timesteps_of(own, type(own))[0]: ""}
-        rows = [(*_timesteps_of(own, sampler), name) for name, sampler in self._samplers.items()]
-        for dtype, _, name in sorted(rows, key=lambda row: row[1:]):  # with few calls a step first
-            if dtype in (torch.int64, torch.float32):  # one or two samplers have others
-                found.setdefault(dtype, name)
-        return list(found.values())
-
     def default_job(self, prompt: str = "", seed: int = 0) -> Job:
         """A job with the model's own settings."""
         width, height = self._size
@@ -389,16 +377,6 @@ class _Run:
         )
 
 
-def _timesteps_of(own: Any, sampler: Any) -> tuple[torch.dtype | None, int]:
-    """Dtype and number of a short run's timesteps; no dtype for one that cannot be used here."""
-    try:
-        made = sampler.from_config(own.config)
-        made.set_timesteps(4)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return None, 0
-    return made.timesteps.dtype, len(made.timesteps)
-
-
 def _notes(pipeline: Any, job: Job) -> tuple[str, ...]:
     tokenizer = getattr(pipeline, "tokenizer", None)
     longest = getattr(tokenizer, "model_max_length", None)
@@ -443,13 +421,6 @@ def _level(before: Stats, after: Stats) -> str:
 def _cost(stats: Stats) -> float:
     """In full calls."""
     return stats.calls / stats.flops_speedup
-
-
-def _samplers_of(pipeline: Any) -> dict[str, Any]:
-    """Classes of schedulers that take this pipeline's configuration, by name."""
-    own = type(pipeline.scheduler)
-    classes = {own, *getattr(pipeline.scheduler, "compatibles", ())}
-    return {one.__name__: one for one in classes}
 
 
 def _decoded(pipeline: Any, latents: torch.Tensor) -> list[Image]:
