@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,11 @@ from dcompile.serving.build import Plan, build
 from dcompile.serving.pictures import psnr
 from dcompile.serving.settings import EngineSettings, Limits, ServeSettings
 
-pytestmark = pytest.mark.full
-PORT = 8765
+# In one process of xdist's: all share one server.
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("serve")]
+with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    PORT = found.getsockname()[1]
 URL = f"http://127.0.0.1:{PORT}"
 STEPS = 4
 JOB = {"prompt": "dog", "seed": 3, "steps": STEPS}

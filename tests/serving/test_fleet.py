@@ -21,6 +21,8 @@ from dcompile.serving.settings import EngineSettings
 from dcompile.serving.worker import Made, Request, Ticket
 from dcompile.storage import folder as folders
 
+# In one process of xdist's: all share what is built.
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("fleet")]
 SETTINGS = EngineSettings("emoji-sd", speedup=2.0, backend="eager", steps=4, device="cpu")
 PLAN = Plan(SETTINGS, ((64, 64), (72, 64)), (1, 2), (4,))
 
@@ -87,7 +89,6 @@ def started(folder: Path | str, replicas: list[Replica]) -> Replica:
     return replicas[-1]
 
 
-@pytest.mark.full
 def test_programs_that_fit(built: Path, replicas: list[Replica]) -> None:
     replica = started(built, replicas)
     assert replica.programs == f"shipped: {built}"
@@ -101,7 +102,6 @@ def test_programs_that_fit(built: Path, replicas: list[Replica]) -> None:
     assert found[0].snapshot.captures == 0
 
 
-@pytest.mark.full
 def test_a_size_without_a_program(built: Path, cache: Path, replicas: list[Replica]) -> None:
     replica = started(built, replicas)
     job = replace(replica.worker.engine.default_job("dog", 5), width=80)
@@ -145,7 +145,6 @@ def damaged(folder: Path, damage: str) -> None:
         change(folder, dcompile="0.0.1")
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named(copy: Path, damage: str) -> None:
     damaged(copy, damage)
@@ -153,7 +152,6 @@ def test_damage_is_named(copy: Path, damage: str) -> None:
         fleet.read_record(copy)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("damage", ["file", "machine"])
 def test_programs_that_do_not_fit(
     copy: Path, cache: Path, replicas: list[Replica], damage: str
@@ -177,7 +175,6 @@ def test_programs_that_do_not_fit(
     assert replica.describe()["ready"]
 
 
-@pytest.mark.full
 def test_other_weights_are_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -195,13 +192,11 @@ def test_other_weights_are_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) 
         Replica(replace(SETTINGS, programs=str(copy)), "here")
 
 
-@pytest.mark.full
 def test_another_model(built: Path) -> None:
     with pytest.raises(ArtifactError, match="built for emoji-sd"):
         Replica(replace(SETTINGS, model="ddpm-emoji", programs=str(built)), "here")
 
 
-@pytest.mark.full
 def test_object_storage(built: Path, cache: Path, replicas: list[Replica]) -> None:
     fleet.upload(built, "memory://bucket/fleet")
     replica = started("memory://bucket/fleet", replicas)
@@ -212,7 +207,6 @@ def test_object_storage(built: Path, cache: Path, replicas: list[Replica]) -> No
     assert (local / fleet.RECORD).stat().st_mtime_ns == before, "what is here is downloaded again"
 
 
-@pytest.mark.full
 def test_a_damaged_download(built: Path, tmp_path: Path) -> None:
     import fsspec
 
@@ -229,7 +223,6 @@ def test_a_damaged_download(built: Path, tmp_path: Path) -> None:
         fleet.download("nowhere://x", tmp_path)
 
 
-@pytest.mark.full
 def test_what_cannot_be_built(tmp_path: Path) -> None:
     with pytest.raises(DcompileError, match="width: expected a multiple of 8"):
         build(replace(PLAN, sizes=((63, 64),)), tmp_path / "a")
@@ -239,7 +232,6 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
         build(PLAN, tmp_path / "file")
 
 
-@pytest.mark.full
 def test_a_full_disk(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was there before is untouched."""
     before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
