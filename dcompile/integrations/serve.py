@@ -17,6 +17,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from ray import serve
@@ -53,7 +54,8 @@ class Generator:
         if self._settings.threads:
             torch.set_num_threads(self._settings.threads)
         self._name = uuid.uuid4().hex[:8]
-        self._loaded: dict[str, Replica] = {}
+        # Ray drops the models used least recently.
+        self._loaded: WeakValueDictionary[str, Replica] = WeakValueDictionary()
         first = self._settings.engines[0]
         # A replica is ready when its first model is.
         self._first = Replica(first, self._name)

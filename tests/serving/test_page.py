@@ -351,6 +351,7 @@ def fits(page: Any) -> bool:
 
 
 @pytest.mark.full
+@pytest.mark.xdist_group("page")
 def test_two_pictures_are_compared_in_a_browser(browser: Any, address: str) -> None:
     with opened(browser, address, 1280, 900) as page:
         compare(page)
@@ -375,6 +376,7 @@ def test_two_pictures_are_compared_in_a_browser(browser: Any, address: str) -> N
 
 
 @pytest.mark.full
+@pytest.mark.xdist_group("page")
 def test_a_refusal_is_shown_in_a_browser(browser: Any, address: str) -> None:
     with opened(browser, address, 1280, 900) as page:
         page.fill("#dc-prompt textarea", "x" * 2001)
