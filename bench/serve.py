@@ -294,15 +294,13 @@ def soak(minutes: float, users: int, folder: Path) -> dict[str, Any]:
         "retries": value["dcompile_retries_total"],
         "cancelled": value.get('dcompile_cancelled_total{model="emoji-sd"}', 0.0),
         "growth": watch.growth(),
-        "made": sorted(
-            {(one["job"], one["digest"], one["batch"]) for one in answers if "digest" in one}
-        ),
+        "made": [one for one in answers if "digest" in one],
     }
 
 
 def compare(
     found: dict[str, Any], folder: Path, programs: Path, loras: dict[str, Path]
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Each picture with that of the same job alone."""
     import numpy as np
     import torch
@@ -325,20 +323,26 @@ def compare(
         )
     )
     jobs = jobs_of_the_soak()
-    counts = {"jobs": len(jobs), "alone": 0, "in_batches": 0, "wrong": 0}
+    counts: dict[str, Any] = {"jobs": len(jobs), "alone": 0, "in_batches": 0, "wrong": 0}
     expected: dict[int, Any] = {}
-    for number, seen, batch in found.pop("made"):
+    differing: dict[tuple[int, str], dict[str, Any]] = {}
+    for one in found.pop("made"):
+        number, seen, batch = one["job"], one["digest"], one["batch"]
         if number not in expected:
-            (picture,) = engine.generate([Job(**jobs[number])])
-            expected[number] = picture.image
-        if batch == 1:
-            counts["alone"] += 1
-            counts["wrong"] += digest(expected[number]) != seen
-        else:
-            counts["in_batches"] += 1
-            image = Image.open(folder / f"{number}-{seen}.png").convert("RGB")
-            difference = np.int16(np.asarray(image)) - np.asarray(expected[number])
-            counts["wrong"] += int(np.abs(difference).max()) > 1
+            (expected[number],) = engine.generate([Job(**jobs[number])])
+        counts["alone" if batch == 1 else "in_batches"] += 1
+        if digest(expected[number].image) == seen:
+            continue
+        image = Image.open(folder / f"{number}-{seen}.png").convert("RGB")
+        levels = int(np.abs(np.int16(image) - np.asarray(expected[number].image)).max())
+        counts["wrong"] += batch == 1 or levels > 1
+        entry = differing.setdefault(
+            (number, seen),
+            {"job": jobs[number], "levels": levels, "batch": batch, "ran": one["ran"], "times": 0},
+        )
+        entry["times"] += 1
+        entry["expected"] = expected[number].trace.levels
+    counts["differing"] = list(differing.values())
     return counts
 
 

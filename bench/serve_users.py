@@ -20,12 +20,12 @@ def note(**answer: Any) -> None:
         file.write(json.dumps(answer) + "\n")
 
 
-def made(job: int, digest: str, batch: int, content: bytes) -> None:
-    """A picture of a batch is compared by its values, and kept once."""
+def made(job: int, digest: str, trace: dict[str, Any], content: bytes) -> None:
+    """Each picture is kept once, to be compared."""
     file = LOG.parent / f"{job}-{digest}.png"
-    if batch > 1 and not file.exists():
+    if not file.exists():
         file.write_bytes(content)
-    note(job=job, status=200, digest=digest, batch=batch)
+    note(job=job, status=200, digest=digest, batch=trace["batch"], ran=trace["steps"])
 
 
 class Painter(HttpUser):
@@ -46,7 +46,7 @@ class Painter(HttpUser):
             note(job=number, status=answer.status_code, error=answer.text[:200])
         else:
             trace = json.loads(answer.headers["x-trace"])
-            made(number, answer.headers["x-digest"], trace["batch"], answer.content)
+            made(number, answer.headers["x-digest"], trace, answer.content)
 
     @task(1)
     def stream(self) -> None:
@@ -56,7 +56,7 @@ class Painter(HttpUser):
         if answer.status_code == 200 and events and events[-1] == "event: picture":
             data = json.loads(answer.text.strip().rpartition("data: ")[2])
             content = base64.b64decode(data["b64_json"])
-            made(number, data["digest"], data["trace"]["batch"], content)
+            made(number, data["digest"], data["trace"], content)
         elif answer.status_code == 0 or (
             answer.status_code == 200 and "event: error" not in events
         ):
