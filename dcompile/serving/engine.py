@@ -19,7 +19,7 @@ from PIL.Image import Image
 
 from dcompile import models
 from dcompile.api import cache_compile, handle, load
-from dcompile.errors import ModelError
+from dcompile.errors import ModelError, ScheduleError, first_line
 from dcompile.handles import Handle
 from dcompile.integrations.pipelines import denoisers_of, network_of
 from dcompile.models.loading import (
@@ -37,6 +37,8 @@ from dcompile.serving.adapters import Adapters
 from dcompile.serving.jobs import DEFAULT, Caching, Job, JobError
 from dcompile.serving.pictures import PARTIAL, REFRESH, REUSE, UNCACHED, Picture, Trace
 from dcompile.serving.settings import EngineSettings
+
+_USUAL_STEPS = 20
 
 
 class RunCancelled(Exception):  # noqa: N818 - nothing is wrong
@@ -96,6 +98,7 @@ class Engine:
                 "pipeline: others are not served"
             )
         self._samplers = _samplers_of(pipeline)
+        self._possible: set[tuple[str, int]] = set()  # samplers and their numbers of steps
         config = network_of(pipeline).config
         self._size, self._multiple = _default_size(pipeline, config), _multiple(pipeline, config)
         self._adapters = Adapters(pipeline, settings.loras)
@@ -214,8 +217,10 @@ class Engine:
                 generator=generators[0] if len(jobs) == 1 else generators,
                 num_inference_steps=jobs[0].steps,
             ).images
-        except BaseException:  # whoever keeps the error keeps the run's timesteps alive with it
-            self.handle.reset()
+        except BaseException as error:
+            self.handle.reset()  # whoever keeps the error keeps the run's timesteps alive with it
+            if isinstance(error, ScheduleError) and self._caching != DEFAULT:
+                raise JobError("caching", str(error)) from error
             raise
         trace = run.trace(len(jobs))
         return [
@@ -240,9 +245,28 @@ class Engine:
                 raise JobError(field, f"{self.settings.name} makes pictures of {own} only")
         if job.sampler and job.sampler not in self._samplers:
             raise JobError("sampler", f"expected one of {', '.join(sorted(self._samplers))}")
+        self._require_steps(job.sampler, job.steps)
         if job.lora and job.lora not in self.settings.loras:
             known = ", ".join(sorted(self.settings.loras)) or "none here"
             raise JobError("lora", f"expected one of: {known}")
+
+    def _require_steps(self, name: str, steps: int) -> None:
+        """Refuse numbers of steps that a sampler cannot do, such as three of PNDM's."""
+        if (name, steps) in self._possible:
+            return
+        reason = self._why_not(name, steps)
+        # One that fails with 20 steps, too, needs arguments that only the pipeline knows.
+        if reason is not None and self._why_not(name, _USUAL_STEPS) is None:
+            sampler = name or type(self.pipeline.scheduler).__name__
+            raise JobError("steps", f"{sampler} cannot do {steps}: {reason}")
+        self._possible.add((name, steps))
+
+    def _why_not(self, name: str, steps: int) -> str | None:
+        try:
+            self._sampler(name).set_timesteps(steps)
+        except Exception as error:  # each sampler has its own
+            return first_line(error)
+        return None
 
     def samplers_for_programs(self) -> list[str]:
         """Samplers whose calls need programs of their own: one for each dtype of timesteps.
@@ -448,6 +472,8 @@ def _cost(stats: Stats) -> float:
 def _samplers_of(pipeline: Any) -> dict[str, Any]:
     """Classes of schedulers that take this pipeline's configuration, by name."""
     own = type(pipeline.scheduler)
+    if is_unconditional(pipeline):  # these give a sampler arguments that no other one takes
+        return {own.__name__: own}
     classes = {own, *getattr(pipeline.scheduler, "compatibles", ())}
     return {one.__name__: one for one in classes}
 
