@@ -19,7 +19,7 @@ from PIL.Image import Image
 
 from dcompile import models
 from dcompile.api import cache_compile, handle, load
-from dcompile.errors import ModelError
+from dcompile.errors import ModelError, ScheduleError
 from dcompile.handles import Handle
 from dcompile.integrations.pipelines import denoisers_of, network_of
 from dcompile.models.loading import (
@@ -36,7 +36,7 @@ from dcompile.runtime.settings import Settings
 from dcompile.serving.adapters import Adapters
 from dcompile.serving.jobs import DEFAULT, Caching, Job, JobError
 from dcompile.serving.pictures import PARTIAL, REFRESH, REUSE, UNCACHED, Picture, Trace
-from dcompile.serving.samplers import samplers_of
+from dcompile.serving.samplers import Samplers
 from dcompile.serving.settings import EngineSettings
 
 
@@ -96,7 +96,7 @@ class Engine:
                 f"{type(pipeline).__name__} is neither a text-to-image nor an unconditional "
                 "pipeline: others are not served"
             )
-        self._samplers = samplers_of(pipeline)
+        self._samplers = Samplers(pipeline)
         config = network_of(pipeline).config
         self._size, self._multiple = _default_size(pipeline, config), _multiple(pipeline, config)
         self._adapters = Adapters(pipeline, settings.loras)
@@ -176,7 +176,7 @@ class Engine:
             "height": height,
             "multiple": self._multiple,
             "resizes": not self._is_unconditional,
-            "samplers": sorted(self._samplers),
+            "samplers": self._samplers.names,
             "sampler": type(self.pipeline.scheduler).__name__,
             "loras": sorted(self.settings.loras),
             "schedule": list(self.handle.schedule.describe()),
@@ -202,7 +202,7 @@ class Engine:
         self._adapters.use(jobs[0].lora)
         self._use(jobs[0].caching)
         pipeline = copy.copy(self.pipeline)  # with a sampler of its own
-        pipeline.scheduler = self._sampler(jobs[0].sampler)
+        pipeline.scheduler = self._samplers.make(jobs[0].sampler)
         arguments = self._arguments(jobs)
         run = _Run(self.handle, jobs[0].steps, watcher or _Nobody())
         pipeline.progress_bar = run.progress_bar
@@ -215,8 +215,10 @@ class Engine:
                 generator=generators[0] if len(jobs) == 1 else generators,
                 num_inference_steps=jobs[0].steps,
             ).images
-        except BaseException:  # whoever keeps the error keeps the run's timesteps alive with it
-            self.handle.reset()
+        except BaseException as error:
+            self.handle.reset()  # whoever keeps the error keeps the run's timesteps alive with it
+            if isinstance(error, ScheduleError) and self._caching != DEFAULT:
+                raise JobError("caching", str(error)) from error
             raise
         trace = run.trace(len(jobs))
         return [
@@ -239,8 +241,7 @@ class Engine:
                 raise JobError(field, f"expected a multiple of {multiple}, got {value}")
             if self._is_unconditional and value != own:
                 raise JobError(field, f"{self.settings.name} makes pictures of {own} only")
-        if job.sampler and job.sampler not in self._samplers:
-            raise JobError("sampler", f"expected one of {', '.join(sorted(self._samplers))}")
+        self._samplers.require(job.sampler, job.steps)
         if job.lora and job.lora not in self.settings.loras:
             known = ", ".join(sorted(self.settings.loras)) or "none here"
             raise JobError("lora", f"expected one of: {known}")
@@ -294,10 +295,6 @@ class Engine:
             options=self.settings.options or None,
             verbose=self.settings.verbose,
         )
-
-    def _sampler(self, name: str) -> Any:
-        own = self.pipeline.scheduler
-        return (self._samplers[name] if name else type(own)).from_config(own.config)
 
     def _arguments(self, jobs: Sequence[Job]) -> dict[str, Any]:
         first = jobs[0]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator
 
 from dcompile.serving.jobs import DEFAULT, Caching, Job, JobError
+from dcompile.serving.pictures import LARGEST_SIDES
 from dcompile.serving.settings import Limits
 from dcompile.serving.worker import Request
 
@@ -152,6 +153,10 @@ def requests_of(
     width, height = width or about["width"], height or about["height"]
     if width * height > limits.pixels:
         raise JobError("size", f"expected at most {limits.pixels} pixels, got {width} x {height}")
+    forms = (form, "jpeg") if previews else (form,)  # previews are JPEG
+    largest = min(LARGEST_SIDES.get(one, limits.pixels) for one in forms)
+    if max(width, height) > largest:
+        raise JobError("size", f"expected sides of at most {largest} pixels in this format")
     steps = message.steps or about["steps"]
     if steps > limits.steps:
         raise JobError("steps", f"expected at most {limits.steps}, got {steps}")

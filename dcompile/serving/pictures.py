@@ -15,6 +15,7 @@ from PIL.Image import Image
 
 REFRESH, PARTIAL, REUSE, UNCACHED = "refresh", "partial", "reuse", "uncached"
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+LARGEST_SIDES = {"jpeg": 65500, "webp": 16383}  # pixels; no limit of PNG's is ever reached
 
 
 @dataclass(frozen=True)

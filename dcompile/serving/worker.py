@@ -262,7 +262,11 @@ class Worker:
             loop.run_in_executor(self._others, self._made, picture, ticket, began - ticket.since)
             for picture, ticket in zip(pictures, tickets, strict=True)
         ]
-        return list(await asyncio.gather(*encoding))
+        made = await asyncio.gather(*encoding, return_exceptions=True)
+        for one in made:
+            if isinstance(one, Exception):
+                logger.error("a picture could not be encoded", exc_info=one)
+        return list(made)
 
     def _made(self, picture: Picture, ticket: Ticket, waited: float) -> Made:
         request = ticket.request

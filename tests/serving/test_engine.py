@@ -16,6 +16,7 @@ from dcompile import ModelError
 from dcompile.serving.engine import Engine, RunCancelled
 from dcompile.serving.jobs import Caching, Job, JobError
 from dcompile.serving.pictures import digest, encoded, psnr
+from dcompile.serving.samplers import samplers_for_programs
 from dcompile.serving.settings import EngineSettings
 
 STEPS = 6
@@ -159,6 +160,25 @@ def test_refused(engine: Engine, job: Job, change: dict[str, Any], field: str) -
     engine.check(job)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("PNDMScheduler", 3), ("DDIMScheduler", 1001), ("", 1001)]
+)
+def test_steps_that_a_sampler_cannot_do_are_refused(
+    engine: Engine, job: Job, sampler: str, steps: int
+) -> None:
+    with pytest.raises(JobError, match=f"Scheduler cannot do {steps}: ValueError: ") as raised:
+        engine.check(replace(job, sampler=sampler, steps=steps))
+    assert raised.value.field == "steps"
+    engine.check(replace(job, sampler=sampler, steps=4))
+
+
+def test_a_speedup_beyond_the_network_is_the_job_s_fault(engine: Engine, job: Job) -> None:
+    expected = one(engine, job)
+    with pytest.raises(JobError, match="caching: a speed-up of 100 is beyond this network"):
+        engine.generate([replace(job, caching=Caching("speedup", 100.0))])
+    assert one(engine, job) == expected
+
+
 def test_what_it_says_of_itself(engine: Engine) -> None:
     about = engine.describe()
     assert (about["model"], about["steps"], about["width"], about["height"]) == (
@@ -190,6 +210,9 @@ def test_an_unconditional_model() -> None:
         engine.check(replace(job, prompt="dog"))
     with pytest.raises(JobError, match="makes pictures of"):
         engine.check(replace(job, width=job.width * 2))
+    # The pipeline gives a sampler what only its own one takes.
+    assert engine.describe()["samplers"] == ["DDIMScheduler"]
+    assert samplers_for_programs(engine.pipeline) == [""]
 
 
 # LoRA ---------------------------------------------------------------------------------------------

@@ -184,6 +184,24 @@ def test_refused_with_the_field_at_fault(path: str, changes: dict[str, Any], fie
 
 
 @pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"width": 16384, "height": 8, "format": "webp"}, 422),
+        ({"width": 8, "height": 16384, "format": "webp"}, 422),
+        ({"width": 16376, "height": 8, "format": "webp"}, 200),
+        ({"width": 65504, "height": 8, "format": "jpeg"}, 422),
+        ({"width": 65504, "height": 8, "previews": 1}, 422),
+        ({"width": 65504, "height": 8}, 200),
+    ],
+)
+def test_sides_that_a_format_does_not_have(changes: dict[str, Any], status: int) -> None:
+    response = http(limits=Limits(steps=10)).post(PLAIN, json={"prompt": "cat", **changes})
+    assert response.status_code == status
+    if status == 422:
+        assert error_of(response, 422)["param"] == "size"
+
+
+@pytest.mark.parametrize(
     ("given", "changes", "field"),
     [
         ({"prompt": "cat"}, {"prompt": False}, "prompt"),

@@ -172,6 +172,13 @@ def test_a_failure_is_of_its_batch(engine: SlowEngine) -> None:
     assert (made.snapshot.failed, made.snapshot.pictures) == (1, 1)
 
 
+def test_a_picture_that_cannot_be_encoded_is_alone(engine: SlowEngine) -> None:
+    tickets = [Ticket(Request(request(1).job, form="none")), Ticket(request(2))]
+    made = run(engine, lambda worker: worker.run_batch(tickets), 2)
+    assert isinstance(made[0], KeyError)
+    assert colour(made[1]) == 2
+
+
 def test_a_lost_device_is_said(engine: SlowEngine) -> None:
     engine.fails = RuntimeError("CUDA error: an illegal memory access\nmore")
 
