@@ -170,13 +170,17 @@ def measure_overhead(requests: int) -> dict[str, Any]:
     with httpx.Client(timeout=60) as client:
         for seed in range(10):
             one_picture(client, seed, STEPS[0])
+        http = http_process()
+        before = sum(http.cpu_times()[:2])
         pairs = [one_picture(client, seed, STEPS[0]) for seed in range(requests)]
+        spent = sum(http.cpu_times()[:2]) - before
     extra = sorted(1000 * (whole - own) for whole, own in pairs)
     return {
         "requests": requests,
         "pipeline_ms_p50": round(1000 * statistics.median(own for _, own in pairs), 1),
         "overhead_ms_p50": round(statistics.median(extra), 2),
         "overhead_ms_p95": round(extra[int(0.95 * len(extra))], 2),
+        "http_processor_ms": round(1000 * spent / requests, 2),
     }
 
 
