@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -118,6 +119,8 @@ class Recorded:
 @pytest.fixture
 def trt(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     recorded = Recorded()
+    # Its first import looks for torch_tensorrt's spec, which the recorded one does not have.
+    importlib.import_module("torch.export._trace")
     monkeypatch.setitem(sys.modules, "torch_tensorrt", recorded.package)
     monkeypatch.setitem(sys.modules, "torch_tensorrt.dynamo", recorded.dynamo)
     monkeypatch.setattr(tensorrt, "DEVICE_TYPE", "cpu")
