@@ -145,6 +145,21 @@ class Engine:
         self._is_paused = False
         self._settle()
 
+    def restore(self, programs: Path) -> None:
+        """Go on with these saved programs and no others; uncached if they cannot be loaded.
+
+        Raises:
+            ArtifactError: they cannot.
+        """
+        self.handle.remove()
+        try:
+            self.adopt(programs, "uncached")
+        except BaseException:
+            self._configure(**self.settings.caching_arguments())
+            self._settle()
+            self.pause()
+            raise
+
     def pause(self) -> None:
         """Run uncached until ``adopt``."""
         self._is_paused = True
