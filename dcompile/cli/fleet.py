@@ -195,15 +195,16 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     found = []
     for part in filter(None, (one.strip() for one in text.split(","))):
         width, cross, height = part.lower().partition("x")
-        if not width.isdigit() or (cross and not height.isdigit()) or int(width) < 1:
+        sides = (width, height) if cross else (width, width)
+        if not all(side.isdecimal() and int(side) > 0 for side in sides):
             raise DcompileError(f"sizes: expected 512 or 768x512 in pixels, got {part!r}")
-        found.append((int(width), int(height or width)))
+        found.append((int(sides[0]), int(sides[1])))
     return tuple(dict.fromkeys(found))
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     parts = [one.strip() for one in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise DcompileError(f"{name}: expected positive numbers with commas, got {text!r}")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -217,7 +218,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _range(text: str) -> tuple[int, int]:
     least, colon, most = text.partition(":")
-    if not (least.isdigit() and colon and most.isdigit()):
+    if not (least.isdecimal() and colon and most.isdecimal()):
         raise DcompileError(f"autoscale: expected the least and the most, 1:8, got {text!r}")
     return int(least), int(most)
 

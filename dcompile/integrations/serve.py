@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, cast
@@ -31,7 +32,7 @@ from dcompile.serving.client import Lost, Overloaded
 from dcompile.serving.http import app_of
 from dcompile.serving.jobs import JobError
 from dcompile.serving.replica import Replica
-from dcompile.serving.settings import ServeSettings
+from dcompile.serving.settings import EngineSettings, ServeSettings
 from dcompile.serving.worker import Event, Made, Request, Ticket
 
 NAME = "dcompile"
@@ -54,8 +55,9 @@ class Generator:
         if self._settings.threads:
             torch.set_num_threads(self._settings.threads)
         self._name = uuid.uuid4().hex[:8]
-        # Ray drops the models used least recently.
+        # Of models that had to make room, only requests that still run keep the replica.
         self._loaded: WeakValueDictionary[str, Replica] = WeakValueDictionary()
+        self._loading: dict[str, asyncio.Future[Replica]] = {}
         first = self._settings.engines[0]
         # A replica is ready when its first model is.
         self._first = Replica(first, self._name)
@@ -95,9 +97,17 @@ class Generator:
 
     @serve.multiplexed(max_num_models_per_replica=MOST_MODELS)  # type: ignore[untyped-decorator]
     async def _other(self, model: str) -> Replica:
-        (engine,) = [one for one in self._settings.engines if one.name == model]
-        loop = asyncio.get_running_loop()
-        replica = await loop.run_in_executor(None, Replica, engine, self._name)
+        loading = self._loading.get(model)
+        if loading is None:
+            (engine,) = [one for one in self._settings.engines if one.name == model]
+            loop = asyncio.get_running_loop()
+            loading = self._loading[model] = loop.run_in_executor(None, _replica_of, engine)
+        try:
+            # Whoever waits may go away: the next one waits for the same replica.
+            replica = await asyncio.shield(loading)
+        finally:
+            if loading.done():
+                self._loading.pop(model, None)
         self._loaded[model] = replica
         return replica
 
@@ -134,8 +144,14 @@ class Generator:
                 return await ticket.result
             finally:
                 collecting.cancel()
+                ticket.result.cancel()  # nobody looks at what comes of it
 
         return batched
+
+
+def _replica_of(engine: EngineSettings) -> Replica:
+    gc.collect()  # a model that had to make room is part of cycles
+    return Replica(engine, uuid.uuid4().hex[:8])  # counts begin again, so the name is new
 
 
 class RayClient:
@@ -159,6 +175,8 @@ class RayClient:
             found: dict[str, Any] = await self._handle.describe.remote(self._model)
         except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
             return {"ready": False, "reason": _first_line(error)}
+        except RayTaskError as error:  # another model than the first cannot be loaded
+            return {"ready": False, "reason": _first_line(error.cause)}
         return found
 
     async def generate(self, request: Request) -> Made:

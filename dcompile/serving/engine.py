@@ -143,6 +143,21 @@ class Engine:
         self._is_paused = False
         self._settle()
 
+    def restore(self, programs: Path) -> None:
+        """Go on with these saved programs and no others; uncached if they cannot be loaded.
+
+        Raises:
+            ArtifactError: they cannot.
+        """
+        self.handle.remove()
+        try:
+            self.adopt(programs, "uncached")
+        except BaseException:
+            self._configure(**self.settings.caching_arguments())
+            self._settle()
+            self.pause()
+            raise
+
     def pause(self) -> None:
         """Run uncached until ``adopt``."""
         self._is_paused = True
@@ -203,7 +218,7 @@ class Engine:
         self._use(jobs[0].caching)
         pipeline = copy.copy(self.pipeline)  # with a sampler of its own
         pipeline.scheduler = self._samplers.make(jobs[0].sampler)
-        arguments = self._arguments(jobs)
+        arguments = _arguments(jobs, self._is_unconditional)
         run = _Run(self.handle, jobs[0].steps, watcher or _Nobody())
         pipeline.progress_bar = run.progress_bar
         if "callback_on_step_end" in self._parameters:
@@ -296,20 +311,6 @@ class Engine:
             verbose=self.settings.verbose,
         )
 
-    def _arguments(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        first = jobs[0]
-        if self._is_unconditional:
-            return {"batch_size": len(jobs)}
-        # One prompt is no list: some pipelines then expect lists everywhere.
-        prompts: Any = [job.prompt for job in jobs] if len(jobs) > 1 else first.prompt
-        arguments = {"prompt": prompts, "width": first.width, "height": first.height}
-        if any(job.negative_prompt for job in jobs):
-            negative = [job.negative_prompt for job in jobs]
-            arguments["negative_prompt"] = negative if len(jobs) > 1 else negative[0]
-        if first.guidance is not None:
-            arguments["guidance_scale"] = first.guidance
-        return arguments
-
 
 class _Run:
     """Follows one run by the pipeline's progress bar, the one hook that all pipelines have."""
@@ -372,6 +373,22 @@ class _Run:
             programs=after.captures - before.captures,
             compile_seconds=after.compile_seconds - before.compile_seconds,
         )
+
+
+def _arguments(jobs: Sequence[Job], is_unconditional: bool) -> dict[str, Any]:
+    """Of the pipeline's call."""
+    first = jobs[0]
+    if is_unconditional:
+        return {"batch_size": len(jobs)}
+    # One prompt is no list: some pipelines then expect lists everywhere.
+    prompts: Any = [job.prompt for job in jobs] if len(jobs) > 1 else first.prompt
+    arguments = {"prompt": prompts, "width": first.width, "height": first.height}
+    if any(job.negative_prompt for job in jobs):
+        negative = [job.negative_prompt for job in jobs]
+        arguments["negative_prompt"] = negative if len(jobs) > 1 else negative[0]
+    if first.guidance is not None:
+        arguments["guidance_scale"] = first.guidance
+    return arguments
 
 
 def _notes(pipeline: Any, job: Job) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from dcompile.errors import ArtifactError
@@ -27,7 +28,7 @@ from dcompile.serving.jobs import Caching, Job, JobError
 from dcompile.serving.pictures import Picture, digest, encoded, psnr
 from dcompile.serving.settings import EngineSettings
 from dcompile.storage.artifact import machine
-from dcompile.storage.folder import read_files, sealed, sha256_of, write_in_one_step
+from dcompile.storage.folder import MANIFEST, read_files, sealed, sha256_of, write_in_one_step
 from dcompile.version import __version__
 
 FORMAT = 1
@@ -209,7 +210,7 @@ def read_record(folder: Path) -> Record:
     """
     record = _of_json(folder, _read_sealed(folder))
     programs = folder / PROGRAMS
-    parts = [programs] if (programs / "manifest.json").exists() else sorted(programs.glob("*/"))
+    parts = [programs] if (programs / MANIFEST).exists() else sorted(programs.glob("*/"))
     if not parts:
         raise ArtifactError(f"{folder} is damaged: it has no programs; build it again")
     for part in parts:
@@ -292,25 +293,33 @@ def download(address: str, into: Path) -> Path:
     target = into / hashlib.sha256(address.encode()).hexdigest()[:16]
     filesystem, path = _filesystem(address)
     try:
-        fresh = bytes(filesystem.cat_file(f"{path}/{RECORD}"))
-        with contextlib.suppress(OSError, ArtifactError):
-            if (target / RECORD).read_bytes() == fresh:
-                read_record(target)
-                return target
-        draft = into / f".{uuid.uuid4().hex[:16]}"
-        draft.mkdir(parents=True)
-        try:
-            filesystem.get(f"{path}/", f"{draft}/", recursive=True)
-            read_record(draft)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(draft, target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        into.mkdir(parents=True, exist_ok=True)
+        # Replicas start side by side: one downloads, and the others find what it has.
+        with FileLock(into / f".{target.name}.lock"):
+            _fetch(filesystem, path, target)
     except ArtifactError as error:
         raise ArtifactError(f"{address}: {error}") from error
     except Exception as error:  # each file system has its own errors
         raise ArtifactError(f"cannot read {address}: {type(error).__name__}: {error}") from error
     return target
+
+
+def _fetch(filesystem: Any, path: str, target: Path) -> None:
+    """Replace a folder by the one at ``path``, unless they have the same record."""
+    fresh = bytes(filesystem.cat_file(f"{path}/{RECORD}"))
+    with contextlib.suppress(OSError, ArtifactError):
+        if (target / RECORD).read_bytes() == fresh:
+            read_record(target)
+            return
+    draft = target.with_name(f".{uuid.uuid4().hex[:16]}")
+    draft.mkdir()
+    try:
+        filesystem.get(f"{path}/", f"{draft}/", recursive=True)
+        read_record(draft)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def upload(folder: Path, address: str) -> None:
@@ -322,7 +331,7 @@ def upload(folder: Path, address: str) -> None:
     filesystem, path = _filesystem(address)
     files = sorted(one for one in folder.rglob("*") if one.is_file() and one.name[0] != ".")
     try:
-        for file in sorted(files, key=lambda one: one.name in (RECORD, "manifest.json")):
+        for file in sorted(files, key=lambda one: (one.name == RECORD, one.name == MANIFEST)):
             place = f"{path}/{file.relative_to(folder).as_posix()}"
             filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)
             filesystem.put_file(str(file), place)

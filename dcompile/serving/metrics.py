@@ -7,6 +7,7 @@ that are gone included: a counter never falls when a replica dies.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from dcompile.serving.pictures import Trace
 
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 8, 13, 20, 30, 60, 120)
 _PHASES = ("waited", "encode", "denoise", "decode")
+# Shapes come from what is asked for, and each label's value is kept for ever.
+_SHAPE = re.compile(r"\(\d+(, \d+)*,?\)")
+_MOST_REASONS = 50
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Snapshot:
     captures: int
     cache_bytes: int
 
+    @property
+    def age(self) -> int:
+        """Larger for each later one of the same process, as long as anything happens there."""
+        return self.batches + self.failed + self.cancelled
+
 
 class Tally:
     """Counts what one process generates. Safe to use from several threads."""
@@ -74,7 +83,10 @@ class Tally:
             self._pictures += pictures
             self._steps.update(trace.levels)
             self._forced += trace.forced
-            self._uncached.update(trace.uncached_reasons)
+            for reason, count in trace.uncached_reasons.items():
+                short = _SHAPE.sub("(...)", reason)
+                is_new = short not in self._uncached and len(self._uncached) >= _MOST_REASONS
+                self._uncached["others" if is_new else short] += count
             self._captures += trace.programs
             self._asked += len(trace.levels)
             self._spent += len(trace.levels) / trace.flops_speedup
@@ -163,7 +175,7 @@ class Metrics:
         """The counts of a process came back; the latest ones stay."""
         key = (snapshot.model, snapshot.process)
         known = self._snapshots.get(key)
-        if known is None or snapshot.batches >= known.batches:
+        if known is None or snapshot.age >= known.age:
             self._snapshots[key] = snapshot
 
     def retried(self) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dcompile.errors import ArtifactError, DcompileError
+from dcompile.errors import ArtifactError, DcompileError, first_line
 from dcompile.models.loading import resolve_device
 from dcompile.notices import logger
 from dcompile.serving.build import Plan, build, extend
@@ -68,6 +68,7 @@ class Replica:
         self._lock = threading.Lock()
         self._tried: set[tuple[Any, ...]] = set()
         self._thread: threading.Thread | None = None
+        self._is_waiting = False  # for the next batch, to use new programs from then on
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._folder: Path | None = None
         self._record: Record | None = None
@@ -187,8 +188,7 @@ class Replica:
             steps=record.steps if record is not None else (settings.steps,),
         )
         found = build(plan, target, is_background=True)
-        self._record = found.record
-        self._install_later(target, "compiled on this machine")
+        self._install_later(target, found.record, "compiled on this machine")
 
     def _after(self, jobs: Sequence[Job], uncached: bool) -> None:
         """Compile what just ran uncached for want of a program."""
@@ -201,7 +201,7 @@ class Replica:
         if kind in self._tried or len(self._tried) >= MOST_EXTRA or job.caching != DEFAULT:
             return
         thread = self._thread
-        if thread is not None and thread.is_alive():
+        if (thread is not None and thread.is_alive()) or self._is_waiting:
             return  # it is asked for again, or it is not needed
         self._tried.add(kind)
         folder, record = self._folder, self._record
@@ -209,32 +209,45 @@ class Replica:
         def widen() -> None:
             target = Path(tempfile.mkdtemp(prefix=f"{record.model}-", dir=self._made(self._work())))
             own = as_built(self._settings, record)
-            self._record = extend(own, record, folder, target, job, batch)
-            self._install_later(target, f"with {job.width}x{job.height}, batch {batch}")
+            wider = extend(own, record, folder, target, job, batch)
+            self._install_later(target, wider, f"with {job.width}x{job.height}, batch {batch}")
 
         self._begin(widen)
 
-    def _install_later(self, folder: Path, what: str) -> None:
+    def _install_later(self, folder: Path, record: Record, what: str) -> None:
         """Use these programs from the next batch on."""
 
         def install() -> None:
             self.worker.between = lambda: None
-            assert self._record is not None
-            self.worker.engine.adopt(folder / PROGRAMS, new_calls="uncached")
-            self.check = require_as_built(self.worker.engine, folder, self._record)
-            self._folder = folder
-            self.worker.batches = self._record.batches
-            self.programs = what
-            logger.info("programs for %s: %s", self._settings.name, what)
-
-        def guarded() -> None:
+            engine = self.worker.engine
             try:
-                install()
-            except ArtifactError as error:
-                logger.warning("%s", error)
-                self.programs += f"; not used: {error}"
+                engine.adopt(folder / PROGRAMS, new_calls="uncached")
+                self.check = require_as_built(engine, folder, record)
+            except Exception as error:  # the batch that waits is not at fault
+                logger.warning("programs for %s are not used: %s", self._settings.name, error)
+                self.programs += f"; not used: {first_line(error)}"
+                self._go_back()
+            else:
+                self._folder, self._record = folder, record
+                self.worker.batches = record.batches
+                self.programs = what
+                logger.info("programs for %s: %s", self._settings.name, what)
+            finally:
+                self._is_waiting = False
 
-        self.worker.between = guarded
+        self._is_waiting = True
+        self.worker.between = install
+
+    def _go_back(self) -> None:
+        """To the programs before, without the new ones; uncached if there are none."""
+        engine = self.worker.engine
+        if self._folder is None:
+            engine.pause()
+            return
+        try:
+            engine.restore(self._folder / PROGRAMS)
+        except Exception:
+            logger.exception("programs for %s cannot be loaded again", self._settings.name)
 
     @staticmethod
     def _made(folder: Path) -> Path:

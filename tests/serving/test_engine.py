@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from dcompile import ModelError
+from dcompile import ArtifactError, ModelError
 from dcompile.serving.engine import Engine, RunCancelled
 from dcompile.serving.jobs import Caching, Job, JobError
 from dcompile.serving.pictures import digest, encoded, psnr
@@ -268,6 +268,20 @@ def test_saved_programs_fit_a_pipeline_with_sets(adapters: dict[str, str], tmp_p
     assert picture.trace.levels == ("refresh", "reuse") * 2
     assert not picture.trace.uncached_reasons
     assert digest(picture.image) != expected
+
+
+def test_restored_programs_are_the_only_ones(tmp_path: Path) -> None:
+    engine = Engine.of(EngineSettings("emoji-sd", interval=2, backend="eager", device="cpu"))
+    job = replace(engine.default_job("dog"), steps=4)
+    expected = one(engine, job)
+    engine.handle.save(tmp_path / "programs")
+    engine.generate([replace(job, width=72)])
+    engine.restore(tmp_path / "programs")
+    assert one(engine, job) == expected
+    assert set(engine.generate([replace(job, width=72)])[0].trace.levels) == {"uncached"}
+    with pytest.raises(ArtifactError):
+        engine.restore(tmp_path / "none")
+    assert set(engine.generate([job])[0].trace.levels) == {"uncached"}
 
 
 def test_lora_weights_that_are_none(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,49 @@ def test_a_size_without_a_program(built: Path, cache: Path, replicas: list[Repli
     assert "uncached" not in made(replica, without)[0].trace["steps"]
 
 
+@pytest.mark.parametrize("error", [ArtifactError("other weights"), RuntimeError("no memory")])
+def test_new_programs_that_fail_are_not_used(
+    built: Path,
+    cache: Path,
+    replicas: list[Replica],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    replica = started(built, replicas)
+    job = replica.worker.engine.default_job("dog", 5)
+    (expected,) = made(replica, job)
+    made(replica, replace(job, width=80))
+    assert replica.wait(120)
+
+    def fails(*_: Any) -> str:
+        raise error
+
+    monkeypatch.setattr("dcompile.serving.replica.require_as_built", fails)
+    (found,) = made(replica, job)  # the batch that comes next is not at fault
+    assert (found.digest, found.trace["steps"]) == (expected.digest, expected.trace["steps"])
+    assert f"not used: {type(error).__name__}: {error}" in replica.programs
+    assert set(made(replica, replace(job, width=80))[0].trace["steps"]) == {"uncached"}
+    assert made(replica, job)[0].digest == expected.digest
+
+
+def test_programs_that_wait_are_not_overtaken(
+    built: Path, cache: Path, replicas: list[Replica]
+) -> None:
+    """What ran when one compilation ended does not begin another from the older programs."""
+    replica = started(built, replicas)
+    job = replica.worker.engine.default_job("dog", 5)
+    first, second = replace(job, width=80), replace(job, width=88)
+    made(replica, first)
+    assert replica.wait(120)
+    replica.worker.after([second], True)
+    assert replica.wait(120)
+    for wanted in (second, second):
+        made(replica, wanted)
+        assert replica.wait(120)
+    for wanted in (job, first, second):
+        assert "uncached" not in made(replica, wanted)[0].trace["steps"]
+
+
 DAMAGES = {
     "file": "is damaged",
     "record": "cannot be parsed",
@@ -207,6 +251,45 @@ def test_object_storage(built: Path, cache: Path, replicas: list[Replica]) -> No
     assert (local / fleet.RECORD).stat().st_mtime_ns == before, "what is here is downloaded again"
 
 
+def test_an_upload_ends_with_its_record(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads meanwhile finds none, and not one that lacks something."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    put: list[str] = []
+    monkeypatch.setattr(memory, "put_file", lambda file, place: put.append(place.split("/")[-1]))
+    monkeypatch.setattr(fleet, "_filesystem", lambda address: (memory, "/bucket/order"))
+    fleet.upload(built, "memory://bucket/order")
+    assert put[-2:] == ["manifest.json", fleet.RECORD]
+
+
+def test_downloads_side_by_side(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody removes what another one reads."""
+    import fsspec
+
+    fleet.upload(built, "memory://bucket/many")
+    memory = fsspec.filesystem("memory")
+    fetch, fetched = memory.get, []
+
+    def get(source: str, *rest: Any, **options: Any) -> None:
+        fetched.append(source)
+        fetch(source, *rest, **options)
+
+    monkeypatch.setattr(memory, "get", get)
+    monkeypatch.setattr(fleet, "_filesystem", lambda address: (memory, "/bucket/many"))
+
+    def replica(_: int) -> None:
+        folder = fleet.download("memory://bucket/many", tmp_path)
+        for _ in range(20):
+            fleet.read_record(folder)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(replica, range(8)))
+    assert len(fetched) == 1
+
+
 def test_a_damaged_download(built: Path, tmp_path: Path) -> None:
     import fsspec
 
@@ -216,7 +299,7 @@ def test_a_damaged_download(built: Path, tmp_path: Path) -> None:
     memory.pipe_file(file, b"x")
     with pytest.raises(ArtifactError, match=r"memory://bucket/bad: .* is damaged"):
         fleet.download("memory://bucket/bad", tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not [one for one in tmp_path.iterdir() if one.suffix != ".lock"]
     with pytest.raises(ArtifactError, match="cannot read memory://bucket/none"):
         fleet.download("memory://bucket/none", tmp_path)
     with pytest.raises(ArtifactError, match="cannot reach nowhere://x"):

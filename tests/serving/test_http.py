@@ -16,11 +16,13 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from dcompile.errors import DcompileError
+from dcompile.runtime.counters import Stats
 from dcompile.serving.answers import LARGEST_BODY
 from dcompile.serving.client import Lost, Overloaded
 from dcompile.serving.http import app_of
 from dcompile.serving.jobs import Caching, JobError
-from dcompile.serving.metrics import Metrics
+from dcompile.serving.metrics import Metrics, Tally
+from dcompile.serving.pictures import Trace
 from dcompile.serving.settings import Limits
 
 LIMITS = Limits(pixels=128 * 128, steps=10, prompt=50, images=3, queue=3)
@@ -388,6 +390,24 @@ def test_metrics_add_up_processes_and_never_fall() -> None:
     found = samples(metrics.page().decode())
     assert found['dcompile_uncached_total{model="fake",reason="training"}'] == 3
     assert found['dcompile_cache_bytes{model="fake",process="other"}'] == 8
+
+
+def test_a_count_of_failures_does_not_fall() -> None:
+    metrics = Metrics()
+    metrics.seen(snapshot("one", 3, failed=1))
+    metrics.seen(snapshot("one", 3))  # overtaken by a later one
+    assert samples(metrics.page().decode())['dcompile_failed_total{model="fake"}'] == 1
+
+
+def test_reasons_are_few_whatever_is_asked_for() -> None:
+    tally = Tally("one", "fake")
+    for number in range(1000):
+        reasons = {f"no program for a sample of shape (2, 4, {number}, 8)": 2, f"{number}": 1}
+        tally.ran(Trace(("uncached",), 0, 1.0, {}, 1, reasons), 1)
+    found = tally.snapshot(Stats(0, 0, 0, 0, 0, 0, 0.0, 0, 1.0)).uncached
+    assert found["no program for a sample of shape (...)"] == 2000
+    assert len(found) < 60
+    assert sum(found.values()) == 3000
 
 
 # Clients that go away -----------------------------------------------------------------------------
