@@ -432,6 +432,7 @@ def test_the_command(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from dcompile.integrations.bulk import Actors
 
     monkeypatch.setattr(Actors, "run", lambda self, task, chunks: Local().run(task, chunks))
+    monkeypatch.setenv("COLUMNS", "120")  # whatever other tests made of it
 
     def outcome(*arguments: str, rows: Path = prompts) -> tuple[int, str]:
         command = ["generate", str(rows), "--model", "sd", "--out", str(tmp_path / "out")]
