@@ -27,11 +27,11 @@ from dcompile.errors import (
 )
 from dcompile.handles import Handle, JointHandle, device_of
 from dcompile.integrations.pipelines import (
+    auxiliary_parts,
     companions_of,
     denoisers_of,
     is_pipeline,
     network_of,
-    parts_beside,
     sampler_of,
     take_denoisers,
 )
@@ -310,7 +310,7 @@ def handle(module: Any) -> Handle:
 def _install(
     network: nn.Module, settings: Settings, module: Any, parts: Sequence[nn.Module]
 ) -> Dispatcher:
-    """Install on a denoiser of ``module`` and, if that is a pipeline, on what runs beside it."""
+    """Install on a denoiser of ``module`` and, if that is a pipeline, on its auxiliary parts."""
     dispatcher = install(network, settings)
     if is_pipeline(module):
         install_companions(companions_of(module), dispatcher)
@@ -411,7 +411,7 @@ def _parts_to_compile(module: Any, companions: object) -> list[nn.Module]:
             'companions="compile" compiles what a pipeline runs beside its denoiser, got '
             f"{type(module).__name__}: pass the pipeline"
         )
-    return parts_beside(module)
+    return auxiliary_parts(module)
 
 
 def _checked_layout(wanted: bool | Literal["auto"]) -> bool | Literal["auto"]:

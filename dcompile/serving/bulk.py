@@ -40,7 +40,7 @@ class BrokenDeviceError(Exception):
 
 @dataclass(frozen=True)
 class BulkSettings:
-    """What decides about the pictures, beside the rows.
+    """What decides about the pictures, apart from the rows.
 
     Attributes:
         engine: how the model is loaded and cached.
@@ -175,7 +175,7 @@ class Maker:
             if self._engine is None:
                 self._engine = prepared(self._task, self._build)
             jobs = self._accepted(self._engine, rows, report)
-            # What failed before is tried alone, so that rows beside it are not made again.
+            # What failed before is tried alone, so that the other rows of its chunk are not made again.
             pictures = self._pictures(self._engine, jobs, report, together=not present)
             if pictures:
                 output.add(chunk, [self._record(*made) for made in pictures])

@@ -190,7 +190,7 @@ def _fields(job: Job) -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: Record, picture: bytes) -> None:
-    """Write what is beside the programs; ``fleet.json`` last, in one step.
+    """Write the record and its picture, next to the programs; ``fleet.json`` last, in one step.
 
     Raises:
         ArtifactError: it cannot be written.

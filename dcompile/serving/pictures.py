@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +40,6 @@ class Trace:
     uncached_reasons: dict[str, int] = field(default_factory=dict)
     programs: int = 0
     compile_seconds: float = 0.0
-
-    def counts(self) -> Counter[str]:
-        """Steps by what they ran."""
-        return Counter(self.levels)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -1,7 +1,7 @@
 """One process that generates with one model: how it starts, and what it compiles meanwhile.
 
 1. Programs that fit are loaded, and a picture is compared with the one made where they were built.
-2. Programs that do not fit, or are damaged, are compiled anew in other processes, with low
+2. Programs that do not fit, or are damaged, are compiled again in other processes, with low
    priority. Until they are done requests run uncached.
 3. A size or batch that has no program runs uncached, and its program is compiled in the same way.
 4. Without shipped programs they are compiled now, before the first request, and later when a
