@@ -175,7 +175,7 @@ class Maker:
             if self._engine is None:
                 self._engine = prepared(self._task, self._build)
             jobs = self._accepted(self._engine, rows, report)
-            # What failed before is tried alone, so that the other rows of its chunk are not made again.
+            # What failed before is tried alone: the other rows of its chunk are there already.
             pictures = self._pictures(self._engine, jobs, report, together=not present)
             if pictures:
                 output.add(chunk, [self._record(*made) for made in pictures])
