@@ -19,6 +19,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from dcompile.compiler.introspection import is_readable
 from dcompile.compiler.lazy import LazyTensor, materialize
 from dcompile.compiler.roles import UNKNOWN, Roles, is_list_of_fields, roles_of
 from dcompile.compiler.side_effects import undone
@@ -183,8 +184,11 @@ class CallForms:
         arguments = {
             name: named[name]
             for name in sorted(named, key=lambda name: places.get(name, len(places)))
-            if isinstance(named[name], (torch.Tensor, numbers.Real))
-            or is_list_of_fields(named[name])
+            if is_readable(named[name])
+            and (
+                isinstance(named[name], (torch.Tensor, numbers.Real))
+                or is_list_of_fields(named[name])
+            )
         }
         if roles is None:
             roles = roles_of(arguments, self.asked, lambda: self._called(args, kwargs))

@@ -31,6 +31,7 @@ _NOW = ("now", "utcnow", "today")
 _OTHERWISE = frozenset(
     ("asyncio", "concurrent", "logging", "queue", "subprocess", "threading", "torch", "warnings")
 )
+_CALL_OTHERS = ("logging", "warnings")  # which may read clocks for records, such as Ray does
 
 
 class ClockReadings:
@@ -61,13 +62,27 @@ class ClockReadings:
             sys.setprofile(None)
 
     def _look(self, frame: FrameType, event: str, called: Any) -> None:
-        if event == "c_call" and _is_clock(called):
-            module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if module not in _OTHERWISE and frame.f_code not in self._on_garbage:
-                owner = getattr(called, "__self__", None)
-                of = getattr(owner, "__name__", None) or getattr(called, "__module__", "")
-                file = os.path.basename(frame.f_code.co_filename)
-                self.places[f"{of}.{called.__name__}() ({file}:{frame.f_lineno})"] = None
+        if event != "c_call" or not _is_clock(called):
+            return
+        if frame.f_code in self._on_garbage or _is_for_a_record(frame):
+            return
+        owner = getattr(called, "__self__", None)
+        of = getattr(owner, "__name__", None) or getattr(called, "__module__", "")
+        file = os.path.basename(frame.f_code.co_filename)
+        self.places[f"{of}.{called.__name__}() ({file}:{frame.f_lineno})"] = None
+
+
+def _is_for_a_record(frame: FrameType) -> bool:
+    if _package_of(frame) in _OTHERWISE:
+        return True
+    caller = frame.f_back
+    while caller is not None and _package_of(caller) not in _CALL_OTHERS:
+        caller = caller.f_back
+    return caller is not None
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _is_clock(called: Any) -> bool:

@@ -13,7 +13,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dcompile.compiler.introspection import PLAIN, attributes_of, function_behind, is_library
+from dcompile.compiler.introspection import (
+    PLAIN,
+    attributes_of,
+    function_behind,
+    is_library,
+    is_readable,
+    own_dict,
+    repr_of,
+)
 from dcompile.compiler.structure import (
     MAX_DEPTH,
     WRITTEN,
@@ -67,7 +75,7 @@ def _portable(value: Any) -> Any:
         return [_portable(item) for item in value]
     if isinstance(value, frozenset):
         return sorted(json.dumps(_portable(item)) for item in value)
-    return _class_of(value) if isinstance(value, type) else _ADDRESS.sub("", repr(value))
+    return _class_of(value) if isinstance(value, type) else _ADDRESS.sub("", repr_of(value))
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -87,7 +95,7 @@ def _class_digest(kind: type, code: Any) -> str:
             continue
         for name, member in sorted(vars(base).items()):
             if type(member) in PLAIN and not name.startswith("__"):
-                digest.update(f"{name} {member!r}".encode())
+                digest.update(f"{name} {repr_of(member)}".encode())
             member = function_behind(member)
             while isinstance(member, types.FunctionType):  # and what a decorator has wrapped
                 digest.update(f"{name} {code_of(member.__code__)}".encode())
@@ -155,12 +163,14 @@ def tensors_in_containers(module: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
 
     def look(value: Any, where: str, depth: int) -> None:
+        if type(value) in PLAIN or not is_readable(value):
+            return
         if isinstance(value, torch.Tensor):
             found.setdefault(value.data_ptr(), where)
         elif isinstance(value, nn.Module):
             for name, tensor in value.state_dict(keep_vars=True).items():
                 found.setdefault(tensor.data_ptr(), f"{where}.{name}")
-        elif depth == 0 or type(value) in PLAIN:
+        elif depth == 0:
             return
         elif isinstance(value, Mapping):
             for key, item in value.items():
@@ -169,7 +179,7 @@ def tensors_in_containers(module: nn.Module) -> dict[int, str]:
             for number, item in enumerate(value):
                 look(item, f"{where}[{number}]", depth - 1)
         else:
-            for name, item in getattr(value, "__dict__", {}).items():
+            for name, item in (own_dict(value) or {}).items():
                 look(item, f"{where}.{name}", depth - 1)
 
     for path, submodule in module.named_modules():

@@ -6,6 +6,7 @@ import dis
 import functools
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,6 +76,42 @@ def slots_of(kind: type) -> tuple[str, ...]:
         for name in names
         if name not in ("__dict__", "__weakref__")
     )
+
+
+def is_readable(thing: Any) -> bool:
+    """Whether an object tells its class. A proxy of what is gone, or not yet there, raises."""
+    try:
+        thing.__class__  # noqa: B018
+    except Exception:
+        return False
+    return True
+
+
+def own_dict(thing: Any) -> Any:
+    """An object's ``__dict__``, None without one; its ``__getattr__`` is not asked."""
+    try:
+        return type(thing).__getattribute__(thing, "__dict__")
+    except Exception:
+        return None
+
+
+def repr_of(thing: Any) -> str:
+    """An object as it prints itself; its class where it raises instead."""
+    try:
+        return repr(thing)
+    except Exception:
+        return f"<{type(thing).__name__} that cannot be printed>"
+
+
+def slot_values(thing: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What an object's slots hold, without those that nothing was assigned to."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = type(thing).__getattribute__(thing, name)
+        except Exception:  # nothing assigned
+            continue
+    return found
 
 
 def contents_of(cell: types.CellType) -> Any:

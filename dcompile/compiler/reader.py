@@ -20,6 +20,7 @@ import torch
 
 from dcompile.compat.tensors import overrides_functions
 from dcompile.compiler.call import LEAF_TYPES, CallForm, CallForms
+from dcompile.compiler.introspection import is_readable
 from dcompile.compiler.lazy import LazyTensor
 from dcompile.compiler.signature import (
     Signature,
@@ -197,6 +198,8 @@ def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
     """Why a call cannot be cached, as far as its arguments tell."""
     if form is None:
         return "no sample or no timestep is given"
+    if not all(map(is_readable, leaves)):
+        return "an argument raises when it is looked at, as a proxy does of what is gone"
     samples, timestep = [leaves[place] for place in form.samples], leaves[form.timestep]
     if not all(isinstance(sample, torch.Tensor) for sample in samples):
         return "the sample is no tensor"

@@ -38,7 +38,10 @@ from dcompile.compiler.introspection import (
     contents_of,
     globals_set_by,
     is_library,
+    is_readable,
     names_in,
+    own_dict,
+    slot_values,
     slots_of,
 )
 from dcompile.compiler.random_states import RandomStates
@@ -136,6 +139,8 @@ class Snapshot:
             thing, where = self._pending.pop()
             if id(thing) not in self._seen and type(thing) not in PLAIN:
                 self._seen[id(thing)] = thing
+                if not is_readable(thing):
+                    continue
                 self._visited.append((thing, where))
                 self._visit(thing, where)
 
@@ -256,7 +261,7 @@ class Snapshot:
         self._pending += [(key, where) for key in state if type(key) not in PLAIN]
 
     def _attributes(self, thing: Any, where: str) -> None:
-        attributes = getattr(thing, "__dict__", None)
+        attributes = own_dict(thing)
         if type(attributes) is dict and id(attributes) not in self._seen:
             self._seen[id(attributes)] = attributes
             write = functools.partial(refill_dict, attributes)
@@ -266,12 +271,13 @@ class Snapshot:
                     self._table(value, where, _MODULE_TABLES[name])
                 else:
                     self._pending.append((value, f"{where}.{name}"))
-        slots = {
-            name: getattr(thing, name, EMPTY)
+        names = [
+            name
             for base in type(thing).__mro__
             if not is_library(base.__module__)
             for name in slots_of(base)
-        }
+        ]
+        slots = {**dict.fromkeys(names, EMPTY), **slot_values(thing, names)}
         if slots and not isinstance(thing, torch.Tensor):
             self._hold(thing, where, "slots", slots, functools.partial(set_all, thing))
             self._pending += [

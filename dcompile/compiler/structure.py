@@ -28,7 +28,11 @@ from dcompile.compiler.introspection import (
     contents_of,
     function_behind,
     is_library,
+    is_readable,
     names_in,
+    own_dict,
+    repr_of,
+    slot_values,
     slots_of,
 )
 from dcompile.compiler.states import address_of
@@ -201,6 +205,9 @@ class _Describer:
         kind = type(value)
         if kind in PLAIN:
             return value
+        if not is_readable(value):
+            self._watch.possible = False
+            return Identity((id(value),), ("unreadable", kind))
         if isinstance(value, torch.Tensor):  # a constant of the graph: its values matter
             self._watch.described(value, state_of)
             return Identity((id(value), *state_of(value)), ("tensor", *_form_of(value)))
@@ -215,9 +222,9 @@ class _Describer:
             return kind, self._container(dict(value), depth - 1)
         if isinstance(value, (dict, list, tuple, set, frozenset, collections.deque)):
             inside = self._container(value, depth - 1)
-            own = self._object(value, depth - 1) if hasattr(value, "__dict__") else None
+            own = self._object(value, depth - 1) if own_dict(value) is not None else None
             return (kind, inside) if own is None else (kind, inside, own)
-        if isinstance(value, Mapping) and not hasattr(value, "__dict__"):  # may read from a disk
+        if isinstance(value, Mapping) and own_dict(value) is None:  # may read from a disk
             return Identity((id(value),), ("mapping", kind))
         if isinstance(value, types.FunctionType):
             return self._function(value, depth - 1)
@@ -280,20 +287,20 @@ class _Describer:
         kind = type(value)
         names = [name for base in kind.__mro__ for name in slots_of(base)]
         self._watch.instance(value, names)
-        state = getattr(value, "__dict__", None)
+        state = own_dict(value)
         if state is not None:
             self._watch.mapping(state)
-            if value.__dict__ is not state:  # made whenever it is asked for
+            if own_dict(value) is not state:  # made whenever it is asked for
                 self._watch.possible = False
         if names:
-            state = {**(state or {}), **{n: getattr(value, n) for n in names if hasattr(value, n)}}
+            state = {**(state or {}), **slot_values(value, names)}
         if state:
             return self.kind(kind), Items(
                 (name, self.value(item, depth)) for name, item in state.items()
             )
         if getattr(kind, "__repr__", None) is not object.__repr__:
-            self._watch.described(value, repr)
-            return self.kind(kind), repr(value)
+            self._watch.described(value, repr_of)
+            return self.kind(kind), repr_of(value)
         return self.kind(kind)
 
 

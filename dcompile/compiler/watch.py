@@ -19,7 +19,12 @@ import torch
 from torch import nn
 
 from dcompile.compat.tensors import TensorProperties
-from dcompile.compiler.introspection import attributes_of, contents_of
+from dcompile.compiler.introspection import (
+    attributes_of,
+    contents_of,
+    own_dict,
+    slot_values,
+)
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -96,8 +101,8 @@ class Watch:
             value,
             lambda value: (
                 type(value),
-                getattr(value, "__dict__", None),
-                *(getattr(value, name, None) for name in slots),
+                own_dict(value),
+                *map(slot_values(value, slots).get, slots),
             ),
         )
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dcompile.compat.storages import storage_of
+from dcompile.compiler.introspection import is_readable, own_dict
 
 # Callers that are looked at, from the network's own call outwards.
 MAX_CALLERS = 24
@@ -154,11 +155,13 @@ def _variables(frame: types.FrameType) -> list[Any]:
 
 def _samplers(variables: list[Any]) -> Iterator[Any]:
     for value in variables:
-        if isinstance(value, (torch.Tensor, str, bytes, int, float, list, tuple, dict, set)):
+        if not is_readable(value) or isinstance(
+            value, (torch.Tensor, str, bytes, int, float, list, tuple, dict, set)
+        ):
             continue
         if callable(getattr(type(value), "set_timesteps", None)):
             yield value
-        attributes = getattr(value, "__dict__", None)
+        attributes = own_dict(value)
         if isinstance(attributes, dict):
             for name in _ATTRIBUTES:
                 found = attributes.get(name)

@@ -154,6 +154,28 @@ def test_clocks_of_log_records(caplog: pytest.LogCaptureFixture) -> None:
     assert dcompile.handle(network).stats.reuse_steps > 0
 
 
+def test_clocks_that_others_read_for_log_records() -> None:
+    """Such as Ray, which replaces the factory of log records in the whole process."""
+    made = logging.getLogRecordFactory()
+
+    def stamped(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = made(*args, **kwargs)
+        record.created = time.time_ns() / 1e9
+        return record
+
+    def logged() -> float:
+        logging.getLogger("a network").warning("called")
+        return 2.0
+
+    logging.setLogRecordFactory(stamped)
+    try:
+        network = compiled(built(lambda: Scaled(logged)), interval=3)
+        sampled(network, picture(), timesteps(STEPS))
+    finally:
+        logging.setLogRecordFactory(made)
+    assert dcompile.handle(network).stats.reuse_steps > 0
+
+
 def test_a_profiler_is_left_alone() -> None:
     with cProfile.Profile() as profile:
         network = compiled(built(lambda: Scaled(lambda: 2.0)), interval=3)
