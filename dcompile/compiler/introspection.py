@@ -89,8 +89,9 @@ def is_readable(thing: Any) -> bool:
 
 def own_dict(thing: Any) -> Any:
     """An object's ``__dict__``, None without one; its ``__getattr__`` is not asked."""
+    read: Any = type(thing).__getattribute__
     try:
-        return type(thing).__getattribute__(thing, "__dict__")
+        return read(thing, "__dict__")
     except Exception:
         return None
 
@@ -105,10 +106,11 @@ def repr_of(thing: Any) -> str:
 
 def slot_values(thing: Any, names: Iterable[str]) -> dict[str, Any]:
     """What an object's slots hold, without those that nothing was assigned to."""
+    read: Any = type(thing).__getattribute__
     found = {}
     for name in names:
         try:
-            found[name] = type(thing).__getattribute__(thing, name)
+            found[name] = read(thing, name)
         except Exception:  # nothing assigned
             continue
     return found
