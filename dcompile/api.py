@@ -27,7 +27,7 @@ from dcompile.errors import (
 )
 from dcompile.handles import Handle, JointHandle, device_of
 from dcompile.integrations.pipelines import (
-    auxiliary_parts,
+    auxiliary_components,
     companions_of,
     denoisers_of,
     is_pipeline,
@@ -41,9 +41,9 @@ from dcompile.policy.forecast import Forecast, resolve_forecast
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.schedule import RefreshRule, Schedule, as_schedule
 from dcompile.progress import Display
+from dcompile.runtime.components import install_components
 from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
 from dcompile.runtime.install import install, install_companions
-from dcompile.runtime.parts import install_parts
 from dcompile.runtime.settings import Settings
 from dcompile.selftuning import self_tune
 from dcompile.storage.artifact import Artifact, read
@@ -70,7 +70,7 @@ def cache_compile(
     on_error: Literal["uncached", "raise"] = "uncached",
     program_memory: int = DEFAULT_BUDGET,
     channels_last: bool | Literal["auto"] = "auto",
-    companions: Literal["compile", False] = False,
+    components: Literal["compile", False] = False,
     verbose: bool = True,
 ) -> M:
     """Make a diffusion network reuse its deep features across sampling steps.
@@ -143,7 +143,7 @@ def cache_compile(
             ``network.to(memory_format=torch.channels_last)`` does; ``handle(module).remove()``
             lays them out as before. "auto" does so on CUDA devices with Inductor, whose code
             would otherwise copy them at every step. False leaves them alone.
-        companions: "compile" has ``torch.compile`` compile, in place, what a pipeline runs beside
+        components: "compile" has ``torch.compile`` compile, in place, what a pipeline runs beside
             its denoiser once for a picture: text encoders and the VAE's decoder, with Inductor, or
             ``backend`` where that is a name or callable of ``torch.compile``'s; "eager" compiles
             nothing. Each is compiled at its first call, and again for other sizes; if that fails it
@@ -161,7 +161,7 @@ def cache_compile(
         CaptureError: ``dynamic`` is neither a bool nor ranges.
         BackendError: unknown backend or option; CUDA graphs asked for without a CUDA device;
             ``channels_last`` is none of the three.
-        DcompileError: ``on_error`` or ``companions`` is neither; ``companions="compile"`` without a
+        DcompileError: ``on_error`` or ``components`` is neither; ``components="compile"`` without a
             pipeline; ``program_memory`` is no positive int; a pipeline without a recognisable
             denoiser; a parallel wrapper (DDP, FSDP, DeepSpeed) or weights
             spread over processes.
@@ -188,7 +188,7 @@ def cache_compile(
         channels_last=_checked_layout(channels_last),
     )
     _require_sampler(settings)
-    parts = _parts_to_compile(module, companions)
+    parts = _components_to_compile(module, components)
     for network in map(network_of, denoisers_of(module).values()):
         plan.require_fit(identity_of(network))
     for network in take_denoisers(module):
@@ -213,7 +213,7 @@ def load(
     on_error: Literal["uncached", "raise"] = "uncached",
     program_memory: int = DEFAULT_BUDGET,
     new_calls: Literal["compile", "uncached"] = "compile",
-    companions: Literal["compile", False] = False,
+    components: Literal["compile", False] = False,
     verbose: bool = True,
 ) -> M:
     """``cache_compile`` with programs that ``Handle.save`` wrote: nothing is captured or compiled.
@@ -233,7 +233,7 @@ def load(
         new_calls: what a call does that none of the programs serves: "compile" captures and
             compiles it; "uncached" runs it as if nothing had been loaded, and counts it, which
             keeps captures out of a server's traffic.
-        companions: see ``cache_compile``. They are no part of what was saved: each is compiled at
+        components: see ``cache_compile``. They are no part of what was saved: each is compiled at
             its first call, from Inductor's cache on disk where that has it.
         verbose: show on standard error what is done.
 
@@ -245,11 +245,11 @@ def load(
             first difference. The module is as it was.
         ScheduleError: a bad schedule or forecast, one that needs a sampler where there is none, or
             none given where a class of your own was saved.
-        DcompileError: ``on_error``, ``program_memory``, ``new_calls`` or ``companions`` is none of
-            what it may be; ``companions="compile"`` without a pipeline.
+        DcompileError: ``on_error``, ``program_memory``, ``new_calls`` or ``components`` is none of
+            what it may be; ``components="compile"`` without a pipeline.
     """
     denoisers = denoisers_of(module)
-    parts = _parts_to_compile(module, companions)
+    parts = _components_to_compile(module, components)
     given = (interval, speedup, schedule) != (None, None, None)
     asked_plan = _schedule_of(interval, schedule, speedup) if given else None
     found: list[tuple[nn.Module, Artifact, Settings]] = []
@@ -314,7 +314,7 @@ def _install(
     dispatcher = install(network, settings)
     if is_pipeline(module):
         install_companions(companions_of(module), dispatcher)
-        install_parts(parts, dispatcher, settings.backend, settings.verbose)
+        install_components(parts, dispatcher, settings.backend, settings.verbose)
     return dispatcher
 
 
@@ -401,17 +401,17 @@ def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto
     return wanted
 
 
-def _parts_to_compile(module: Any, companions: object) -> list[nn.Module]:
-    if companions is False:
+def _components_to_compile(module: Any, components: object) -> list[nn.Module]:
+    if components is False:
         return []
-    if companions != "compile":
-        raise DcompileError(f'companions: expected "compile" or False, got {companions!r}')
+    if components != "compile":
+        raise DcompileError(f'components: expected "compile" or False, got {components!r}')
     if not is_pipeline(module):
         raise DcompileError(
-            'companions="compile" compiles what a pipeline runs beside its denoiser, got '
+            'components="compile" compiles what a pipeline runs beside its denoiser, got '
             f"{type(module).__name__}: pass the pipeline"
         )
-    return auxiliary_parts(module)
+    return auxiliary_components(module)
 
 
 def _checked_layout(wanted: bool | Literal["auto"]) -> bool | Literal["auto"]:

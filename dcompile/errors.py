@@ -60,6 +60,30 @@ class TuneError(DcompileError, RuntimeError):
     """``tune``, ``calibrate`` or ``profile`` cannot use this run or these arguments."""
 
 
+class JobError(DcompileError, ValueError):
+    """A picture that this server does not make.
+
+    Attributes:
+        field: of the request that is at fault.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it travels between processes
+        return type(self), (self.field, self.reason)
+
+
+class OverloadedError(DcompileError):
+    """Too many pictures wait already: try again later."""
+
+
+class LostError(DcompileError):
+    """The process that was generating is gone, or broken. The same request may be made again."""
+
+
 def root_cause(error: BaseException) -> str:
     """The first line of the error that started it all."""
     while error.__cause__ is not None:

@@ -21,10 +21,10 @@ from dcompile.policy.schedule import Schedule
 from dcompile.progress import Display
 from dcompile.report.explain import CompanionReport, Explanation, explain
 from dcompile.report.summary import summary
+from dcompile.runtime.components import detach_components
 from dcompile.runtime.counters import Stats
 from dcompile.runtime.dispatcher import Dispatcher
 from dcompile.runtime.install import detach
-from dcompile.runtime.parts import detach_parts
 from dcompile.runtime.warmup import captured_network, warm_up
 from dcompile.storage.artifact import Artifact, write
 from dcompile.storage.onnx import export, without_autocast
@@ -94,7 +94,7 @@ class Handle:
         self._dispatcher.uninstall()
         self._dispatcher.runners.layout.restore()
         detach(self._dispatcher, self._dispatcher.companions)
-        detach_parts(self._dispatcher)
+        detach_components(self._dispatcher)
 
     @property
     def signatures(self) -> list[str]:

@@ -97,6 +97,10 @@ def serve(
     lora: Annotated[
         list[str] | None, typer.Option(help="A set of LoRA weights: name=folder; repeat.")
     ] = None,
+    compile_components: Annotated[
+        bool,
+        typer.Option("--compile-components", help="Text encoders and the VAE's decoder, too."),
+    ] = False,
     host: Annotated[str, typer.Option(help="Where to answer.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where to answer.")] = 8000,
     page: Annotated[bool, typer.Option("--page", help="A page for people, at /page.")] = False,
@@ -136,6 +140,7 @@ def serve(
                 steps=steps,
                 programs=programs,
                 loras=loras,
+                components="compile" if compile_components else False,
             )
             for name in model
         )

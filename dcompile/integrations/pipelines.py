@@ -104,7 +104,7 @@ def companions_of(pipeline: Any) -> list[nn.Module]:
     return [getattr(pipeline, name) for name in timed_components(pipeline) if name not in denoisers]
 
 
-def auxiliary_parts(pipeline: Any) -> list[nn.Module]:
+def auxiliary_components(pipeline: Any) -> list[nn.Module]:
     """What runs once for a picture, beside the denoiser: text encoders, and the VAE's decoder.
 
     Pipelines call ``vae.decode``, which calls the module ``vae.decoder``. Decoders of videos that

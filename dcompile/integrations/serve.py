@@ -17,8 +17,9 @@ import contextlib
 import gc
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from ray import serve
@@ -26,11 +27,9 @@ from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from dcompile.errors import DcompileError
+from dcompile.errors import DcompileError, JobError, LostError, OverloadedError
 from dcompile.notices import logger
-from dcompile.serving.client import Lost, Overloaded
 from dcompile.serving.http import app_of
-from dcompile.serving.jobs import JobError
 from dcompile.serving.replica import Replica
 from dcompile.serving.settings import EngineSettings, ServeSettings
 from dcompile.serving.worker import Event, Made, Request, Ticket
@@ -40,6 +39,7 @@ NAME = "dcompile"
 MOST_MODELS = 4
 MOST_TICKETS = 64  # of one batch, before it is split by kind
 RETRIES = 3
+RETRY_AFTER = 0.5  # seconds before the first one, twice as many before each further one
 HEALTH_CHECKS = {"health_check_period_s": 5, "health_check_timeout_s": 30}
 
 
@@ -61,7 +61,8 @@ class Generator:
         first = self._settings.engines[0]
         # A replica is ready when its first model is.
         self._first = Replica(first, self._name)
-        self._collect = self._collector()
+        # Each model collects its own, so that none waits for another's batch.
+        self._collectors: WeakKeyDictionary[Replica, Callable[[Ticket], Any]] = WeakKeyDictionary()
 
     async def describe(self, model: str) -> dict[str, Any]:
         """See ``Replica.describe``."""
@@ -73,6 +74,7 @@ class Generator:
 
         Raises:
             JobError: the model does not do this.
+            LostError: this process's device answers nothing any more.
         """
         replica = await self._replica(model)
         return await replica.worker.submit(Ticket(request), self._batcher(replica))
@@ -111,6 +113,12 @@ class Generator:
         self._loaded[model] = replica
         return replica
 
+    def _collector_of(self, replica: Replica) -> Callable[[Ticket], Any]:
+        found = self._collectors.get(replica)
+        if found is None:
+            found = self._collectors[replica] = self._collector()
+        return found
+
     def _collector(self) -> Callable[[Ticket], Any]:
         wait = self._settings.batch_wait
 
@@ -121,7 +129,7 @@ class Generator:
             """Run what came together, kind by kind."""
             groups: dict[Any, list[Ticket]] = {}
             for ticket in tickets:
-                groups.setdefault((id(ticket.worker), ticket.request.job.kind), []).append(ticket)
+                groups.setdefault(ticket.group, []).append(ticket)
             for group in groups.values():
                 worker = group[0].worker
                 assert worker is not None
@@ -136,7 +144,7 @@ class Generator:
         async def batched(ticket: Ticket) -> Made:
             ticket.worker = replica.worker
             ticket.result = asyncio.get_running_loop().create_future()
-            collecting = asyncio.ensure_future(self._collect(ticket))
+            collecting = asyncio.ensure_future(self._collector_of(replica)(ticket))
             try:
                 await asyncio.wait({ticket.result, collecting}, return_when=asyncio.FIRST_COMPLETED)
                 if not ticket.result.done():
@@ -181,6 +189,7 @@ class RayClient:
 
     async def generate(self, request: Request) -> Made:
         for attempt in range(RETRIES + 1):
+            request = await self._again(request, attempt)
             response = self._handle.generate.remote(self._model, request)
             try:
                 made: Made = await response
@@ -190,10 +199,11 @@ class RayClient:
                 raise
             except Exception as error:
                 self._raise_unless_lost(error, attempt)
-        raise Lost("no replica answers")
+        raise LostError("no replica answers")
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         for attempt in range(RETRIES + 1):
+            request = await self._again(request, attempt)
             response = self._handle.options(stream=True).stream.remote(self._model, request)
             try:
                 async for event in response:
@@ -205,20 +215,31 @@ class RayClient:
             except Exception as error:
                 self._raise_unless_lost(error, attempt)
 
+    async def _again(self, request: Request, attempt: int) -> Request:
+        """The request for this attempt; later ones wait for a replica that is being replaced."""
+        if attempt == 0:
+            return request
+        await asyncio.sleep(RETRY_AFTER * 2 ** (attempt - 1))
+        return replace(request, alone=True)  # it may be what ended the replica
+
     def _raise_unless_lost(self, error: Exception, attempt: int) -> None:
         """Raise what the request itself has caused; a lost replica's work is made again."""
         if isinstance(error, RayTaskError):
             cause = error.cause
             if isinstance(cause, JobError):
                 raise cause
-            raise error
+            if not isinstance(cause, LostError):
+                raise error
+            error = cause
         if isinstance(error, BackPressureError):
-            raise Overloaded(str(error)) from error
-        lost = (RayActorError, DeploymentUnavailableError, TaskCancelledError)
+            raise OverloadedError(str(error)) from error
+        lost = (RayActorError, DeploymentUnavailableError, TaskCancelledError, LostError)
         if not isinstance(error, lost) and "Replica" not in type(error).__name__:
             raise error
         if attempt == RETRIES:
-            raise Lost(f"replicas were lost {attempt + 1} times: {_first_line(error)}") from error
+            raise LostError(
+                f"replicas were lost {attempt + 1} times: {_first_line(error)}"
+            ) from error
         logger.warning("a replica was lost, its picture is begun again: %s", _first_line(error))
         self.told()
 

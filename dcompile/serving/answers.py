@@ -16,9 +16,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dcompile.errors import JobError, LostError, OverloadedError
 from dcompile.notices import logger
-from dcompile.serving.client import Lost, Overloaded
-from dcompile.serving.jobs import JobError
 
 LARGEST_BODY = 1 << 20  # bytes
 POLL = 0.2  # seconds from one look at whether the client is still there to the next
@@ -33,9 +32,9 @@ def answer_to(error: BaseException) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestValidationError):
         field, message = reason(error.errors()[0])
         return 422, _body(f"{field or 'body'}: {message}", "invalid_request_error", field)
-    if isinstance(error, Overloaded):
+    if isinstance(error, OverloadedError):
         return 429, _body(f"{error}; try again later", "rate_limit_error")
-    if isinstance(error, Lost):
+    if isinstance(error, LostError):
         return 503, _body(str(error), "server_error")
     if isinstance(error, HTTPException):
         return error.status_code, _body(str(error.detail), "invalid_request_error")
@@ -73,7 +72,7 @@ def add_errors(app: FastAPI) -> None:
     async def answer(http: HttpRequest, error: Exception) -> Response:
         return response_to(error)
 
-    for kind in (JobError, RequestValidationError, Overloaded, Lost, HTTPException):
+    for kind in (JobError, RequestValidationError, OverloadedError, LostError, HTTPException):
         app.add_exception_handler(kind, answer)
 
 

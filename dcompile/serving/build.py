@@ -11,12 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dcompile.errors import ArtifactError, DcompileError, first_line
 from dcompile.models.loading import resolve_device
 from dcompile.serving.engine import Engine
-from dcompile.serving.fleet import PROGRAMS, Check, Record, check_of, machine_of, write_record
+from dcompile.serving.fleet import (
+    PROGRAMS,
+    Check,
+    Record,
+    check_of,
+    machine_of,
+    read_picture,
+    write_record,
+)
 from dcompile.serving.jobs import Job
 from dcompile.serving.samplers import samplers_for_programs
 from dcompile.serving.settings import EngineSettings
@@ -41,6 +49,14 @@ class Plan:
     sizes: tuple[tuple[int, int], ...] = ()
     batches: tuple[int, ...] = (1,)
     steps: tuple[int, ...] = (20,)
+
+    def recorded_settings(self) -> dict[str, Any]:
+        """Those that programs depend on, see ``fleet.Record``."""
+        return {
+            **self.settings.caching_arguments(),
+            "backend": self.settings.backend,
+            "options": dict(self.settings.options),
+        }
 
 
 @dataclass(frozen=True)
@@ -120,13 +136,15 @@ def extend(
         DcompileError: it cannot be compiled.
     """
     with _workplace(target) as place, _pool(1, is_background=True) as pool:
-        own = replace(settings, programs=str(folder / PROGRAMS), new_calls="compile")
+        own = replace(
+            settings, programs=str(folder / PROGRAMS), new_calls="compile", components=False
+        )
         size = (job.width, job.height)
         _result(pool.submit(_asked, own, replace(job, lora=""), batch, place / "1"))
         merge([folder / PROGRAMS, place / "1"], target / PROGRAMS)
         known = dict.fromkeys([*record.sizes, size]), dict.fromkeys([*record.batches, batch])
         wider = replace(record, sizes=tuple(known[0]), batches=tuple(known[1]))
-        write_record(target, wider, (folder / "uncached.png").read_bytes())
+        write_record(target, wider, read_picture(folder, record))
     return wider
 
 
@@ -174,11 +192,7 @@ def _record(engine: Engine, plan: Plan, check: Check) -> Record:
     own = engine.default_job()
     return Record(
         model=plan.settings.name,
-        settings={
-            **plan.settings.caching_arguments(),
-            "backend": plan.settings.backend,
-            "options": dict(plan.settings.options),
-        },
+        settings=plan.recorded_settings(),
         machine=machine_of(resolve_device(plan.settings.device)),
         sizes=plan.sizes or ((own.width, own.height),),
         batches=plan.batches,

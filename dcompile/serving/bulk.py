@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from dcompile import models
-from dcompile.api import cache_compile
-from dcompile.errors import DcompileError, first_line
+from dcompile.errors import DcompileError, JobError, first_line
 from dcompile.policy.self_tuned import SelfTuned
 from dcompile.serving.bulk_folder import FORMS, Output, Record
 from dcompile.serving.bulk_rows import Chunk, Failure, Kind, Row, kinds_of, read_prompts
 from dcompile.serving.engine import Engine
-from dcompile.serving.fleet import PROGRAMS, as_built, download, is_address, read_record
-from dcompile.serving.jobs import Job, JobError
+from dcompile.serving.fleet import PROGRAMS, as_built, local_folder, read_record
+from dcompile.serving.jobs import Job
 from dcompile.serving.pictures import Picture, Trace, digest, encoded
 from dcompile.serving.settings import EngineSettings
 from dcompile.serving.worker import FATAL
@@ -68,7 +67,10 @@ class BulkSettings:
         return {
             "model": models.ALIASES.get(self.engine.model, self.engine.model),
             **self.engine.caching_arguments(),
-            **{name: engine[name] for name in ("backend", "device", "steps", "programs", "loras")},
+            **{
+                name: engine[name]
+                for name in ("backend", "device", "steps", "programs", "loras", "components")
+            },
             **{name: getattr(self, name) for name in ("batch", "seed", "form", "threads")},
             "dcompile": __version__,
             "torch": torch.__version__,
@@ -288,13 +290,7 @@ def prepared(task: Task, build: Callable[[EngineSettings], Engine]) -> Engine:
             f"process has {device}: go on there, or give another folder"
         )
     if agreed["schedule"] is not None and settings.engine.programs is None:
-        cache_compile(
-            engine.pipeline,
-            schedule=SelfTuned.of_fields(**agreed["schedule"]),
-            backend=settings.engine.backend,
-            options=settings.engine.options or None,
-            verbose=settings.engine.verbose,
-        )
+        engine.configure(schedule=SelfTuned.of_fields(**agreed["schedule"]))
     engine.freeze()
     return engine
 
@@ -307,9 +303,8 @@ def _with_programs(settings: EngineSettings) -> EngineSettings:
     """
     if settings.programs is None:
         return settings
-    folder = Path(settings.programs)
-    if is_address(settings.programs):
-        folder = download(settings.programs, (cache_folder() or Path(tempfile.gettempdir())))
+    downloads = cache_folder() or Path(tempfile.gettempdir())
+    folder = local_folder(settings.programs, downloads)
     own = as_built(settings, read_record(folder))
     return replace(own, programs=str(folder / PROGRAMS))
 

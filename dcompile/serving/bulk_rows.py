@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dcompile.errors import DcompileError, first_line
-from dcompile.serving.jobs import Job, JobError
+from dcompile.errors import DcompileError, JobError, first_line
+from dcompile.serving.jobs import Job
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS, LONGEST_SIDE, MOST_GUIDANCE = 1000, 16384, 100.0

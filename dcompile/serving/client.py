@@ -10,14 +10,6 @@ from dcompile.serving.engine import Engine
 from dcompile.serving.worker import Event, Made, Request, Ticket, Worker
 
 
-class Overloaded(Exception):  # noqa: N818 - nothing is wrong
-    """Too much waits already: try again later."""
-
-
-class Lost(Exception):  # noqa: N818 - it is the process that is lost
-    """The process that was generating is gone. The same request may be made again."""
-
-
 class Client(Protocol):
     """Generates, wherever that is."""
 
@@ -30,7 +22,7 @@ class Client(Protocol):
 
         Raises:
             JobError: it is refused.
-            Overloaded, Lost: see there.
+            OverloadedError, LostError: see there.
         """
         ...
 

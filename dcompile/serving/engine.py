@@ -19,7 +19,7 @@ from PIL.Image import Image
 
 from dcompile import models
 from dcompile.api import cache_compile, handle, load
-from dcompile.errors import ModelError, ScheduleError
+from dcompile.errors import JobError, ModelError, ScheduleError
 from dcompile.handles import Handle
 from dcompile.integrations.pipelines import denoisers_of, network_of
 from dcompile.models.loading import (
@@ -34,7 +34,7 @@ from dcompile.runtime.counters import Stats
 from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
 from dcompile.runtime.settings import Settings
 from dcompile.serving.adapters import Adapters
-from dcompile.serving.jobs import DEFAULT, Caching, Job, JobError
+from dcompile.serving.jobs import DEFAULT, Caching, Job
 from dcompile.serving.pictures import PARTIAL, REFRESH, REUSE, UNCACHED, Picture, Trace
 from dcompile.serving.samplers import Samplers
 from dcompile.serving.settings import EngineSettings
@@ -104,7 +104,7 @@ class Engine:
         self._caching = DEFAULT
         self._is_paused = False
         if settings.programs is None:
-            self._configure(**settings.caching_arguments())
+            self.configure(**settings.caching_arguments())
         else:
             self.adopt(Path(settings.programs), settings.new_calls)
 
@@ -138,10 +138,22 @@ class Engine:
             self.pipeline,
             programs,
             new_calls=new_calls,
+            components=self.settings.components,
             verbose=self.settings.verbose,
         )
         self._is_paused = False
         self._settle()
+
+    def configure(self, **arguments: Any) -> None:
+        """Cache another way: ``cache_compile`` with the backend of the settings."""
+        cache_compile(
+            self.pipeline,
+            **arguments,
+            backend=self.settings.backend,
+            options=self.settings.options or None,
+            components=self.settings.components,
+            verbose=self.settings.verbose,
+        )
 
     def restore(self, programs: Path) -> None:
         """Go on with these saved programs and no others; uncached if they cannot be loaded.
@@ -153,7 +165,7 @@ class Engine:
         try:
             self.adopt(programs, "uncached")
         except BaseException:
-            self._configure(**self.settings.caching_arguments())
+            self.configure(**self.settings.caching_arguments())
             self._settle()
             self.pause()
             raise
@@ -169,7 +181,7 @@ class Engine:
         """
         schedule = self.handle.schedule
         if isinstance(schedule, SelfTuned) and schedule.watch is not None:
-            self._configure(schedule=replace(schedule, watch=None))
+            self.configure(schedule=replace(schedule, watch=None))
         self._settle()
 
     def describe(self) -> dict[str, Any]:
@@ -286,9 +298,9 @@ class Engine:
             self.handle.disable()
         else:
             if caching.mode == "interval":
-                self._configure(interval=int(caching.value))
+                self.configure(interval=int(caching.value))
             elif caching.mode == "speedup":
-                self._configure(speedup=caching.value, autotune=False)
+                self.configure(speedup=caching.value, autotune=False)
             else:
                 for dispatcher, settings in self._own:
                     dispatcher.configure(settings)
@@ -301,15 +313,6 @@ class Engine:
         found = map(dispatcher_of, denoisers_of(self.pipeline).values())
         self._own = [(one, one.settings) for one in found if one is not None]
         self._caching = DEFAULT
-
-    def _configure(self, **arguments: Any) -> None:
-        cache_compile(
-            self.pipeline,
-            **arguments,
-            backend=self.settings.backend,
-            options=self.settings.options or None,
-            verbose=self.settings.verbose,
-        )
 
 
 class _Run:

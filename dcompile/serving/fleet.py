@@ -1,7 +1,7 @@
 """A folder of programs for a fleet: what was built, for which machine, and a picture to check by.
 
 ``dcompile build`` writes it, replicas read it. It holds ``fleet.json``, ``programs/`` (see
-``storage.artifact``) and ``uncached.png``.
+``storage.artifact``) and a picture named by its content.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from dcompile.errors import ArtifactError
+from dcompile.errors import ArtifactError, JobError
 from dcompile.serving.engine import Engine
-from dcompile.serving.jobs import Caching, Job, JobError
+from dcompile.serving.jobs import Caching, Job
 from dcompile.serving.pictures import Picture, digest, encoded, psnr
 from dcompile.serving.settings import EngineSettings
 from dcompile.storage.artifact import machine
@@ -32,7 +32,7 @@ from dcompile.storage.folder import MANIFEST, read_files, sealed, sha256_of, wri
 from dcompile.version import __version__
 
 FORMAT = 1
-RECORD, PROGRAMS, PICTURE = "fleet.json", "programs", "uncached.png"
+RECORD, PROGRAMS = "fleet.json", "programs"
 # Another processor or library rounds differently: so much below the PSNR that was measured where
 # the programs were built is no sign of a fault.
 ALLOWED_LOSS = 3.0  # dB
@@ -50,6 +50,8 @@ class Check:
         uncached, cached: digests of the picture without and with caching, where it was built.
         psnr: of the cached one against the uncached one, in dB.
         picture: SHA-256 of the file that has the uncached one.
+        file: name of that file: another one for another picture, so that a record and its picture
+            are replaced in one step.
     """
 
     job: Job
@@ -57,6 +59,10 @@ class Check:
     cached: str
     psnr: float
     picture: str
+
+    @property
+    def file(self) -> str:
+        return f"uncached-{self.picture[:16]}.png"
 
 
 @dataclass(frozen=True)
@@ -165,9 +171,7 @@ def require_same_weights(engine: Engine, folder: Path, record: Record) -> str:
 def _compared(found: Picture, folder: Path, record: Record, least: float, exact: str) -> str:
     if digest(found.image) == exact:
         return "bit for bit the picture that was made where the programs were built"
-    content = (folder / PICTURE).read_bytes()
-    if sha256_of(content) != record.check.picture:
-        raise ArtifactError(f"{folder / PICTURE} is not what was written: build it again")
+    content = read_picture(folder, record)
     reached = psnr(found.image, Image.open(io.BytesIO(content)))
     if reached < least:
         raise ArtifactError(
@@ -196,8 +200,11 @@ def write_record(folder: Path, record: Record, picture: bytes) -> None:
         ArtifactError: it cannot be written.
     """
     try:
-        write_in_one_step(folder / PICTURE, picture)
+        write_in_one_step(folder / record.check.file, picture)
         write_in_one_step(folder / RECORD, sealed(_as_json(record)))
+        for other in folder.glob("uncached-*.png"):
+            if other.name != record.check.file:
+                other.unlink(missing_ok=True)
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
 
@@ -215,13 +222,24 @@ def read_record(folder: Path) -> Record:
         raise ArtifactError(f"{folder} is damaged: it has no programs; build it again")
     for part in parts:
         read_files(part)  # raises if a file is not what was written
-    try:
-        whole = sha256_of((folder / PICTURE).read_bytes()) == record.check.picture
-    except OSError as error:
-        raise ArtifactError(f"cannot read {folder / PICTURE}: {error.strerror or error}") from error
-    if not whole:
-        raise ArtifactError(f"{folder} is damaged: {PICTURE} is not what was written")
+    read_picture(folder, record)
     return record
+
+
+def read_picture(folder: Path, record: Record) -> bytes:
+    """The file of the uncached picture.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    file = folder / record.check.file
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {file}: {error.strerror or error}") from error
+    if sha256_of(content) != record.check.picture:
+        raise ArtifactError(f"{folder} is damaged: {file.name} is not what was written")
+    return content
 
 
 def _read_sealed(folder: Path) -> dict[str, Any]:
@@ -275,6 +293,19 @@ def _of_json(folder: Path, content: Mapping[str, Any]) -> Record:
 def is_address(place: str) -> bool:
     """Whether this is one of fsspec's addresses, such as ``s3://bucket/folder``."""
     return "://" in place
+
+
+def local_folder(place: str, downloads: Path) -> Path:
+    """The folder that ``dcompile build`` wrote, from object storage if need be.
+
+    Args:
+        place: a folder, or one of fsspec's addresses.
+        downloads: where to copy it to in that case.
+
+    Raises:
+        ArtifactError: it cannot be downloaded.
+    """
+    return download(place, downloads) if is_address(place) else Path(place)
 
 
 def download(address: str, into: Path) -> Path:

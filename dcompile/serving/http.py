@@ -18,10 +18,9 @@ from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 
-from dcompile.errors import DcompileError
+from dcompile.errors import DcompileError, JobError, LostError, OverloadedError
 from dcompile.serving.answers import Watch, add_errors, answer_to, while_connected
-from dcompile.serving.client import Client, Lost, Overloaded
-from dcompile.serving.jobs import JobError
+from dcompile.serving.client import Client
 from dcompile.serving.messages import ImagesRequest, PlainRequest, requests_of
 from dcompile.serving.metrics import Metrics
 from dcompile.serving.pictures import as_base64
@@ -30,6 +29,7 @@ from dcompile.serving.worker import Event, Made, Preview, Request, Step
 from dcompile.version import __version__
 
 PAGE = "/page"
+LONGEST_HEADER = 4096  # bytes
 
 
 class Server:
@@ -67,13 +67,13 @@ class Server:
         """What a model can do, see ``Engine.describe``; asked for once.
 
         Raises:
-            Lost: nothing generates yet.
+            LostError: nothing generates yet.
         """
         about = self._about.get(name)
         if about is None:
             about = await self.clients[name].describe()
             if "multiple" not in about:
-                raise Lost(about.get("reason", "nothing generates yet"))
+                raise LostError(about.get("reason", "nothing generates yet"))
             self._about[name] = about
         return about
 
@@ -88,7 +88,7 @@ class Server:
             chooses_caching: let it say how it is cached, even where others may not.
 
         Raises:
-            JobError, Lost: see ``messages.requests_of`` and ``Client``.
+            JobError, LostError: see ``messages.requests_of`` and ``Client``.
         """
         may_choose = chooses_caching or self.chooses_caching
         about = await self.about(name)
@@ -99,10 +99,10 @@ class Server:
         """A place in the queue for so many pictures.
 
         Raises:
-            Overloaded: there is none.
+            OverloadedError: there is none.
         """
         if self._pending + count > self.limits.queue:
-            raise Overloaded(
+            raise OverloadedError(
                 f"{self._pending} pictures wait or are being made, of at most {self.limits.queue}"
             )
         self._pending += count
@@ -129,12 +129,31 @@ class Server:
         return made
 
     async def events(self, name: str, request: Request) -> AsyncGenerator[Event, None]:
-        """What happens to one request."""
-        async with self.place(1), contextlib.aclosing(self.clients[name].stream(request)) as events:  # type: ignore[type-var]
-            async for event in events:
+        """What happens to one request. A slow reader keeps no place in the queue from others."""
+        found: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+
+        async def follow() -> None:
+            stream: Any = self.clients[name].stream(request)
+            try:
+                async with self.place(1), contextlib.aclosing(stream) as events:
+                    async for event in events:
+                        found.put_nowait(event)
+            except Exception as error:
+                found.put_nowait(error)
+            else:
+                found.put_nowait(None)
+
+        following = asyncio.ensure_future(follow())
+        try:
+            while (event := await found.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
                 if isinstance(event, Made):
                     self.metrics.made(event.trace, event.snapshot)
                 yield event
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
 
 def app_of(
@@ -178,15 +197,14 @@ def _add_state(app: FastAPI, server: Server) -> None:
             except Exception as error:  # whatever it is, it is not ready
                 return {"ready": False, "reason": str(error) or type(error).__name__}
 
-        found = dict(
-            zip(
-                server.clients,
-                await asyncio.gather(*map(ask, server.clients.values())),
-                strict=True,
-            )
-        )
-        is_ready = all(about.get("ready") for about in found.values())
-        content = {"status": "ready" if is_ready else "not ready", "models": found}
+        first, *others = server.clients
+        about = await ask(server.clients[first])
+        is_ready = bool(about.get("ready"))
+        content = {
+            "status": "ready" if is_ready else "not ready",
+            # Asking the others would load them.
+            "models": {first: about, **{one: {"loaded": "when asked for"} for one in others}},
+        }
         return JSONResponse(content, 200 if is_ready else 503)
 
     @app.get("/metrics", summary="For Prometheus")
@@ -239,7 +257,7 @@ def _add_pictures(app: FastAPI, server: Server) -> None:
         headers = {
             "x-seed": str(made.seed),
             "x-digest": made.digest,
-            "x-trace": json.dumps(made.trace),
+            "x-trace": _header(made.trace),
             "x-notes": json.dumps(made.notes),
         }
         return Response(made.content, media_type=f"image/{made.form}", headers=headers)
@@ -263,6 +281,12 @@ def _add_pictures(app: FastAPI, server: Server) -> None:
                 "size": f"{job.width}x{job.height}",
             }
         )
+
+
+def _header(trace: dict[str, Any]) -> str:
+    """As JSON; without what each step ran, where that is more than proxies take."""
+    text = json.dumps(trace)
+    return text if len(text) <= LONGEST_HEADER else json.dumps({**trace, "steps": None})
 
 
 def _content(made: Made, response_format: str) -> dict[str, str]:

@@ -3,25 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-from dcompile.errors import DcompileError
-
-
-class JobError(DcompileError, ValueError):
-    """A job that this server does not do.
-
-    Attributes:
-        field: of the job that is at fault.
-    """
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:  # it travels between processes
-        return type(self), (self.field, self.reason)
+from typing import NamedTuple
 
 
 class Caching(NamedTuple):

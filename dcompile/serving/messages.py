@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator
 
-from dcompile.serving.jobs import DEFAULT, Caching, Job, JobError
+from dcompile.errors import JobError
+from dcompile.serving.jobs import DEFAULT, Caching, Job
 from dcompile.serving.pictures import LARGEST_SIDES
 from dcompile.serving.settings import Limits
 from dcompile.serving.worker import Request

@@ -2,7 +2,7 @@
 
 1. Programs that fit are loaded, and a picture is compared with the one made where they were built.
 2. Programs that do not fit, or are damaged, are compiled again in other processes, with low
-   priority. Until they are done requests run uncached.
+   priority, and kept for the next start. Until they are done requests run uncached.
 3. A size or batch that has no program runs uncached, and its program is compiled in the same way.
 4. Without shipped programs they are compiled now, before the first request, and later when a
    request needs others.
@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from dcompile.errors import ArtifactError, DcompileError, first_line
 from dcompile.models.loading import resolve_device
@@ -24,11 +27,11 @@ from dcompile.serving.build import Plan, build, extend
 from dcompile.serving.engine import Engine
 from dcompile.serving.fleet import (
     PROGRAMS,
+    RECORD,
     Record,
     as_built,
     digest_of_machine,
-    download,
-    is_address,
+    local_folder,
     machine_of,
     read_record,
     require_as_built,
@@ -42,6 +45,7 @@ from dcompile.storage.cache_folder import cache_folder
 # Kinds of calls that are compiled during traffic; further ones stay uncached, so that requests
 # cannot keep a machine compiling.
 MOST_EXTRA = 4
+COMPILED_HERE = "compiled on this machine"
 
 
 class Replica:
@@ -70,6 +74,7 @@ class Replica:
         self._thread: threading.Thread | None = None
         self._is_waiting = False  # for the next batch, to use new programs from then on
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._widened: tempfile.TemporaryDirectory[str] | None = None
         self._folder: Path | None = None
         self._record: Record | None = None
         self.check = ""
@@ -77,7 +82,7 @@ class Replica:
         self.worker = Worker(engine, name, batches)
         self.worker.after = self._after
         if self._folder is None and settings.programs is not None:
-            self._begin(lambda: self._rebuild(settings))
+            self._begin(self._rebuild)
 
     def describe(self) -> dict[str, Any]:
         """See ``Engine.describe``; with "ready", "programs" and "check"."""
@@ -99,8 +104,9 @@ class Replica:
     def close(self) -> None:
         """End the threads; what is compiled in the background is given up with the process."""
         self.worker.close()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        for folder in (self._temporary, self._widened):
+            if folder is not None:
+                folder.cleanup()
 
     def _started(self) -> tuple[Engine, tuple[int, ...]]:
         settings = self._settings
@@ -121,14 +127,28 @@ class Replica:
             engine = self._with(folder)
             self.check = require_as_built(engine, folder, self._record)
         except ArtifactError as error:
-            return self._uncached(error), (1,)
+            return self._started_here() or (self._uncached(error), (1,))
         self._folder = folder
         self.programs = f"shipped: {settings.programs}"
         return engine, self._record.batches
 
-    def _with(self, folder: Path) -> Engine:
-        assert self._record is not None
-        own = as_built(self._settings, self._record)
+    def _started_here(self) -> tuple[Engine, tuple[int, ...]] | None:
+        """With what an earlier replica compiled on this machine; None if it did not, or not so."""
+        folder = self._here()
+        try:
+            record = self._compiled_here(folder)
+            engine = self._with(folder, record)
+            self.check = require_as_built(engine, folder, record)
+        except ArtifactError:
+            return None
+        self._folder, self._record = folder, record
+        self.programs = COMPILED_HERE
+        return engine, record.batches
+
+    def _with(self, folder: Path, record: Record | None = None) -> Engine:
+        record = record or self._record
+        assert record is not None
+        own = as_built(self._settings, record)
         return Engine.of(replace(own, programs=str(folder / PROGRAMS), new_calls="uncached"))
 
     def _uncached(self, error: ArtifactError) -> Engine:
@@ -144,7 +164,37 @@ class Replica:
         return engine
 
     def _local(self, place: str) -> Path:
-        return download(place, self._work() / "downloads") if is_address(place) else Path(place)
+        return local_folder(place, self._work() / "downloads")
+
+    def _here(self) -> Path:
+        """Where programs are that were compiled on this machine instead of shipped ones."""
+        device = resolve_device(self._settings.device)
+        return self._work() / f"{self._settings.name}-{digest_of_machine(device)}"
+
+    def _plan(self) -> Plan:
+        """What was shipped, as far as that can be read."""
+        settings, record = self._settings, self._record
+        if record is None:
+            own = replace(settings, programs=None, components=False)
+            return Plan(own, steps=(settings.steps,))
+        own = replace(as_built(settings, record), programs=None, components=False)
+        return Plan(own, record.sizes, record.batches, record.steps)
+
+    def _compiled_here(self, folder: Path) -> Record:
+        """The record of ``_here``.
+
+        Raises:
+            ArtifactError: it is not there, is damaged, or holds something else than ``_plan``.
+        """
+        record, plan = read_record(folder), self._plan()
+        if record.difference(machine_of(resolve_device(self._settings.device))) is not None:
+            raise ArtifactError(f"{folder} does not fit")
+        have = (record.settings, record.batches, record.steps)
+        if have != (plan.recorded_settings(), plan.batches, plan.steps) or (
+            plan.sizes and plan.sizes != record.sizes
+        ):
+            raise ArtifactError(f"{folder} was built for other settings")
+        return record
 
     def _work(self) -> Path:
         """Where this machine keeps what it downloads and compiles."""
@@ -175,20 +225,18 @@ class Replica:
             self._thread = threading.Thread(target=guarded, daemon=True, name="dcompile-programs")
             self._thread.start()
 
-    def _rebuild(self, settings: EngineSettings) -> None:
-        """What was shipped, compiled for this machine."""
-        record = self._record
-        own = settings if record is None else as_built(settings, record)
-        here = f"{settings.name}-{digest_of_machine(resolve_device(settings.device))}"
-        target = self._work() / here
-        plan = Plan(
-            replace(own, programs=None),
-            sizes=record.sizes if record is not None else (),
-            batches=record.batches if record is not None else (1,),
-            steps=record.steps if record is not None else (settings.steps,),
-        )
-        found = build(plan, target, is_background=True)
-        self._install_later(target, found.record, "compiled on this machine")
+    def _rebuild(self) -> None:
+        """What was shipped, compiled for this machine; once for all replicas that wait for it."""
+        folder = self._here()
+        began = time.time()
+        with FileLock(self._made(folder.parent) / f".{folder.name}.lock"):
+            try:
+                record = self._compiled_here(folder)
+                if (folder / RECORD).stat().st_mtime < began:  # it was not used at the start
+                    raise ArtifactError(f"{folder} is of another model")
+            except ArtifactError:
+                record = build(self._plan(), folder, is_background=True).record
+        self._install_later(folder, record, COMPILED_HERE)
 
     def _after(self, jobs: Sequence[Job], uncached: bool) -> None:
         """Compile what just ran uncached for want of a program."""
@@ -207,15 +255,24 @@ class Replica:
         folder, record = self._folder, self._record
 
         def widen() -> None:
-            target = Path(tempfile.mkdtemp(prefix=f"{record.model}-", dir=self._made(self._work())))
+            temporary = tempfile.TemporaryDirectory(
+                prefix=f"{record.model}-", dir=self._made(self._work())
+            )
             own = as_built(self._settings, record)
-            wider = extend(own, record, folder, target, job, batch)
-            self._install_later(target, wider, f"with {job.width}x{job.height}, batch {batch}")
+            wider = extend(own, record, folder, Path(temporary.name), job, batch)
+            what = f"with {job.width}x{job.height}, batch {batch}"
+            self._install_later(Path(temporary.name), wider, what, temporary)
 
         self._begin(widen)
 
-    def _install_later(self, folder: Path, record: Record, what: str) -> None:
-        """Use these programs from the next batch on."""
+    def _install_later(
+        self,
+        folder: Path,
+        record: Record,
+        what: str,
+        temporary: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        """Use these programs from the next batch on; their folder is removed with this process."""
 
         def install() -> None:
             self.worker.between = lambda: None
@@ -229,6 +286,7 @@ class Replica:
                 self._go_back()
             else:
                 self._folder, self._record = folder, record
+                self._widened = temporary  # an earlier one is removed
                 self.worker.batches = record.batches
                 self.programs = what
                 logger.info("programs for %s: %s", self._settings.name, what)

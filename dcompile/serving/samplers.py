@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from dcompile.errors import first_line
+from dcompile.errors import JobError, first_line
 from dcompile.models.loading import is_unconditional
-from dcompile.serving.jobs import JobError
 
 _USUAL_STEPS = 20
 

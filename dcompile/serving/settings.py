@@ -25,6 +25,7 @@ class EngineSettings:
         programs: a folder that ``Handle.save`` wrote; None to compile when a call needs it.
         new_calls: what a call does that no program serves; see ``load``.
         loras: names of sets of LoRA weights, and the folders or files they are in.
+        components: see ``cache_compile``: "compile" for text encoders and the VAE's decoder, too.
         verbose: whether progress is shown.
     """
 
@@ -38,6 +39,7 @@ class EngineSettings:
     programs: str | None = None
     new_calls: Literal["compile", "uncached"] = "compile"
     loras: Mapping[str, str] = field(default_factory=dict)
+    components: Literal["compile", False] = False
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class EngineSettings:
             Uniform(self.interval)
         if self.speedup is not None:
             require_speedup(self.speedup)
+        if self.components not in ("compile", False):
+            raise DcompileError(f'components: expected "compile" or False, got {self.components!r}')
         if type(self.steps) is not int or self.steps < 1:
             raise DcompileError(f"steps: expected a positive int, got {self.steps!r}")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from dcompile.errors import LostError
 from dcompile.notices import logger
 from dcompile.serving.engine import Engine, RunCancelled
 from dcompile.serving.jobs import Job, split
@@ -31,12 +32,14 @@ class Request:
         job: what to generate.
         form, quality: see ``pictures.encoded``.
         previews: pictures to show on the way.
+        alone: in no batch with others, as it may have ended the process that ran it before.
     """
 
     job: Job
     form: str = "png"
     quality: int = 90
     previews: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class Ticket:
     previewed: int = 0
     worker: Worker | None = None
     result: asyncio.Future[Made] | None = None
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Tickets of one group may become one batch."""
+        own = id(self) if self.request.alone else None
+        return id(self.worker), self.request.job.kind, own
 
     def settle(self, result: Made | BaseException) -> None:
         """Tell whoever waits for ``result``, if it is not cancelled."""
@@ -180,7 +189,10 @@ class Worker:
 
         Raises:
             JobError: the engine does not do this.
+            LostError: the device answers nothing any more.
         """
+        if self.failure is not None:
+            raise LostError(self.failure)
         self.engine.check(ticket.request.job)
         try:
             if batcher is not None:
@@ -253,9 +265,10 @@ class Worker:
             return [error] * len(tickets)
         except Exception as error:
             self._tally.failed(len(tickets))
+            logger.exception("a batch of %d failed", len(tickets))
             if any(sign in str(error) for sign in FATAL):
                 self.failure = str(error).splitlines()[0]
-            logger.exception("a batch of %d failed", len(tickets))
+                return [LostError(self.failure)] * len(tickets)
             return [error] * len(tickets)
         self._tally.ran(pictures[0].trace, len(pictures))
         encoding = [

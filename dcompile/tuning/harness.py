@@ -21,10 +21,10 @@ from dcompile.policy.fixed import Uniform
 from dcompile.policy.sampler import error_gains
 from dcompile.policy.schedule import RunInfo, Schedule
 from dcompile.policy.tuned import Levels, Tuned
+from dcompile.runtime.components import components_of, restore_components
 from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
 from dcompile.runtime.install import detach
 from dcompile.runtime.lazy_network import LazyNetwork
-from dcompile.runtime.parts import parts_of, restore_parts
 from dcompile.runtime.state import RefreshRecord
 from dcompile.runtime.wrapper import wrapper_of
 from dcompile.tuning.images import IDENTICAL, pictures_of, psnr_between
@@ -89,7 +89,7 @@ class Harness:
         dispatcher = dispatcher_of(self.network)
         self._before = dispatcher.state if dispatcher else None
         self._known_companions = list(dispatcher.companions) if dispatcher else []
-        self._parts = parts_of(dispatcher) if dispatcher else []
+        self._components = components_of(dispatcher) if dispatcher else []
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -115,7 +115,7 @@ class Harness:
             dispatcher.state = self._before
             known = self._known_companions
             detach(dispatcher, [one for one in dispatcher.companions if one not in known])
-            restore_parts(self._parts, dispatcher)
+            restore_components(self._components, dispatcher)
         for companion, state in self._companions.items():
             companion.restore(state)
 

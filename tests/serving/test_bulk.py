@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dcompile.errors import DcompileError
+from dcompile.errors import DcompileError, JobError
 from dcompile.serving.bulk import (
     MOST_DEATHS,
     BrokenDeviceError,
@@ -30,7 +30,7 @@ from dcompile.serving.bulk import (
     generate_all,
 )
 from dcompile.serving.bulk_rows import Chunk, read_prompts
-from dcompile.serving.jobs import Job, JobError
+from dcompile.serving.jobs import Job
 from dcompile.serving.pictures import Picture, Trace
 from dcompile.serving.settings import EngineSettings
 from dcompile.storage import folder as folders

@@ -13,8 +13,9 @@ import torch
 from PIL.Image import Image
 
 from dcompile import ArtifactError, ModelError
+from dcompile.errors import DcompileError, JobError
 from dcompile.serving.engine import Engine, RunCancelled
-from dcompile.serving.jobs import Caching, Job, JobError
+from dcompile.serving.jobs import Caching, Job
 from dcompile.serving.pictures import digest, encoded, psnr
 from dcompile.serving.samplers import samplers_for_programs
 from dcompile.serving.settings import EngineSettings
@@ -196,6 +197,17 @@ def test_a_long_prompt_is_noted(engine: Engine, job: Job) -> None:
     longest = engine.pipeline.tokenizer.model_max_length
     (picture,) = engine.generate([replace(job, prompt="dog " * longest, steps=1)])
     assert f"of which the text encoder reads {longest}" in picture.notes[0]
+
+
+def test_text_encoder_and_decoder_compiled(engine: Engine, job: Job) -> None:
+    found = Engine.of(replace(engine.settings, backend="aot_eager", components="compile"))
+    own = [found.pipeline.text_encoder, found.pipeline.vae.decoder]
+    job = replace(job, caching=Caching("off"))
+    (picture,) = found.generate([job])
+    assert all("forward" in vars(one) for one in own)
+    assert psnr(picture.image, engine.generate([job])[0].image) > 50
+    with pytest.raises(DcompileError, match='components: expected "compile" or False'):
+        EngineSettings(components=True)  # type: ignore[arg-type]
 
 
 def test_an_unconditional_model() -> None:

@@ -40,11 +40,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "72x64, batch 1",
         "72x64, batch 2",
     ]
-    assert sorted(one.name for one in folder.iterdir()) == [
-        "fleet.json",
-        "programs",
-        "uncached.png",
-    ]
+    picture = fleet.read_record(folder).check.file
+    assert {one.name for one in folder.iterdir()} == {"fleet.json", "programs", picture}
     return folder
 
 
@@ -170,7 +167,7 @@ def test_programs_that_wait_are_not_overtaken(
 DAMAGES = {
     "file": "is damaged",
     "record": "cannot be parsed",
-    "picture": "uncached.png is not what was written",
+    "picture": "png is not what was written",
     "missing": "cannot be read",
     "version": "was built by dcompile '0.0.1'",
 }
@@ -182,7 +179,7 @@ def damaged(folder: Path, damage: str) -> None:
     elif damage == "record":
         (folder / fleet.RECORD).write_text((folder / fleet.RECORD).read_text()[:-9])
     elif damage == "picture":
-        (folder / fleet.PICTURE).write_bytes(b"x")
+        next(folder.glob("uncached-*.png")).write_bytes(b"x")
     elif damage == "missing":
         shutil.rmtree(folder)
     else:
@@ -217,6 +214,9 @@ def test_programs_that_do_not_fit(
     assert "uncached" not in second.trace["steps"], replica.programs
     assert replica.programs == "compiled on this machine"
     assert replica.describe()["ready"]
+    again = started(copy, replicas)  # as the next process does
+    assert again.programs == "compiled on this machine"
+    assert "uncached" not in made(again, job)[0].trace["steps"]
 
 
 def test_other_weights_are_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

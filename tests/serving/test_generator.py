@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from dcompile.errors import ModelError
+from dcompile.errors import JobError, LostError, ModelError
 from dcompile.integrations import serve
+from dcompile.serving.jobs import Job
 from dcompile.serving.settings import ServeSettings
-from dcompile.serving.worker import Made, Ticket
+from dcompile.serving.worker import Made, Request, Ticket
 
 SETTINGS = ServeSettings.of({"engines": [{"model": name} for name in ("a", "b", "c")]})
 
@@ -87,7 +88,7 @@ def test_what_comes_of_a_cancelled_ticket_is_nobody_s(generator: serve.Generator
         async def collect(ticket: Ticket) -> None:
             await asyncio.sleep(20)
 
-        generator._collect = collect
+        generator._collectors[generator._first] = collect
         ticket = Ticket(SimpleNamespace())  # type: ignore[arg-type]
         waiting: asyncio.Future[Made] = asyncio.ensure_future(
             generator._batcher(generator._first)(ticket)
@@ -101,6 +102,76 @@ def test_what_comes_of_a_cancelled_ticket_is_nobody_s(generator: serve.Generator
 
     asyncio.run(work())
     assert not said
+
+
+def test_models_collect_apart(generator: serve.Generator) -> None:
+    """None waits for a batch of another's."""
+
+    async def work() -> None:
+        one, other = generator._first, await load(generator, "b")
+        assert generator._collector_of(one) is generator._collector_of(one)
+        assert generator._collector_of(one) is not generator._collector_of(other)
+
+    asyncio.run(work())
+
+
+JOB = Job("cat", 5, 4, 64, 64)
+
+
+def test_a_request_that_is_made_again_is_alone() -> None:
+    worker = SimpleNamespace()
+    first, second = (Ticket(Request(JOB), worker=worker) for _ in range(2))  # type: ignore[arg-type]
+    assert first.group == second.group
+    again = Ticket(Request(JOB, alone=True), worker=worker)  # type: ignore[arg-type]
+    assert again.group != first.group
+
+
+class Failing:
+    """A handle of replicas that fail so many times."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        self.errors = errors
+        self.asked: list[Request] = []
+
+    def options(self, **_: Any) -> Any:
+        return self
+
+    @property
+    def generate(self) -> Any:
+        return SimpleNamespace(remote=self._generate)
+
+    async def _generate(self, model: str, request: Request) -> str:
+        self.asked.append(request)
+        if self.errors:
+            raise self.errors.pop(0)
+        return "a picture"
+
+
+def asked_of(handle: Failing) -> Any:
+    client = serve.RayClient(handle, "b")  # type: ignore[arg-type]
+    return asyncio.run(client.generate(Request(JOB)))
+
+
+def broken() -> Exception:
+    return RayTaskError("generate", "a long\ntrace", LostError("CUDA error: unspecified"))
+
+
+def test_a_broken_device_is_another_replica_s_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "RETRY_AFTER", 0.01)
+    handle = Failing([broken(), broken()])
+    assert asked_of(handle) == "a picture"
+    assert [request.alone for request in handle.asked] == [False, True, True]
+    assert {request.job for request in handle.asked} == {JOB}
+    with pytest.raises(LostError, match="lost 4 times: CUDA error: unspecified"):
+        asked_of(Failing([broken() for _ in range(9)]))
+
+
+@pytest.mark.parametrize("error", [JobError("width", "too wide"), ValueError("no such thing")])
+def test_what_a_request_causes_is_its_own(error: Exception) -> None:
+    handle = Failing([RayTaskError("generate", "a trace", error)])
+    with pytest.raises(JobError if isinstance(error, JobError) else RayTaskError):
+        asked_of(handle)
+    assert len(handle.asked) == 1
 
 
 def test_a_model_that_cannot_be_loaded_is_not_ready() -> None:

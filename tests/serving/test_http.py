@@ -15,15 +15,16 @@ from fake_client import STEPS, FakeClient, about, snapshot
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from dcompile.errors import DcompileError
+from dcompile.errors import DcompileError, JobError, LostError, OverloadedError
 from dcompile.runtime.counters import Stats
 from dcompile.serving.answers import LARGEST_BODY
-from dcompile.serving.client import Lost, Overloaded
-from dcompile.serving.http import app_of
-from dcompile.serving.jobs import Caching, JobError
+from dcompile.serving.http import Server, app_of
+from dcompile.serving.jobs import Caching
+from dcompile.serving.messages import PlainRequest
 from dcompile.serving.metrics import Metrics, Tally
 from dcompile.serving.pictures import Trace
 from dcompile.serving.settings import Limits
+from dcompile.serving.worker import Made
 
 LIMITS = Limits(pixels=128 * 128, steps=10, prompt=50, images=3, queue=3)
 PLAIN, OPENAI = "/generate", "/v1/images/generations"
@@ -267,8 +268,8 @@ def test_a_full_queue_is_429_and_empties_again() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (Lost("the replica is gone"), 503, "the replica is gone"),
-        (Overloaded("3 wait"), 429, "3 wait; try again later"),
+        (LostError("the replica is gone"), 503, "the replica is gone"),
+        (OverloadedError("3 wait"), 429, "3 wait; try again later"),
         (JobError("steps", "too many"), 422, "steps: too many"),
         (RuntimeError("secret"), 500, "the server's log says why"),
     ],
@@ -321,7 +322,9 @@ def test_an_openai_stream() -> None:
     assert Image.open(io.BytesIO(base64.b64decode(found[1][1]["b64_json"]))).format == "WEBP"
 
 
-@pytest.mark.parametrize(("error", "status"), [(Lost("gone"), 503), (RuntimeError("secret"), 500)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(LostError("gone"), 503), (RuntimeError("secret"), 500)]
+)
 def test_an_error_in_a_stream_is_an_event(error: Exception, status: int) -> None:
     response = http(FakeClient(error)).post(PLAIN, json={"prompt": "cat", "stream": True})
     assert response.status_code == 200
@@ -334,17 +337,18 @@ def test_an_error_in_a_stream_is_an_event(error: Exception, status: int) -> None
 
 def test_an_error_before_the_first_event_is_an_ordinary_one() -> None:
     body = {"prompt": "cat", "stream": True}  # the steps are no events of this one
-    error_of(http(FakeClient(Lost("gone"))).post(OPENAI, json=body), 503)
+    error_of(http(FakeClient(LostError("gone"))).post(OPENAI, json=body), 503)
 
 
 # Health, metrics ----------------------------------------------------------------------------------
 
 
-def test_health_is_503_until_every_model_is_ready() -> None:
-    class Broken(FakeClient):
-        async def describe(self) -> dict[str, Any]:
-            raise ConnectionError("no route")
+class Broken(FakeClient):
+    async def describe(self) -> dict[str, Any]:
+        raise ConnectionError("no route")
 
+
+def test_health_is_503_until_the_first_model_is_ready() -> None:
     client = FakeClient(about=NOWHERE)
     server = http(client)
     response = server.get("/health")
@@ -354,9 +358,39 @@ def test_health_is_503_until_every_model_is_ready() -> None:
     response = server.get("/health")
     assert response.status_code == 200
     assert response.json()["status"] == "ready"
-    both = TestClient(app_of({"fake": client, "broken": Broken()})).get("/health")
-    assert both.status_code == 503
-    assert both.json()["models"]["broken"] == {"ready": False, "reason": "no route"}
+    response = TestClient(app_of({"broken": Broken()})).get("/health")
+    assert response.status_code == 503
+    assert response.json()["models"]["broken"] == {"ready": False, "reason": "no route"}
+
+
+def test_health_does_not_ask_further_models_which_would_load_them() -> None:
+    both = TestClient(app_of({"fake": FakeClient(), "broken": Broken()})).get("/health")
+    assert both.status_code == 200
+    assert both.json()["models"]["broken"] == {"loaded": "when asked for"}
+
+
+def test_a_trace_too_long_for_a_header_is_shortened() -> None:
+    def trace(count: int) -> Any:
+        client = FakeClient(steps=("reuse",) * count)
+        return json.loads(http(client).post(PLAIN, json={"prompt": "cat"}).headers["x-trace"])
+
+    assert len(trace(20)["steps"]) == 20
+    assert trace(1000)["steps"] is None
+
+
+def test_a_slow_reader_of_a_stream_keeps_no_place_in_the_queue() -> None:
+    async def run() -> None:
+        client = FakeClient()
+        server = Server({"fake": client}, Limits(queue=1))
+        (request,) = await server.requests("fake", PlainRequest(prompt="cat"))
+        events = server.events("fake", request)
+        await anext(events)  # and reads no more for a while
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert len(await server.generate("fake", [request])) == 1
+        assert isinstance([event async for event in events][-1], Made)
+
+    asyncio.run(run())
 
 
 def test_metrics_count_pictures_and_answers() -> None:
@@ -469,7 +503,7 @@ def test_one_failure_cancels_the_others_of_its_request() -> None:
             self.takes = 60 * (len(self.asked) - 1)  # the first fails, the others take long
             await super()._wait()
 
-    client = Mixed(Lost("gone"))
+    client = Mixed(LostError("gone"))
     error_of(http(client).post(OPENAI, json={"prompt": "cat", "n": 3}), 503)
     assert client.cancelled == 2
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcompile import DcompileError
-from dcompile.serving.jobs import Caching, Job, JobError, split
+from dcompile.errors import JobError
+from dcompile.serving.jobs import Caching, Job, split
 from dcompile.serving.settings import EngineSettings, Limits, ServeSettings
 
 

@@ -19,8 +19,8 @@ from fake_client import FakeClient, about, made
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from dcompile.errors import LostError
 from dcompile.serving import comparison
-from dcompile.serving.client import Lost
 from dcompile.serving.comparison import Comparison
 from dcompile.serving.http import Server, app_of
 from dcompile.serving.jobs import Caching
@@ -238,7 +238,7 @@ def test_refusals_are_messages(changes: dict[str, Any], said: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_failures_are_messages() -> None:
     assert "the replica is gone" in refusal_of(
-        pressed(page_around(FakeClient(Lost("the replica is gone")))[0])
+        pressed(page_around(FakeClient(LostError("the replica is gone")))[0])
     )
     html = refusal_of(pressed(page_around(FakeClient(RuntimeError("secret")))[0]))
     assert "the server's log says why" in html.replace("&#x27;", "'")

@@ -12,8 +12,9 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from dcompile.errors import JobError, LostError
 from dcompile.serving.engine import RunCancelled, Watcher
-from dcompile.serving.jobs import Job, JobError
+from dcompile.serving.jobs import Job
 from dcompile.serving.pictures import Picture, Trace
 from dcompile.serving.worker import Made, Preview, Request, Step, Ticket, Worker
 
@@ -183,10 +184,13 @@ def test_a_lost_device_is_said(engine: SlowEngine) -> None:
     engine.fails = RuntimeError("CUDA error: an illegal memory access\nmore")
 
     async def work(worker: Worker) -> str | None:
-        await asyncio.gather(worker.submit(Ticket(request(1))), return_exceptions=True)
+        for seed in (1, 2):
+            with pytest.raises(LostError, match="illegal memory access"):
+                await worker.submit(Ticket(request(seed)))
         return worker.failure
 
     assert run(engine, work) == "CUDA error: an illegal memory access"
+    assert engine.steps == 1, "a broken device was used again"
 
 
 def test_streams(engine: SlowEngine) -> None:

@@ -82,6 +82,7 @@ class FakeClient:
         error: raised instead.
         takes: seconds of a picture.
         about: what ``describe`` returns.
+        steps: what the steps of its pictures ran.
 
     Attributes:
         asked: requests so far.
@@ -93,7 +94,9 @@ class FakeClient:
         error: Exception | None = None,
         takes: float = 0.0,
         about: dict[str, Any] | None = None,
+        steps: tuple[str, ...] = STEPS,
     ) -> None:
+        self.steps = steps
         self.error = error
         self.takes = takes
         self.about = about
@@ -108,7 +111,7 @@ class FakeClient:
         await self._wait()
         if self.error is not None:
             raise self.error
-        return made(request.job.seed, form=request.form)
+        return made(request.job.seed, form=request.form, steps=list(self.steps))
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Fails after its first step, if it is to fail."""

@@ -1,4 +1,4 @@
-"""What runs beside the denoiser, compiled: a VAE's decoder, text encoders.
+"""Other components of a pipeline, compiled: the VAE's decoder, text encoders.
 
 Each is compiled by ``torch.compile``, in place, at its first call. The wrapper is there for what
 ``nn.Module.compile`` does not do: it lies beneath accelerate's hooks, which move weights before a
@@ -30,14 +30,14 @@ from dcompile.progress import Display
 from dcompile.runtime.dispatcher import Dispatcher
 from dcompile.runtime.wrapper import ForwardWrapper, wrapper_of
 
-_installed: weakref.WeakSet[CompiledPart] = weakref.WeakSet()  # each is owned by its module
+_installed: weakref.WeakSet[CompiledComponent] = weakref.WeakSet()  # each is owned by its module
 
 
-class CompiledPart(ForwardWrapper):
+class CompiledComponent(ForwardWrapper):
     """Replaces the ``forward`` of a module by one that ``torch.compile`` made.
 
     Attributes:
-        users: wrappers of the denoisers that this runs beside; it is removed with the last.
+        users: wrappers of the denoisers of the same pipelines; it is removed with the last.
         backend: its kind decides how this is compiled.
     """
 
@@ -108,21 +108,21 @@ class CompiledPart(ForwardWrapper):
         _installed.discard(self)
 
 
-def install_parts(
+def install_components(
     modules: Iterable[nn.Module], dispatcher: Dispatcher, backend: Backend, verbose: bool
 ) -> None:
-    """Have these modules, and no others, run compiled beside this denoiser.
+    """Have these modules, and no others, run compiled in the pipeline of this denoiser.
 
     Those that somebody compiled already stay as they are, and with a backend that compiles nothing
     (eager) all do.
     """
     wanted = [] if torch_compile_arguments(backend) is None else list(modules)
-    for part in parts_of(dispatcher):
-        if part.module not in wanted:
-            _detach(part, dispatcher)
+    for component in components_of(dispatcher):
+        if component.module not in wanted:
+            _detach(component, dispatcher)
     for module in wanted:
         found = wrapper_of(module)
-        if isinstance(found, CompiledPart):
+        if isinstance(found, CompiledComponent):
             found.configure(backend, verbose)
         elif (
             found is None
@@ -130,34 +130,34 @@ def install_parts(
             and not has_compiled_call(module)
         ):
             slot = forward_slot(module)
-            found = CompiledPart(module, getattr(module, slot), backend, verbose)
+            found = CompiledComponent(module, getattr(module, slot), backend, verbose)
             found.install(slot)
-        if isinstance(found, CompiledPart):
+        if isinstance(found, CompiledComponent):
             found.users.add(dispatcher)
             _installed.add(found)
 
 
-def parts_of(dispatcher: Dispatcher) -> list[CompiledPart]:
-    """What runs compiled beside this denoiser."""
-    return [part for part in _installed if dispatcher in part.users]
+def components_of(dispatcher: Dispatcher) -> list[CompiledComponent]:
+    """What runs compiled in the pipeline of this denoiser."""
+    return [component for component in _installed if dispatcher in component.users]
 
 
-def detach_parts(dispatcher: Dispatcher) -> None:
-    """Remove what runs compiled beside this denoiser, unless it does beside another one, too."""
-    for part in parts_of(dispatcher):
-        _detach(part, dispatcher)
+def detach_components(dispatcher: Dispatcher) -> None:
+    """Remove what runs compiled for this denoiser, unless another one uses it, too."""
+    for component in components_of(dispatcher):
+        _detach(component, dispatcher)
 
 
-def restore_parts(parts: Iterable[CompiledPart], dispatcher: Dispatcher) -> None:
-    """Have again what ``parts_of`` returned earlier."""
-    for part in parts:
-        if wrapper_of(part.module) is None:
-            part.install(forward_slot(part.module))
-        part.users.add(dispatcher)
-        _installed.add(part)
+def restore_components(components: Iterable[CompiledComponent], dispatcher: Dispatcher) -> None:
+    """Have again what ``components_of`` returned earlier."""
+    for component in components:
+        if wrapper_of(component.module) is None:
+            component.install(forward_slot(component.module))
+        component.users.add(dispatcher)
+        _installed.add(component)
 
 
-def _detach(part: CompiledPart, dispatcher: Dispatcher) -> None:
-    part.users.discard(dispatcher)
-    if not part.users:
-        part.uninstall()
+def _detach(component: CompiledComponent, dispatcher: Dispatcher) -> None:
+    component.users.discard(dispatcher)
+    if not component.users:
+        component.uninstall()

@@ -1,4 +1,4 @@
-"""``cache_compile(pipe, companions="compile")``: what runs beside the denoiser is compiled."""
+"""``cache_compile(pipe, components="compile")``: what runs beside the denoiser is compiled."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_results_are_those_without(make: Callable[[], Any]) -> None:
     expected = picture(cached(pipe, backend))
     before = backend.graphs
     names = set(pipe.vae.state_dict())
-    cached(pipe, backend, companions="compile")
+    cached(pipe, backend, components="compile")
     for seed in (0, 1, 0):
         found = picture(pipe, seed)
     assert torch.allclose(found, expected, atol=1e-5)
@@ -64,18 +64,18 @@ def test_results_are_those_without(make: Callable[[], Any]) -> None:
 
 def test_compiled_once_also_if_asked_for_twice() -> None:
     pipe, backend = stable_diffusion(), Counting()
-    cached(pipe, backend, companions="compile")
+    cached(pipe, backend, components="compile")
     picture(pipe)
     forwards = pipe.vae.decoder.forward, pipe.text_encoder.forward
     before = backend.graphs
-    cached(pipe, backend, interval=2, companions="compile")
+    cached(pipe, backend, interval=2, components="compile")
     picture(pipe)
     assert (pipe.vae.decoder.forward, pipe.text_encoder.forward) == forwards
     assert backend.graphs == before
 
 
 def test_remove_gives_forwards_back() -> None:
-    pipe = cached(stable_diffusion(), Counting(), companions="compile")
+    pipe = cached(stable_diffusion(), Counting(), components="compile")
     assert own_forwards(pipe) == [False, False]
     dcompile.handle(pipe).remove()
     assert own_forwards(pipe) == [True, True]
@@ -83,13 +83,13 @@ def test_remove_gives_forwards_back() -> None:
 
 
 def test_the_latest_cache_compile_decides() -> None:
-    pipe = cached(stable_diffusion(), Counting(), companions="compile")
+    pipe = cached(stable_diffusion(), Counting(), components="compile")
     cached(pipe, "eager")
     assert own_forwards(pipe) == [True, True]
 
 
 def test_a_network_alone_leaves_the_pipeline_as_it_is() -> None:
-    pipe = cached(stable_diffusion(), Counting(), companions="compile")
+    pipe = cached(stable_diffusion(), Counting(), components="compile")
     cached(pipe.unet, Counting())
     assert own_forwards(pipe) == [False, False]
 
@@ -98,7 +98,7 @@ def test_shared_parts_are_compiled_while_one_pipeline_wants_it() -> None:
     one, backend = stable_diffusion(), Counting()
     other = type(one)(**{**one.components, "unet": copy.deepcopy(one.unet)})
     for pipe in (one, other):
-        cached(pipe, backend, companions="compile")
+        cached(pipe, backend, components="compile")
     dcompile.handle(one).remove()
     assert own_forwards(one) == [False, False]
     dcompile.handle(other).remove()
@@ -106,14 +106,14 @@ def test_shared_parts_are_compiled_while_one_pipeline_wants_it() -> None:
 
 
 def test_eager_compiles_nothing() -> None:
-    pipe = cached(stable_diffusion(), "eager", companions="compile")
+    pipe = cached(stable_diffusion(), "eager", components="compile")
     assert own_forwards(pipe) == [True, True]
 
 
 def test_what_somebody_compiled_stays() -> None:
     pipe = stable_diffusion()
     pipe.vae.decoder.compile(backend="eager")
-    cached(pipe, Counting(), companions="compile")
+    cached(pipe, Counting(), components="compile")
     assert own_forwards(pipe) == [False, True]
 
 
@@ -122,7 +122,7 @@ def test_failure_is_one_warning_and_the_picture_is_right(
 ) -> None:
     pipe = stable_diffusion()
     with caplog.at_level(logging.WARNING, "dcompile"):
-        cached(pipe, Counting(fails=True), companions="compile")
+        cached(pipe, Counting(fails=True), components="compile")
         dcompile.handle(pipe).disable()  # the denoiser, which this backend cannot compile either
         for _ in range(2):
             found = picture(pipe)
@@ -136,7 +136,7 @@ def test_failure_is_one_warning_and_the_picture_is_right(
 
 
 def test_a_wrong_call_raises_as_it_would_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = cached(stable_diffusion(), Counting(), companions="compile")
+    pipe = cached(stable_diffusion(), Counting(), components="compile")
     with torch.no_grad(), pytest.raises(RuntimeError):
         pipe.vae.decoder(torch.ones(1, 3, 8, 8))
     assert not [r for r in caplog.records if "uncompiled" in r.getMessage()]
@@ -144,7 +144,7 @@ def test_a_wrong_call_raises_as_it_would_uncompiled(caplog: pytest.LogCaptureFix
 
 def test_gradients_go_through_the_decoder() -> None:
     pipe, backend = stable_diffusion(), Counting()
-    cached(pipe, backend, companions="compile")
+    cached(pipe, backend, components="compile")
     latents = torch.randn(1, 4, 8, 8, requires_grad=True)
     pipe.vae.decode(latents).sample.sum().backward()
     assert latents.grad is not None
@@ -153,7 +153,7 @@ def test_gradients_go_through_the_decoder() -> None:
 
 def test_weights_may_change() -> None:
     pipe, backend = stable_diffusion(), Counting()
-    cached(pipe, backend, companions="compile")
+    cached(pipe, backend, components="compile")
     picture(pipe)
     with torch.no_grad():
         for weight in pipe.vae.decoder.parameters():
@@ -175,7 +175,7 @@ def test_hooks_on_the_whole_module_run_before() -> None:
             return args, kwargs
 
     add_hook_to_module(pipe.text_encoder, Noting())
-    cached(pipe, backend, companions="compile")
+    cached(pipe, backend, components="compile")
     picture(pipe)
     assert calls
     assert not any(calls)
@@ -188,7 +188,7 @@ def test_hooks_on_parts_run_uncompiled(caplog: pytest.LogCaptureFixture) -> None
     from accelerate import cpu_offload
 
     pipe, backend = stable_diffusion(), Counting()
-    cached(pipe, backend, companions="compile")
+    cached(pipe, backend, components="compile")
     cpu_offload(pipe.text_encoder, torch.device("cpu"))
     with caplog.at_level(logging.WARNING, "dcompile"), torch.no_grad():
         pipe.encode_prompt("a cat", torch.device("cpu"), 1, True)
@@ -202,30 +202,30 @@ def test_loaded_pipelines_too(tmp_path: Any) -> None:
     picture(pipe)
     dcompile.handle(pipe).save(tmp_path / "programs")
     fresh = dcompile.load(
-        stable_diffusion(), tmp_path / "programs", companions="compile", verbose=False
+        stable_diffusion(), tmp_path / "programs", components="compile", verbose=False
     )
     assert torch.equal(picture(fresh), picture(pipe))
 
 
 def test_wrong_arguments() -> None:
     pipe = stable_diffusion()
-    with pytest.raises(DcompileError, match='companions: expected "compile" or False, got True'):
-        cached(pipe, "eager", companions=True)
+    with pytest.raises(DcompileError, match='components: expected "compile" or False, got True'):
+        cached(pipe, "eager", components=True)
     with pytest.raises(DcompileError, match="UNet2DConditionModel: pass the pipeline"):
-        cached(pipe.unet, "eager", companions="compile")
+        cached(pipe.unet, "eager", components="compile")
 
 
 @pytest.mark.full
 def test_with_inductor() -> None:
     pipe = stable_diffusion()
     expected = picture(cached(pipe, "inductor"))
-    found = picture(cached(pipe, "inductor", companions="compile"))
+    found = picture(cached(pipe, "inductor", components="compile"))
     assert not any(own_forwards(pipe))
     assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_calibrating_leaves_them_as_they_were() -> None:
-    pipe = cached(stable_diffusion(), Counting(), companions="compile")
+    pipe = cached(stable_diffusion(), Counting(), components="compile")
     before = pipe.vae.decoder.forward
     dcompile.profile(pipe, run=lambda: picture(pipe), verbose=False)
     assert pipe.vae.decoder.forward is before
