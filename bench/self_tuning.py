@@ -111,7 +111,7 @@ def psnr(found: torch.Tensor, expected: torch.Tensor) -> float:
 @contextmanager
 def parts_timed() -> Iterator[dict[str, float]]:
     """Seconds in all that preparing takes, and the search for levels."""
-    seconds = {"_prepare": 0.0, "best_choice": 0.0}
+    seconds = {"_prepare": 0.0, "choose": 0.0}
 
     def timed(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -123,10 +123,10 @@ def parts_timed() -> Iterator[dict[str, float]]:
 
         return call
 
-    prepare, search = selftuning.SelfTuner._prepare, selftuning.best_choice
+    prepare, search = selftuning.SelfTuner._prepare, selftuning.choose
     with (
         mock.patch.object(selftuning.SelfTuner, "_prepare", timed("_prepare", prepare)),
-        mock.patch.object(selftuning, "best_choice", timed("best_choice", search)),
+        mock.patch.object(selftuning, "choose", timed("choose", search)),
     ):
         yield seconds
 
@@ -164,7 +164,7 @@ def measured(subject: Subject, interval: int, pictures: int) -> dict[str, Any]:
         "cuts": {depth: len(own) for depth, own in zip(schedule.cuts, placed.refresh, strict=True)},
         "forecast": schedule.forecast,
         "watching": (first - sum(parts.values())) / uncached,
-        "search_seconds": parts["best_choice"],
+        "search_seconds": parts["choose"],
         "capture_seconds": parts["_prepare"],
         "time_speedup": uncached / later,
     }

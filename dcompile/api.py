@@ -7,9 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-import torch
 from torch import nn
 
+from dcompile.arguments import (
+    aim_of,
+    checked_cuda_graphs,
+    checked_layout,
+    checked_memory,
+    checked_new_calls,
+    checked_on_error,
+    components_to_compile,
+    depths_of,
+    forecasts_of,
+    require_sampler,
+    schedule_of,
+)
 from dcompile.backends import Backend, GraphCompiler, resolve
 from dcompile.compiler.fingerprint import identity_of, portable
 from dcompile.compiler.program import ProgramSpec
@@ -19,15 +31,11 @@ from dcompile.compiler.sizes import DynamicSizes
 from dcompile.compiler.structure import structure_of
 from dcompile.compiler.weight_layout import WeightLayout
 from dcompile.errors import (
-    BackendError,
-    DcompileError,
-    DepthError,
     NotCompiledError,
     ScheduleError,
 )
 from dcompile.handles import Handle, JointHandle, device_of
 from dcompile.integrations.pipelines import (
-    auxiliary_components,
     companions_of,
     denoisers_of,
     is_pipeline,
@@ -35,11 +43,8 @@ from dcompile.integrations.pipelines import (
     sampler_of,
     take_denoisers,
 )
-from dcompile.policy.checks import require_speedup
-from dcompile.policy.fixed import Uniform
-from dcompile.policy.forecast import Forecast, resolve_forecast
-from dcompile.policy.gain_weighted import GainWeighted
-from dcompile.policy.schedule import RefreshRule, Schedule, as_schedule
+from dcompile.policy.forecast import Forecast
+from dcompile.policy.schedule import RefreshRule, Schedule
 from dcompile.progress import Display
 from dcompile.runtime.components import install_components
 from dcompile.runtime.dispatcher import Dispatcher, dispatcher_of
@@ -56,6 +61,7 @@ def cache_compile(
     *,
     interval: int | None = None,
     speedup: float | None = None,
+    psnr: float | None = None,
     autotune: Literal["auto", "first", False] = "auto",
     schedule: Schedule | RefreshRule | None = None,
     forecast: str | Forecast | None = None,
@@ -89,10 +95,15 @@ def cache_compile(
             whole pipeline: its denoiser is taken, or both where it has two of a class, one for
             much noise and one for little. Of a module that ``torch.compile`` wraps, the
             original is compiled and returned.
-        interval: refresh every ``interval``-th step, as DeepCache does; 3 if neither this nor
-            ``speedup`` nor ``schedule`` is given.
+        interval: refresh every ``interval``-th step, as DeepCache does; 3 if none of this,
+            ``speedup``, ``psnr`` and ``schedule`` is given.
         speedup: FLOPs of an uncached run over FLOPs of a cached one, from the second run on: closer
             to the uncached result than an interval at the same cost. See ``autotune``.
+        psnr: instead, the fewest FLOPs at which the final sample (latents) is predicted to have so
+            many dB against the uncached one, by the sample's own span; found by watching the first
+            run of each kind, as for ``speedup``. A prediction, good to some 7 dB
+            (bench/results/predicted_psnr.json): ``tune(pipe, psnr=...)`` measures. A run that
+            nothing is known of refreshes at every step.
         autotune: with ``speedup``, "first" has the first run of each kind (number of steps, sampler
             and its settings) refresh at every step, on the eager backend, and watches it; later
             runs refresh several cuts at the steps that were found. The first run's result is the
@@ -168,9 +179,9 @@ def cache_compile(
         TimestepError: the network's forward takes no timestep, or has no parameter of the name
             given for it or for the sample.
     """
-    plan = _schedule_of(interval, schedule, speedup)
-    tunes = _tunes_itself(autotune, speedup, depth, forecast)
-    depths = _depths_of(plan, depth)
+    plan = schedule_of(interval, schedule, speedup, psnr)
+    aim = aim_of(autotune, speedup, psnr, depth, forecast)
+    depths = depths_of(plan, depth)
     if forecast is None and speedup is not None:
         forecast = "auto"
     settings = Settings(
@@ -179,23 +190,22 @@ def cache_compile(
         backend=resolve(backend, options),
         dynamic=DynamicSizes.of(dynamic),
         verbose=verbose,
-        cuda_graphs=_checked_cuda_graphs(cuda_graphs),
-        forecasts=_forecasts_of(plan, [forecast] * len(depths)),
+        cuda_graphs=checked_cuda_graphs(cuda_graphs),
+        forecasts=forecasts_of(plan, [forecast] * len(depths)),
         sampler=sampler_of(module, sampler),
         roles=Roles(sample, timestep),
-        on_error=_checked_on_error(on_error),
-        program_memory=_checked_memory(program_memory),
-        channels_last=_checked_layout(channels_last),
+        on_error=checked_on_error(on_error),
+        program_memory=checked_memory(program_memory),
+        channels_last=checked_layout(channels_last),
     )
-    _require_sampler(settings)
-    parts = _components_to_compile(module, components)
+    require_sampler(settings, aim)
+    parts = components_to_compile(module, components)
     for network in map(network_of, denoisers_of(module).values()):
         plan.require_fit(identity_of(network))
     for network in take_denoisers(module):
         dispatcher = _install(network, settings, module, parts)
-        if tunes:
-            assert speedup is not None
-            self_tune(dispatcher, settings, float(speedup), asked_for=autotune == "first")
+        if aim is not None:
+            self_tune(dispatcher, settings, aim, asked_for=autotune == "first")
     return module if is_pipeline(module) else cast(M, network_of(module))
 
 
@@ -249,9 +259,9 @@ def load(
             what it may be; ``components="compile"`` without a pipeline.
     """
     denoisers = denoisers_of(module)
-    parts = _components_to_compile(module, components)
+    parts = components_to_compile(module, components)
     given = (interval, speedup, schedule) != (None, None, None)
-    asked_plan = _schedule_of(interval, schedule, speedup) if given else None
+    asked_plan = schedule_of(interval, schedule, speedup) if given else None
     found: list[tuple[nn.Module, Artifact, Settings]] = []
     for name, denoiser in denoisers.items():
         network = network_of(denoiser)
@@ -269,15 +279,15 @@ def load(
             dynamic=DynamicSizes.of(artifact.dynamic),
             verbose=verbose,
             cuda_graphs=artifact.cuda_graphs,
-            forecasts=_forecasts_of(plan, [_saved("forecast", one, source) for one in forecasts]),
+            forecasts=forecasts_of(plan, [_saved("forecast", one, source) for one in forecasts]),
             sampler=sampler_of(module, sampler),
             roles=Roles(sample, timestep),
-            on_error=_checked_on_error(on_error),
-            program_memory=_checked_memory(program_memory),
+            on_error=checked_on_error(on_error),
+            program_memory=checked_memory(program_memory),
             channels_last=artifact.channels_last,
-            new_calls=_checked_new_calls(new_calls),
+            new_calls=checked_new_calls(new_calls),
         )
-        _require_sampler(settings)
+        require_sampler(settings)
         _require_spec(source, artifact.cuts, settings.target.spec)
         found.append((network, artifact, settings))
     take_denoisers(module)
@@ -316,126 +326,6 @@ def _install(
         install_companions(companions_of(module), dispatcher)
         install_components(parts, dispatcher, settings.backend, settings.verbose)
     return dispatcher
-
-
-# What was asked for
-
-
-def _schedule_of(
-    interval: int | None, schedule: Schedule | RefreshRule | None, speedup: float | None
-) -> Schedule:
-    named = {"interval": interval, "speedup": speedup, "schedule": schedule}
-    given = {name: value for name, value in named.items() if value is not None}
-    if len(given) > 1:
-        listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ScheduleError(f"give one of interval, speedup and schedule, not {listed}")
-    if speedup is not None:
-        return GainWeighted(speedup=require_speedup(speedup))
-    if schedule is None:
-        return Uniform(3 if interval is None else interval)
-    return as_schedule(schedule)
-
-
-def _tunes_itself(autotune: object, speedup: float | None, depth: int, forecast: object) -> bool:
-    if autotune is not False and autotune not in ("auto", "first"):
-        raise ScheduleError(f'autotune: expected "auto", "first" or False, got {autotune!r}')
-    free = depth == 0 and forecast is None
-    if autotune == "first" and speedup is None:
-        raise ScheduleError("autotune needs the speedup to tune for: give speedup=2.5, say")
-    if autotune == "first" and not free:
-        raise ScheduleError("autotune finds depths and forecast itself: give neither")
-    return autotune is not False and speedup is not None and free
-
-
-def _depths_of(schedule: Schedule, depth: int) -> tuple[int, ...]:
-    """Where to cut: what the schedule says, or at ``depth``."""
-    depths = schedule.depths
-    if depths is None:
-        return (_checked_depth(depth),)
-    if depth not in (0, depths[0]):
-        raise DepthError(
-            f"{schedule!r} brings its depths, got depth={depth!r} as well: leave it out"
-        )
-    return tuple(_checked_depth(value) for value in depths)
-
-
-def _forecasts_of(
-    schedule: Schedule, given: Sequence[str | Forecast | None]
-) -> tuple[Forecast | Literal["auto"], ...]:
-    """One for each cut: the schedule's own where it has one."""
-    own = schedule.forecasts or (None,) * len(given)
-    pairs = list(zip(own, given, strict=True))
-    if None not in own and any(other not in (None, one) for one, other in pairs):
-        raise ScheduleError(
-            f"{schedule!r} brings its forecasts, {_listed(own)}, got {given[0]!r} as well: leave "
-            "it out"
-        )
-    wanted = [one if one is not None else other for one, other in pairs]
-    return tuple("auto" if item == "auto" else resolve_forecast(item or "reuse") for item in wanted)
-
-
-def _require_sampler(settings: Settings) -> None:
-    planned = "speedup and GainWeighted look" if settings.schedule.needs_sampler else None
-    wanted = planned or ('forecast="auto" looks' if "auto" in settings.forecasts else None)
-    if wanted is not None and settings.sampler is None:
-        raise ScheduleError(
-            f"{wanted} at the sampler: pass the pipeline instead of its network, or "
-            "cache_compile(unet, sampler=pipe.scheduler, ...)"
-        )
-
-
-def _checked_depth(depth: int) -> int:
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
-        raise DepthError(f"depth: expected an int of at least 0, got {depth!r}")
-    return depth
-
-
-def _checked_cuda_graphs(wanted: bool | Literal["auto"]) -> bool | Literal["auto"]:
-    if wanted not in (True, False, "auto"):
-        raise BackendError(f'cuda_graphs: expected "auto", True or False, got {wanted!r}')
-    if wanted is True and not torch.cuda.is_available():
-        raise BackendError(
-            'cuda_graphs=True, and there is no CUDA device here; "auto" uses CUDA graphs where '
-            "there is one"
-        )
-    return wanted
-
-
-def _components_to_compile(module: Any, components: object) -> list[nn.Module]:
-    if components is False:
-        return []
-    if components != "compile":
-        raise DcompileError(f'components: expected "compile" or False, got {components!r}')
-    if not is_pipeline(module):
-        raise DcompileError(
-            'components="compile" compiles what a pipeline runs beside its denoiser, got '
-            f"{type(module).__name__}: pass the pipeline"
-        )
-    return auxiliary_components(module)
-
-
-def _checked_layout(wanted: bool | Literal["auto"]) -> bool | Literal["auto"]:
-    if wanted not in (True, False, "auto"):
-        raise BackendError(f'channels_last: expected "auto", True or False, got {wanted!r}')
-    return wanted
-
-
-def _checked_memory(wanted: int) -> int:
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise DcompileError(f"program_memory: expected a positive number of bytes, got {wanted!r}")
-    return wanted
-
-
-def _checked_on_error(wanted: Literal["uncached", "raise"]) -> Literal["uncached", "raise"]:
-    if wanted not in ("uncached", "raise"):
-        raise DcompileError(f'on_error: expected "uncached" or "raise", got {wanted!r}')
-    return wanted
-
-
-def _checked_new_calls(wanted: Literal["compile", "uncached"]) -> Literal["compile", "uncached"]:
-    if wanted not in ("compile", "uncached"):
-        raise DcompileError(f'new_calls: expected "compile" or "uncached", got {wanted!r}')
-    return wanted
 
 
 # What was saved

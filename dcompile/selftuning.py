@@ -1,4 +1,4 @@
-"""``speedup=``: the first run of each kind is watched, and later ones run what was found.
+"""``speedup=`` and ``psnr=``: the first run of a kind is watched, later ones run what was found.
 
 1. At the first call the network is captured, and its cuts are known. The first run refreshes at
    every step, on the eager backend, which compiles nothing, with all cuts worth trying. So its
@@ -6,19 +6,20 @@
 2. An observer records the boundaries of all cuts, and at every fourth step how strongly the output
    reacts to them (``prediction.recorder``).
 3. At the run's last step the levels with the least predicted error are found by dynamic
-   programming (``prediction.levels``). The dispatcher is configured for their cuts and the backend
-   that was asked for, which compiles at the next run.
+   programming (``prediction.choice``), for ``psnr=`` at several speed-ups. The dispatcher is
+   configured for their cuts and the backend that was asked for, which compiles at the next run.
 4. Another kind of run, with other steps or another sampler, is watched in the same way later on,
    with the cuts that were chosen.
 
 Whatever prevents this, such as features that are not finite, leaves a schedule by the sampler's
-error gains, and one message says so: a warning where ``autotune="first"`` asked for it.
+error gains, or a refresh at every step where a ``psnr`` is asked for. One message says so: a
+warning if nothing is gained, or ``autotune="first"`` asked for it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +28,12 @@ import numpy as np
 from dcompile.backends import resolve
 from dcompile.compiler.reader import Call
 from dcompile.errors import DcompileError
+from dcompile.policy.aim import Aim
 from dcompile.policy.forecast import Reuse, resolve_forecast
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.schedule import RunInfo
 from dcompile.policy.self_tuned import Kind, Placed, SelfTuned
-from dcompile.prediction.levels import Choice, best_levels, compute_of, predicted_error
+from dcompile.prediction.choice import choose
 from dcompile.prediction.objective import Objective
 from dcompile.prediction.recorder import Recorder
 from dcompile.progress import Display
@@ -60,9 +62,6 @@ MOST_UNCLEAR = 3
 MOST_SHORT = 24
 # So many kinds are watched; where no run is like another, watching is all that would happen.
 MOST_KINDS = 16
-# A forecast's errors are predicted from true features, which reuse steps do not see: it has to be
-# so many times better than reuse, in squared errors, to be taken.
-MARGIN = 1.5
 # The network corrects an error of the first step by about exp(-1) until the last one.
 CORRECTED = 1.0
 
@@ -73,17 +72,17 @@ class SelfTuner:
     Args:
         dispatcher: of the network.
         settings: what was asked for; they stay where nothing can be watched.
-        speedup: in FLOPs.
+        aim: see there.
         asked_for: whether the first run has to be watched, even if another process has watched
             one, and a warning says so where it cannot.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, settings: Settings, speedup: float, *, asked_for: bool
+        self, dispatcher: Dispatcher, settings: Settings, aim: Aim, *, asked_for: bool
     ) -> None:
         self._dispatcher = dispatcher
         self._asked = settings
-        self._speedup = speedup
+        self._aim = aim
         self._asked_for = asked_for
         self._cache: TunedCache
         self._display = Display(type(dispatcher.module).__name__, settings.verbose)
@@ -125,13 +124,13 @@ class SelfTuner:
             self._is_prepared, self._unclear = True, 0
             dispatcher.state = replace(dispatcher.state, prepare=None)
             structure = dispatcher.programs.captures.structure()
-            self._cache = TunedCache(dispatcher.module, structure, args, kwargs, self._speedup)
+            self._cache = TunedCache(dispatcher.module, structure, args, kwargs, self._aim)
             known = None if self._asked_for else self._cache.read([row.depth for row in rows])
             if known is not None:
                 self._go_on_with(known)
                 return dispatcher.state
             # Beyond reach: raised now, and not when the run is over.
-            GainWeighted(speedup=self._speedup).refreshes(1000, rows[0].ratio)
+            GainWeighted(speedup=self._aim.speedup).refreshes(1000, rows[0].ratio)
             worth = [row.depth for row in rows if row.ratio <= LARGEST_RATIO][:MOST_CUTS]
             cuts = tuple(worth or [row.depth for row in rows[:1]])
             self._all_cuts = cuts
@@ -144,7 +143,7 @@ class SelfTuner:
         self._configure(
             replace(
                 self._asked,
-                schedule=SelfTuned(self._speedup, self._all_cuts, "reuse", watch=self._begins),
+                schedule=SelfTuned(self._aim, self._all_cuts, "reuse", watch=self._begins),
                 depths=self._all_cuts,
                 forecasts=(Reuse(),) * len(self._all_cuts),
                 backend=resolve("eager", None),
@@ -188,6 +187,9 @@ class SelfTuner:
                         f"runs of less than {LEAST_STEPS} steps, or over timesteps that are not "
                         "elements of one tensor, cannot be watched"
                     )
+                return False
+            if self._aim.psnr is not None and not run.has_noise_levels:
+                self._give_up("the sampler's noise levels cannot be read, so no PSNR is predicted")
                 return False
             if kind in self._settled or len(self._settled) >= MOST_KINDS:
                 return False
@@ -257,25 +259,24 @@ class SelfTuner:
         }
         self._watched = _Watched()
         names = ("reuse", "damped") if self._schedule is None else (self._schedule.forecast,)
-        choice = best_choice(objectives, names, length / self._speedup)
+        chosen = choose(objectives, names, self._aim, recorder.sample())
         self._settled.add(kind)
-        if choice is None:
+        if chosen is None:
             reason = (
                 f"no refresh steps of the cuts at depths {', '.join(map(str, settings.depths))} "
-                f"make a run of {length} steps {self._speedup:g} times as fast"
+                f"give a run of {length} steps {self._aim}"
             )
             if self._schedule is None:
                 self._give_up(reason)
             else:
-                self._display.note(f"{reason}: they are refreshed as runs of another kind are")
+                self._display.note(f"{reason}: they are refreshed as other unknown runs are")
             return
-        levels, name = choice
-        ratios = {depth: objective.ratio for depth, objective in objectives.items()}
-        reached = length / compute_of(levels, length, ratios)
+        levels, name = chosen.choice
         found = ", ".join(f"depth {depth} refreshed {len(own)} times" for depth, own in levels)
+        about = "" if chosen.psnr is None else f", about {chosen.psnr:.0f} dB"
         self._display.note(
-            f"tuned for runs of {kind.steps} steps: {found}, forecast {name}, {reached:.2f}x fewer "
-            "FLOPs"
+            f"tuned for runs of {kind.steps} steps: {found}, forecast {name}, "
+            f"{chosen.speedup:.2f}x fewer FLOPs{about}"
         )
         if self._schedule is not None:
             own = dict(levels)
@@ -284,12 +285,12 @@ class SelfTuner:
             for depth in self._schedule.cuts:  # one that was not chosen is refreshed with the outer
                 outer = own.get(depth, outer)
                 refresh.append(outer)
-            self._schedule.known[kind] = Placed(tuple(refresh), length)
+            self._schedule.known[kind] = Placed(tuple(refresh), length, chosen.psnr)
             self._keep()
             return
         cuts = tuple(depth for depth, _ in levels)
-        placed = Placed(tuple(own for _, own in levels), length)
-        self._schedule = SelfTuned(self._speedup, cuts, name, {kind: placed}, self._begins)
+        placed = Placed(tuple(own for _, own in levels), length, chosen.psnr)
+        self._schedule = SelfTuned(self._aim, cuts, name, {kind: placed}, self._begins)
         self._chosen_by = kind
         self._keep()
         forecasts = (resolve_forecast(name),) * len(cuts)
@@ -303,10 +304,12 @@ class SelfTuner:
         self._cache.write(self._schedule, self._dispatcher.programs.captures.structure())
 
     def _give_up(self, reason: str) -> None:
-        """Place refreshes by the sampler's error gains."""
+        """Place refreshes by the sampler's error gains; where a PSNR is wanted, at every step."""
         self._watched = _Watched()
-        message = f"autotune: {reason}; refreshes are placed by the sampler instead"
-        if self._asked_for:
+        is_slow = self._aim.psnr is not None
+        instead = "every step is refreshed" if is_slow else "refreshes are placed by the sampler"
+        message = f"autotune: {reason}; {instead} instead"
+        if self._asked_for or is_slow:
             self._dispatcher.state.notices.warn(message)
         else:
             self._display.note(message)
@@ -385,37 +388,16 @@ class _Watched:
         return self.run is not None and self.length == self.run.steps
 
 
-def best_choice(
-    objectives: Mapping[int, Objective], names: tuple[str, ...], budget: float
-) -> Choice | None:
-    """The levels and the forecast with the least predicted error.
-
-    Args:
-        objectives: depth -> its predicted errors.
-        names: of forecasts; those after the first have to be better by ``MARGIN``.
-        budget: FLOPs of the run over FLOPs of a refresh step.
-    """
-    error: Callable[[Choice], float] = lambda choice: predicted_error(objectives, choice)  # noqa: E731
-    best: Choice | None = None
-    for name in names:
-        found = min(best_levels(objectives, (name,), budget), key=error, default=None)
-        if found is not None and (best is None or MARGIN * error(found) < error(best)):
-            best = found
-    return best
-
-
-def self_tune(
-    dispatcher: Dispatcher, settings: Settings, speedup: float, *, asked_for: bool
-) -> None:
+def self_tune(dispatcher: Dispatcher, settings: Settings, aim: Aim, *, asked_for: bool) -> None:
     """Have a network place its refreshes by what it sees of its first runs.
 
     Args:
         dispatcher: installed with ``settings``.
-        speedup: in FLOPs.
+        aim: see there.
         asked_for: whether the first run has to be watched, even if another process has watched
             one, and a warning says so where it cannot.
     """
-    SelfTuner(dispatcher, settings, speedup, asked_for=asked_for).begin()
+    SelfTuner(dispatcher, settings, aim, asked_for=asked_for).begin()
 
 
-__all__ = ["SelfTuner", "best_choice", "self_tune"]
+__all__ = ["SelfTuner", "self_tune"]

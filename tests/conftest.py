@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -59,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             counts[test] = counts.get(test, -1) + 1
             if counts[test] % marker.args[0]:
                 item.add_marker("full")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector, which captures keep busy, need not look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_configure(config: pytest.Config) -> None:

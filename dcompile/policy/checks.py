@@ -21,6 +21,17 @@ def require_power(name: str, value: object, least: float, most: float) -> None:
         raise ScheduleError(f"{name}: expected a power from {least} to {most}, got {value!r}")
 
 
+def require_psnr(value: object) -> float:
+    """The PSNR in dB as a float.
+
+    Raises:
+        ScheduleError: it is no finite number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ScheduleError(f"psnr: expected a number of dB above 0, got {value!r}")
+    return float(value)
+
+
 def require_speedup(value: object) -> float:
     """The speed-up as a float.
 

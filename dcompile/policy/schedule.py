@@ -62,6 +62,7 @@ class RunInfo:
         forecast: the default forecast for this sampler (``sampler.default_forecast``).
         warn: shows a message to the user, once.
         sampler: the sampler's class and a digest of its settings; empty if it is not known.
+        has_noise_levels: whether the gains are the sampler's, or all alike for want of them.
     """
 
     steps: int | None
@@ -72,6 +73,7 @@ class RunInfo:
     forecast: Forecast = Reuse()  # noqa: RUF009
     warn: Callable[[str], None] = notices.warn
     sampler: str = ""
+    has_noise_levels: bool = True
 
 
 class Plan:

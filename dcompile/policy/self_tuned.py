@@ -8,8 +8,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from dcompile.errors import ScheduleError
-from dcompile.policy.checks import require_speedup
-from dcompile.policy.fixed import Steps
+from dcompile.policy.aim import Aim
+from dcompile.policy.checks import require_psnr, require_speedup
+from dcompile.policy.fixed import Steps, Uniform
 from dcompile.policy.forecast import resolve_forecast
 from dcompile.policy.gain_weighted import GainWeighted
 from dcompile.policy.multi_level import IntervalsPlan
@@ -24,10 +25,12 @@ class Placed(NamedTuple):
         refresh: for each cut, the outermost first, the steps that refresh it.
         length: steps of the run that was watched, which may end before its timesteps do; later
             steps refresh all cuts.
+        psnr: predicted for the final sample against the uncached one, in dB; None if unknown.
     """
 
     refresh: tuple[tuple[int, ...], ...]
     length: int
+    psnr: float | None = None
 
     def plan(self) -> TunedPlan:
         return TunedPlan(tuple(map(frozenset, self.refresh)), self.length)
@@ -110,20 +113,20 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class SelfTuned(Schedule):
-    """What ``cache_compile(pipe, speedup=...)`` runs from the second run on.
+    """What ``cache_compile(pipe, speedup=...)`` or ``psnr=`` runs from the second run on.
 
     A kind of run that it does not know is refreshed at every step and watched. Where nobody
     watches, as after loading it from a file, it runs what is known of the most similar kind.
 
     Attributes:
-        speedup: that was asked for, in FLOPs.
+        aim: what was asked for.
         cuts: depths, ascending.
         forecast: name of the forecast used at all of them.
         known: kinds of runs, and what was found for them.
         watch: is told of a run that is not known; returns whether it will be watched.
     """
 
-    speedup: float
+    aim: Aim
     cuts: tuple[int, ...]
     forecast: str
     known: dict[Kind, Placed] = field(default_factory=dict)
@@ -148,20 +151,21 @@ class SelfTuned(Schedule):
                 f"depth {depth} at {len(own)}"
                 for depth, own in zip(self.cuts, found.refresh, strict=True)
             )
+            about = "" if found.psnr is None else f"; about {found.psnr:.0f} dB are expected"
             lines.append(
-                f"speedup={self.speedup:g}, found by watching a run: of {kind.steps} steps, those "
-                f"that refresh are {counts} (forecast {self.forecast})"
+                f"{self.aim}, found by watching a run: of {kind.steps} steps, those "
+                f"that refresh are {counts} (forecast {self.forecast}){about}"
             )
         if self.watch is not None:
             lines.append(
-                f"speedup={self.speedup:g}: the first run of {'a new' if lines else 'each'} kind "
+                f"{self.aim}: the first run of {'a new' if lines else 'each'} kind "
                 "(steps, sampler) is watched, and refreshes at every step"
             )
         else:
             lines.append(
-                f"speedup={self.speedup:g}: other runs are refreshed as the most similar of these"
-                if lines
-                else f"speedup={self.speedup:g}: refreshes are placed by the sampler's error gains"
+                f"{self.aim}: other runs are refreshed as the most similar of these"
+                if lines and self.aim.psnr is None
+                else self._unknown().describe()[0]
             )
         return lines
 
@@ -172,10 +176,14 @@ class SelfTuned(Schedule):
             return found.plan()
         if self.watch is not None and self.watch(run):
             return _UntilFound(lambda: self.known.get(kind) if kind is not None else None, run)
-        if self.known and run.steps is not None:
+        if self.known and run.steps is not None and self.aim.psnr is None:
             near = min(list(self.known), key=lambda known: _distance(known, run))
             return self.known[near].scaled(run.steps).plan()
-        return GainWeighted(speedup=self.speedup).plan(run)
+        return self._unknown().plan(run)
+
+    def _unknown(self) -> Schedule:
+        """For runs of which nothing is known; what may be too far from uncached is not guessed."""
+        return GainWeighted(speedup=self.aim.speedup) if self.aim.psnr is None else Uniform(1)
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, as JSON has them."""
@@ -186,11 +194,13 @@ class SelfTuned(Schedule):
                 "sampler": kind.sampler,
                 "refresh": [list(own) for own in placed.refresh],
                 "length": placed.length,
+                "psnr": placed.psnr,
             }
             for kind, placed in list(self.known.items())
         ]
         return {
-            "speedup": self.speedup,
+            "speedup": self.aim.speedup,
+            "psnr": self.aim.psnr,
             "cuts": list(self.cuts),
             "forecast": self.forecast,
             "known": known,
@@ -198,14 +208,18 @@ class SelfTuned(Schedule):
 
     @staticmethod
     def of_fields(
-        speedup: float, cuts: Sequence[int], forecast: str, known: Sequence[Mapping[str, Any]]
+        speedup: float,
+        psnr: float | None,
+        cuts: Sequence[int],
+        forecast: str,
+        known: Sequence[Mapping[str, Any]],
     ) -> SelfTuned:
         """The schedule with these fields.
 
         Raises:
             ScheduleError: they do not describe one.
         """
-        require_speedup(speedup)
+        aim = Aim(require_speedup(speedup), None if psnr is None else require_psnr(psnr))
         resolve_forecast(forecast)
         found: dict[Kind, Placed] = {}
         try:
@@ -223,10 +237,11 @@ class SelfTuned(Schedule):
                     raise ValueError(f"refresh steps are {entry['refresh']!r}")
                 if not inside:
                     raise ValueError(f"{entry['refresh']!r} is no part of {length} steps")
-                found[kind] = Placed(refresh, length)
+                expected = entry["psnr"]
+                found[kind] = Placed(refresh, length, expected and float(expected))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ScheduleError(f"SelfTuned: {error}") from error
-        return SelfTuned(float(speedup), tuple(cuts), forecast, found)
+        return SelfTuned(aim, tuple(cuts), forecast, found)
 
 
 def _distance(kind: Kind, run: RunInfo) -> tuple[bool, int]:

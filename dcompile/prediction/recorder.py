@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dcompile.errors import TuneError
+from dcompile.prediction.choice import Sample
 from dcompile.prediction.objective import Recording
 from dcompile.runtime.state import RefreshRecord
 
@@ -70,12 +71,13 @@ class Features:
 
 @dataclass
 class LaneRecord:
-    """One lane of a run: for each depth, boundaries and reactions; and its latest cache."""
+    """One lane of a run: for each depth, boundaries and reactions; its latest cache and sample."""
 
     lane: Any  # referenced, so that its id is not that of another one
     features: list[Features]
     reactions: list[list[float]]
     cached: Any = None
+    sample: Sample | None = None
 
 
 class Recorder:
@@ -144,6 +146,7 @@ class Recorder:
                 reaction = math.sqrt(moved / changed) if changed > 0 else 0.0
             record.features[level].append(self._sample_of(tensors))
             record.reactions[level].append(reaction)
+        record.sample = Sample.of(seen.sample)
         record.cached = seen.cached if unrecorded is None else tuple(map(_copy, seen.cached))
 
     def recordings(self) -> list[list[Recording]]:
@@ -158,6 +161,11 @@ class Recorder:
                 found[level].append(Recording(features.gram(), _filled(scale), self._ratios[level]))
                 features.close()
         return found
+
+    def sample(self) -> Sample | None:
+        """The latest samples of all lanes."""
+        found = [record.sample for record in self._lanes.values() if record.sample is not None]
+        return Sample.together(found) if found else None
 
     def _sample_of(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Of each tensor evenly spaced elements, scaled so that distances stay what they are."""

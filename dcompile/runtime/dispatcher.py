@@ -141,8 +141,11 @@ class Dispatcher(ForwardWrapper):
         lane.program, lane.signature, lane.bound = bound.program, call.signature, bound
         if state.observer is not None:
             held = getattr(lane.cached, "tensors", lane.cached)
-            record = RefreshRecord(step, run.steps, lane, bound, leaves, result, held)
-            state.observer(record)
+            assert call.form is not None
+            sample = call.leaves[call.form.sample]
+            state.observer(
+                RefreshRecord(step, run.steps, lane, bound, leaves, sample, result, held)
+            )
         return result
 
     def reason_not_to_cache(self, call: Call) -> str | None:

@@ -77,9 +77,13 @@ class Planner:
                     f"a run whose timesteps are not those of the {name} given to cache_compile: "
                     "its steps count alike, and nothing is extrapolated by 'auto'"
                 )
-                return RunInfo(steps, cuts, ratio, (1.0,) * steps, power=0.0, warn=warn)
+                alike = (1.0,) * steps
+                return RunInfo(
+                    steps, cuts, ratio, alike, power=0.0, warn=warn, has_noise_levels=False
+                )
             sampler, name = found, type(found).__name__
         gains = error_gains(sampler)
+        has_noise_levels = gains is not None
         if gains is None:
             warn(f"{name} has no noise levels that can be read: its steps count alike")
             timesteps = getattr(sampler, "timesteps", None)
@@ -99,6 +103,7 @@ class Planner:
             default_forecast(stochastic=stochastic),
             warn,
             describe_sampler(sampler),
+            has_noise_levels,
         )
 
     def _is_stochastic(self, sampler: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from dcompile.compiler.call import CallForms
@@ -28,6 +29,7 @@ class RefreshRecord(NamedTuple):
         lane: whose cache was refreshed.
         program: what ran.
         leaves: the call's leaves.
+        sample: one of them, or the first of several.
         result: what the network returned.
         cached: what the lane now has cached, laid out by ``program.cached``.
     """
@@ -37,6 +39,7 @@ class RefreshRecord(NamedTuple):
     lane: Lane
     program: Runner
     leaves: Sequence[Any]
+    sample: torch.Tensor
     result: Any
     cached: Any
 

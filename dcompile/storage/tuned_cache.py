@@ -28,6 +28,7 @@ from dcompile.compiler.structure import Structure
 from dcompile.errors import ScheduleError, root_cause
 from dcompile.notices import warn
 from dcompile.policy import codec
+from dcompile.policy.aim import Aim
 from dcompile.policy.self_tuned import SelfTuned
 from dcompile.storage.cache_folder import cache_folder
 from dcompile.storage.folder import sha256_of
@@ -44,7 +45,7 @@ class TunedCache:
         module: the network.
         structure: its structure.
         args, kwargs: of a call; their shapes and dtypes count.
-        speedup: that was asked for.
+        aim: what was asked for.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class TunedCache:
         structure: Structure,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        speedup: float,
+        aim: Aim,
     ) -> None:
         self._file: Path | None = None
-        self._module, self._speedup = module, speedup
+        self._module, self._aim = module, aim
         self._call = [_described(leaf) for leaf in tree_leaves((args, dict(kwargs)))]
         try:
             folder = cache_folder()
@@ -67,7 +68,7 @@ class TunedCache:
 
     def _name(self, structure: Structure) -> str:
         weights = _digest_of_weights(self._module)
-        depends_on = [__version__, portable(structure), weights, self._call, self._speedup]
+        depends_on = [__version__, portable(structure), weights, self._call, list(self._aim)]
         digest = sha256_of(json.dumps(depends_on, sort_keys=True).encode())
         return f"{digest[:40]}.json"
 
@@ -81,7 +82,7 @@ class TunedCache:
             return None
         try:
             found = _read(self._file)
-            if not set(found.cuts) <= set(depths) or found.speedup != self._speedup:
+            if not set(found.cuts) <= set(depths) or found.aim != self._aim:
                 raise ValueError("it is of another network")
         except (FileNotFoundError, NotADirectoryError):
             return None

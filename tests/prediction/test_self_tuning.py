@@ -30,6 +30,7 @@ from transformer_pipelines import pipeline
 import dcompile
 from dcompile import GainWeighted, models, selftuning
 from dcompile.policy import codec
+from dcompile.policy.aim import Aim
 from dcompile.policy.schedule import RunInfo
 from dcompile.policy.self_tuned import Kind, Placed, SelfTuned
 from dcompile.prediction.recorder import Recorder
@@ -522,7 +523,7 @@ def test_warming_up_before_the_first_run_is_warned_of() -> None:
 
 def test_it_survives_json() -> None:
     kind = Kind(4, (0.5, 0.4, 0.3, 0.2), "DDIMScheduler 0")
-    schedule = SelfTuned(2.0, (0, 2), "reuse", {kind: Placed(((0, 2), (0,)), 4)})
+    schedule = SelfTuned(Aim(2.0), (0, 2), "reuse", {kind: Placed(((0, 2), (0,)), 4, 31.5)})
     entry = json.loads(json.dumps(codec.to_json(schedule)))
     again = codec.from_json(entry)
     assert isinstance(again, SelfTuned)
@@ -531,12 +532,13 @@ def test_it_survives_json() -> None:
     assert [plan.level(step) for step in range(5)] == [2, 0, 1, 0, 2]
 
     def known(refresh: Any, length: int = 4, steps: Any = 4, gains: int = 4) -> tuple[str, Any]:
-        one = {"steps": steps, "gains": [1.0] * gains, "sampler": ""}
+        one = {"steps": steps, "gains": [1.0] * gains, "sampler": "", "psnr": None}
         return "known", [{**one, "refresh": refresh, "length": length}]
 
     codec.from_json({**entry, "known": known([[0, 2], [0]])[1]})
     for field, value in (
         ("speedup", 0.5),
+        ("psnr", -1.0),
         ("cuts", [2, 0]),
         ("cuts", [0.0, 2.0]),
         ("cuts", [False, 2]),
@@ -553,6 +555,97 @@ def test_it_survives_json() -> None:
     ):
         with pytest.raises(dcompile.ScheduleError):
             codec.from_json({**entry, field: value})
+
+
+# A quality instead of a speed-up ------------------------------------------------------------------
+
+
+def latents(pipe: Any, number: int) -> torch.Tensor:
+    images: torch.Tensor = pipe(
+        PROMPTS[number],
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(number),
+        output_type="latent",
+    ).images
+    return images
+
+
+def for_quality(module: Any, psnr: float, **more: Any) -> Any:
+    return dcompile.cache_compile(module, psnr=psnr, backend="eager", verbose=False, **more)
+
+
+def test_a_quality_is_reached_and_cheaper_ones_are_faster(pipe: Any) -> None:
+    expected = [latents(pipe, number) for number in range(4)]
+    span = float(expected[0].max() - expected[0].min())
+    speedups = []
+    for wanted in (30.0, 55.0):
+        for_quality(pipe, wanted)
+        assert torch.equal(latents(pipe, 0), expected[0])
+        before = dcompile.handle(pipe).stats
+        found = [latents(pipe, number) for number in range(1, 4)]
+        after = dcompile.handle(pipe).stats
+        reached = [
+            20 * math.log10(span) + psnr(own, true)
+            for own, true in zip(found, expected[1:], strict=True)
+        ]
+        assert sum(reached) / len(reached) > wanted - 6
+        spent = after.calls / after.flops_speedup - before.calls / before.flops_speedup
+        speedups.append((after.calls - before.calls) / spent)
+        lines = " ".join(dcompile.handle(pipe).schedule.describe())
+        assert f"psnr={wanted:g}, found by watching a run" in lines
+        assert float(lines.split("; about ")[1].split(" dB")[0]) >= wanted - 0.5
+        dcompile.handle(pipe).remove()
+    assert speedups[0] > 1.3 * speedups[1] > 1.3
+
+
+def test_a_quality_beyond_reach_runs_every_step(pipe: Any) -> None:
+    expected = drawn(pipe, 1)
+    for_quality(pipe, 500.0)
+    with noticed(r"autotune: no refresh steps .* psnr=500; every step is refreshed instead"):
+        drawn(pipe, 0)
+    assert torch.equal(drawn(pipe, 1), expected)
+
+
+def test_a_quality_is_not_guessed_for_other_runs(pipe: Any, tmp_path: Path) -> None:
+    """From saved programs nothing is watched, and an unknown kind of run refreshes at each step."""
+    expected = drawn(pipe, 1, steps=7)
+    for_quality(pipe, 30.0)
+    for _ in range(2):
+        drawn(pipe)
+    dcompile.handle(pipe).save(tmp_path)
+    dcompile.load(pipe, tmp_path, verbose=False)
+    assert torch.equal(drawn(pipe, 1, steps=7), expected)
+    before = dcompile.handle(pipe).stats.reuse_steps
+    drawn(pipe, 1)
+    assert dcompile.handle(pipe).stats.reuse_steps > before
+
+
+def test_a_sampler_without_noise_levels(pipe: Any) -> None:
+    network, timesteps = plain(), torch.arange(40, 0, -4)
+
+    class Levelless:
+        def set_timesteps(self, steps: int) -> None: ...
+
+    sampler = Levelless()
+    sampler.timesteps = timesteps  # type: ignore[attr-defined]
+    for_quality(network, 30.0, sampler=sampler)
+    with noticed("noise levels cannot be read, so no PSNR is predicted; every step is refreshed"):
+        found = sampled(network, picture(), timesteps)
+    assert torch.equal(found, sampled(plain(), picture(), timesteps))
+
+
+def test_wrong_qualities(pipe: Any) -> None:
+    for wrong in (0, -3.0, math.inf, math.nan, True, "40"):
+        with pytest.raises(dcompile.ScheduleError, match="psnr: expected a number of dB above 0"):
+            for_quality(pipe, wrong)  # type: ignore[arg-type]
+    with pytest.raises(dcompile.ScheduleError, match="give one of interval, speedup, psnr and"):
+        for_quality(pipe, 40.0, speedup=2.0)
+    with pytest.raises(dcompile.ScheduleError, match="psnr is reached by watching a run"):
+        for_quality(pipe, 40.0, autotune=False)
+    with pytest.raises(dcompile.ScheduleError, match="autotune finds depths and forecast itself"):
+        for_quality(pipe, 40.0, depth=1)
+    with pytest.raises(dcompile.ScheduleError, match="psnr looks at the sampler: pass the pipe"):
+        for_quality(plain(), 40.0)
 
 
 @pytest.mark.full
@@ -589,13 +682,13 @@ def test_a_speedup_beyond_reach_is_said_at_once(pipe: Any) -> None:
 def test_a_speedup_that_needs_no_cuts(pipe: Any) -> None:
     expected = drawn(pipe)
     self_tuned(pipe, 1.0)
-    with noticed("autotune: no refresh steps of the cuts at depths .* 12 steps 1 times as fast"):
+    with noticed("autotune: no refresh steps of the cuts at depths .* 12 steps speedup=1"):
         drawn(pipe)
     assert torch.equal(drawn(pipe), expected)
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("method", ["take", "best_choice"])
+@pytest.mark.parametrize("method", ["take", "choose"])
 def test_watching_that_fails(method: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture does not."""
 
@@ -607,7 +700,7 @@ def test_watching_that_fails(method: str, pipe: Any, monkeypatch: pytest.MonkeyP
     if method == "take":
         monkeypatch.setattr(selftuning._Watched, "take", fail)
     else:
-        monkeypatch.setattr(selftuning, "best_choice", fail)
+        monkeypatch.setattr(selftuning, "choose", fail)
     with noticed("autotune: of the watcher; refreshes are placed by the sampler instead"):
         found = drawn(pipe)
     if method != "take":

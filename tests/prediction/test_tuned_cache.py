@@ -121,7 +121,8 @@ BAD = [
     b"[" * 100_000,
     b'{"kind": "Uniform", "interval": 3}',
     b'{"kind": "SelfTuned"}',
-    b'{"kind": "SelfTuned", "speedup": 1e999, "cuts": [0], "forecast": "reuse", "known": []}',
+    b'{"kind": "SelfTuned", "speedup": 1e999, "psnr": null, "cuts": [0], "forecast": "reuse", '
+    b'"known": []}',
 ]
 
 

@@ -96,7 +96,7 @@ def test_another_schedule_may_be_given(saved: Path) -> None:
     network = loaded(saved, interval=7)
     sampled(network, picture(), timesteps())
     assert dcompile.handle(network).stats.refresh_steps == 1
-    with pytest.raises(ScheduleError, match="give one of interval, speedup and schedule"):
+    with pytest.raises(ScheduleError, match="give one of interval, speedup, psnr and schedule"):
         loaded(saved, interval=3, schedule=dcompile.Uniform(3))
 
 
