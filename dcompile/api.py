@@ -101,9 +101,9 @@ def cache_compile(
             to the uncached result than an interval at the same cost. See ``autotune``.
         psnr: instead, the fewest FLOPs at which the final sample (latents) is predicted to have so
             many dB against the uncached one, by the sample's own span; found by watching the first
-            run of each kind, as for ``speedup``. A prediction, good to some 7 dB
-            (bench/results/predicted_psnr.json): ``tune(pipe, psnr=...)`` measures. A run that
-            nothing is known of refreshes at every step.
+            run of each kind, as for ``speedup``. A prediction, of the mean of pictures, good to
+            some 5 dB (bench/results/predicted_psnr.json): ``tune(pipe, psnr=...)`` measures. A run
+            that nothing is known of refreshes at every step.
         autotune: with ``speedup``, "first" has the first run of each kind (number of steps, sampler
             and its settings) refresh at every step, on the eager backend, and watches it; later
             runs refresh several cuts at the steps that were found. The first run's result is the

@@ -73,11 +73,16 @@ class Call:
         self.numbers = numbers
 
     @property
+    def sample(self) -> torch.Tensor:
+        """The sample, or the first of several."""
+        assert self.form is not None
+        sample: torch.Tensor = self.leaves[self.form.sample]
+        return sample
+
+    @property
     def device(self) -> torch.device:
         """Where the sample is."""
-        assert self.form is not None
-        device: torch.device = self.leaves[self.form.sample].device
-        return device
+        return self.sample.device
 
 
 class _Known(NamedTuple):

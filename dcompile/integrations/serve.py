@@ -199,7 +199,7 @@ class RayClient:
                 raise
             except Exception as error:
                 self._raise_unless_lost(error, attempt)
-        raise LostError("no replica answers")
+        raise AssertionError("the last attempt returns or raises")
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         for attempt in range(RETRIES + 1):

@@ -141,11 +141,8 @@ class Dispatcher(ForwardWrapper):
         lane.program, lane.signature, lane.bound = bound.program, call.signature, bound
         if state.observer is not None:
             held = getattr(lane.cached, "tensors", lane.cached)
-            assert call.form is not None
-            sample = call.leaves[call.form.sample]
-            state.observer(
-                RefreshRecord(step, run.steps, lane, bound, leaves, sample, result, held)
-            )
+            told = (step, run.steps, lane, bound, leaves, call.sample, result, held)
+            state.observer(RefreshRecord(*told))
         return result
 
     def reason_not_to_cache(self, call: Call) -> str | None:

@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from dcompile.errors import ArtifactError, DcompileError, first_line
 from dcompile.models.loading import resolve_device
 from dcompile.notices import logger
-from dcompile.serving.build import Plan, build, extend
+from dcompile.serving.build import extend
+from dcompile.serving.compiled_here import CompiledHere
 from dcompile.serving.engine import Engine
 from dcompile.serving.fleet import (
     PROGRAMS,
-    RECORD,
     Record,
     as_built,
-    digest_of_machine,
     local_folder,
     machine_of,
     read_record,
@@ -134,9 +130,10 @@ class Replica:
 
     def _started_here(self) -> tuple[Engine, tuple[int, ...]] | None:
         """With what an earlier replica compiled on this machine; None if it did not, or not so."""
-        folder = self._here()
+        here = self._here()
+        folder = here.folder
         try:
-            record = self._compiled_here(folder)
+            record = here.record()
             engine = self._with(folder, record)
             self.check = require_as_built(engine, folder, record)
         except ArtifactError:
@@ -166,35 +163,8 @@ class Replica:
     def _local(self, place: str) -> Path:
         return local_folder(place, self._work() / "downloads")
 
-    def _here(self) -> Path:
-        """Where programs are that were compiled on this machine instead of shipped ones."""
-        device = resolve_device(self._settings.device)
-        return self._work() / f"{self._settings.name}-{digest_of_machine(device)}"
-
-    def _plan(self) -> Plan:
-        """What was shipped, as far as that can be read."""
-        settings, record = self._settings, self._record
-        if record is None:
-            own = replace(settings, programs=None, components=False)
-            return Plan(own, steps=(settings.steps,))
-        own = replace(as_built(settings, record), programs=None, components=False)
-        return Plan(own, record.sizes, record.batches, record.steps)
-
-    def _compiled_here(self, folder: Path) -> Record:
-        """The record of ``_here``.
-
-        Raises:
-            ArtifactError: it is not there, is damaged, or holds something else than ``_plan``.
-        """
-        record, plan = read_record(folder), self._plan()
-        if record.difference(machine_of(resolve_device(self._settings.device))) is not None:
-            raise ArtifactError(f"{folder} does not fit")
-        have = (record.settings, record.batches, record.steps)
-        if have != (plan.recorded_settings(), plan.batches, plan.steps) or (
-            plan.sizes and plan.sizes != record.sizes
-        ):
-            raise ArtifactError(f"{folder} was built for other settings")
-        return record
+    def _here(self) -> CompiledHere:
+        return CompiledHere(self._settings, self._record, self._work())
 
     def _work(self) -> Path:
         """Where this machine keeps what it downloads and compiles."""
@@ -226,17 +196,9 @@ class Replica:
             self._thread.start()
 
     def _rebuild(self) -> None:
-        """What was shipped, compiled for this machine; once for all replicas that wait for it."""
-        folder = self._here()
-        began = time.time()
-        with FileLock(self._made(folder.parent) / f".{folder.name}.lock"):
-            try:
-                record = self._compiled_here(folder)
-                if (folder / RECORD).stat().st_mtime < began:  # it was not used at the start
-                    raise ArtifactError(f"{folder} is of another model")
-            except ArtifactError:
-                record = build(self._plan(), folder, is_background=True).record
-        self._install_later(folder, record, COMPILED_HERE)
+        """What was shipped, compiled for this machine."""
+        here = self._here()
+        self._install_later(here.folder, here.build(), COMPILED_HERE)
 
     def _after(self, jobs: Sequence[Job], uncached: bool) -> None:
         """Compile what just ran uncached for want of a program."""

@@ -477,7 +477,7 @@ def no_collection() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.full
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("subject", [sd15, sdxl, svd])
 def test_every_operator_has_a_converter(

@@ -348,6 +348,7 @@ def _new_parameter(network: Plain) -> None:
     network.up.weight = torch.nn.Parameter(network.up.weight.detach() * 3)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("change", [_doubled, _loaded, _through_data, _new_parameter])
 def test_the_next_generation_sees_changed_weights_without_compiling(

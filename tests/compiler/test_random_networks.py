@@ -222,6 +222,7 @@ def check_conditional(drawn: Configuration) -> None:
     check(UNet2DConditionModel(**config), drawn, conditioning)
 
 
+@pytest.mark.full
 @examples(FAST)
 @given(unconditional())
 def test_unconditional_networks(drawn: Configuration) -> None:

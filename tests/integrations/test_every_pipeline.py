@@ -32,7 +32,7 @@ def cached(pipe: Any, interval: int) -> Any:
     return dcompile.cache_compile(pipe, interval=interval, backend="eager", verbose=False)
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("name", CASES)
 def test_every_pipeline(name: str, compatible: Callable[..., dict[str, Any]]) -> None:
     case = CASES[name]

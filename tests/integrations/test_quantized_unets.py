@@ -95,6 +95,7 @@ def with_lora(network: Any) -> Any:
 # Everywhere
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_precision_and_fused_projections(folder: Path, dtype: torch.dtype, fused: bool) -> None:

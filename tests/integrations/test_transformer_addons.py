@@ -60,7 +60,7 @@ def lora_folder(pipe: Any, folder: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in WITH_LORA if name in PIPELINES])
 def test_loras(name: str, tmp_path: Path, compatible: Callable[..., dict[str, Any]]) -> None:
     """Loaded, weighted, switched off and on, fused and unloaded, each seen by the next run."""

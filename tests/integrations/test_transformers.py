@@ -83,7 +83,7 @@ def skipping(network: nn.Module, name: str, interval: int) -> Iterator[None]:
             hook.remove()
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize("name", [name for name in TRANSFORMERS if name not in NOT_CAPTURED])
 def test_every_transformer(name: str) -> None:
     network, kwargs = small_transformer(name)
@@ -101,6 +101,7 @@ def test_every_transformer(name: str) -> None:
     assert dcompile.handle(network).explain().depths[0].ratio < 0.75
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_same_as_hooks_on_its_blocks(name: str) -> None:
     network, kwargs = small_transformer(name)
@@ -114,6 +115,7 @@ def test_the_same_as_hooks_on_its_blocks(name: str) -> None:
     assert not torch.equal(found[1], uncached[1])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 @pytest.mark.parametrize(
     "settings",

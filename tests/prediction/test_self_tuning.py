@@ -598,6 +598,7 @@ def test_a_quality_is_reached_and_cheaper_ones_are_faster(pipe: Any) -> None:
     assert speedups[0] > 1.3 * speedups[1] > 1.3
 
 
+@pytest.mark.full
 def test_a_quality_beyond_reach_runs_every_step(pipe: Any) -> None:
     expected = drawn(pipe, 1)
     for_quality(pipe, 500.0)
@@ -606,6 +607,7 @@ def test_a_quality_beyond_reach_runs_every_step(pipe: Any) -> None:
     assert torch.equal(drawn(pipe, 1), expected)
 
 
+@pytest.mark.full
 def test_a_quality_is_not_guessed_for_other_runs(pipe: Any, tmp_path: Path) -> None:
     """From saved programs nothing is watched, and an unknown kind of run refreshes at each step."""
     expected = drawn(pipe, 1, steps=7)

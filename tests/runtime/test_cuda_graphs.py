@@ -104,6 +104,7 @@ EDITS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("how", EDITS)
 @pytest.mark.parametrize("between", range(1, 6))
 def test_a_prompt_edited_between_steps(how: str, between: int) -> None:

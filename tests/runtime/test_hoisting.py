@@ -102,6 +102,7 @@ def edited(network: Any, kind: str) -> torch.Tensor:
 KINDS = ["replaced", "in place", "data", "halved", "left out", "made at each step"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_conditioning_that_changes_in_mid_run(kind: str, without: Any) -> None:
     assert torch.equal(edited(compiled(interval=1), kind), edited(plain(), kind))

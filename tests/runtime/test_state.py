@@ -55,6 +55,7 @@ def test_next_run_with_another_picture_and_condition(network: Plain) -> None:
     assert torch.equal(sampled(network, picture(2), timesteps(), condition), expected)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (9, 11)])
 def test_next_run_with_another_size(network: Plain, size: tuple[int, int]) -> None:
     sampled(network, picture(1), timesteps())
@@ -62,6 +63,7 @@ def test_next_run_with_another_size(network: Plain, size: tuple[int, int]) -> No
     assert torch.equal(sampled(network, x, timesteps()), alone(x, timesteps()))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("done", [1, 2, 3, 4])
 def test_interrupted_run(network: Plain, done: int) -> None:
     ts = timesteps()
@@ -185,6 +187,7 @@ def guided(
     return x
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("until", [9, 4, 5])
 def test_unbatched_guidance_equals_two_networks(network: Plain, until: int) -> None:
     ts = timesteps(9)
