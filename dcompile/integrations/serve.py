@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
@@ -188,7 +189,7 @@ class RayClient:
         return found
 
     async def generate(self, request: Request) -> Made:
-        for attempt in range(RETRIES + 1):
+        for attempt in itertools.count():
             request = await self._again(request, attempt)
             response = self._handle.generate.remote(self._model, request)
             try:
@@ -199,10 +200,9 @@ class RayClient:
                 raise
             except Exception as error:
                 self._raise_unless_lost(error, attempt)
-        raise AssertionError("the last attempt returns or raises")
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
-        for attempt in range(RETRIES + 1):
+        for attempt in itertools.count():
             request = await self._again(request, attempt)
             response = self._handle.options(stream=True).stream.remote(self._model, request)
             try:
