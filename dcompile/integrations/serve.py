@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import itertools
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
@@ -189,7 +188,8 @@ class RayClient:
         return found
 
     async def generate(self, request: Request) -> Made:
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             request = await self._again(request, attempt)
             response = self._handle.generate.remote(self._model, request)
             try:
@@ -200,9 +200,11 @@ class RayClient:
                 raise
             except Exception as error:
                 self._raise_unless_lost(error, attempt)
+                attempt += 1
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             request = await self._again(request, attempt)
             response = self._handle.options(stream=True).stream.remote(self._model, request)
             try:
@@ -214,6 +216,7 @@ class RayClient:
                 raise
             except Exception as error:
                 self._raise_unless_lost(error, attempt)
+                attempt += 1
 
     async def _again(self, request: Request, attempt: int) -> Request:
         """The request for this attempt; later ones wait for a replica that is being replaced."""
