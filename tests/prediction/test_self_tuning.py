@@ -55,12 +55,14 @@ def pipe(shared_pipe: Any) -> Iterator[Any]:
         dcompile.handle(shared_pipe).remove()
 
 
-def drawn(pipe: Any, number: int = 0, steps: int = STEPS, **more: Any) -> torch.Tensor:
+def drawn(
+    pipe: Any, number: int = 0, steps: int = STEPS, output_type: str = "pt", **more: Any
+) -> torch.Tensor:
     images: torch.Tensor = pipe(
         PROMPTS[number],
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(number),
-        output_type="pt",
+        output_type=output_type,
         **more,
     ).images
     return images
@@ -561,13 +563,7 @@ def test_it_survives_json() -> None:
 
 
 def latents(pipe: Any, number: int) -> torch.Tensor:
-    images: torch.Tensor = pipe(
-        PROMPTS[number],
-        num_inference_steps=STEPS,
-        generator=torch.Generator().manual_seed(number),
-        output_type="latent",
-    ).images
-    return images
+    return drawn(pipe, number, output_type="latent")
 
 
 def for_quality(module: Any, psnr: float, **more: Any) -> Any:
