@@ -1,5 +1,8 @@
 """What users do, in any order: at interval 1 nothing changes, at 3 each run is as if it were alone.
 
+Or closer to uncached: after two runs in a row that were given up at their first step, the next ones
+are told apart by timestep values, and in doubt they refresh once more. That is counted.
+
 ``DCOMPILE_EXAMPLES=2000 pytest tests/runtime/test_stateful.py`` looks longer.
 """
 
@@ -77,6 +80,10 @@ class Users(RuleBasedStateMachine):
     def _compile(self) -> None:
         dcompile.cache_compile(self.network, interval=self.interval, backend="eager", verbose=False)
 
+    def _forced(self) -> int:
+        """Refreshes so far that no schedule asked for; a reset counts anew."""
+        return dcompile.handle(self.network).stats.forced_steps
+
     def _alone(self, seed: int, count: int, batch: int) -> torch.Tensor:
         """The run as it is without anything before or beside it."""
         network = copy.deepcopy(self.twin)
@@ -84,12 +91,22 @@ class Users(RuleBasedStateMachine):
             dcompile.cache_compile(network, interval=self.interval, backend="eager", verbose=False)
         return sampled(network, picture(seed, batch), timesteps(count))
 
+    def _require_as_alone(
+        self, found: torch.Tensor, expected: torch.Tensor, seed: int, count: int, forced: int
+    ) -> None:
+        if self.interval == 1 or self._forced() == forced:
+            assert torch.equal(found, expected)
+        else:
+            first = picture(seed, len(found))
+            uncached = sampled(copy.deepcopy(self.twin), first, timesteps(count))
+            assert (found - uncached).norm() <= 1.5 * (expected - uncached).norm()
+
     @rule(seed=SEEDS, count=COUNTS, batch=st.sampled_from([1, 2, 3]))
     def run(self, seed: int, count: int, batch: int) -> None:
         expected = self._alone(seed, count, batch)
-        before = len(self.feats)
+        before, forced = len(self.feats), self._forced()
         found = sampled(self.network, picture(seed, batch), timesteps(count))
-        assert torch.equal(found, expected)
+        self._require_as_alone(found, expected, seed, count, forced)
         if self.hook is not None:
             assert len(self.feats) - before == count
 
@@ -110,8 +127,10 @@ class Users(RuleBasedStateMachine):
     def interleave(self, seeds: tuple[int, int], count: int) -> None:
         expected = [self._alone(seed, count, 2) for seed in seeds]
         runs = [steps_of(self.network, picture(seed), timesteps(count)) for seed in seeds]
+        forced = self._forced()
         *_, found = zip(*runs, strict=True)
-        assert all(map(torch.equal, found, expected))
+        for seed, own, other in zip(seeds, found, expected, strict=True):
+            self._require_as_alone(own, other, seed, count, forced)
 
     @rule(factor=st.sampled_from([0.5, 1.25]))
     def swap_attribute(self, factor: float) -> None:
