@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import compiled, picture, plain
+from plain import compiled, picture, plain, sampled, steps_of, timesteps
 
 import dcompile
 
@@ -141,3 +141,19 @@ def test_two_runs_in_turns_that_nothing_tells_apart(kind: Callable[[Any], Any]) 
                 x = x - 0.2 * plain()(x, kind(value))[0]
         assert torch.equal(pictures[number], x)
     assert dcompile.handle(network).stats.reuse_steps == 0
+
+
+def test_after_two_runs_given_up_at_their_first_step() -> None:
+    """They look like a loop whose timesteps are made again at every step."""
+    network = compiled(plain())
+    handle = dcompile.handle(network)
+
+    def forced() -> int:
+        before = handle.stats.forced_steps
+        sampled(network, picture(), timesteps(7))
+        return handle.stats.forced_steps - before
+
+    assert forced() == 0
+    for _ in range(2):
+        next(iter(steps_of(network, picture(), timesteps(7))))
+    assert [forced() for _ in range(3)] == [1, 0, 0]
