@@ -14,9 +14,8 @@ import inspect
 import json
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,25 +125,31 @@ def main(
     only: Annotated[str, typer.Option(help="Names that contain this.")] = "",
     processes: Annotated[int, typer.Option(help="At a time.")] = 2,
 ) -> None:
-    """Compare all pipelines."""
-    names = [name for name in subjects() if only in name]
-    rows = []
-    with ProcessPoolExecutor(processes, max_tasks_per_child=8) as pool:
-        for row in pool.map(compared, names):
+    """Compare all pipelines, or go on where an earlier call stopped."""
+    rows: list[dict[str, Any]] = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    known = {row["pipeline"] for row in rows}
+    names = [name for name in subjects() if only in name and name not in known]
+    with ProcessPoolExecutor(processes) as pool:
+        for future in as_completed([pool.submit(compared, name) for name in names]):
+            row = future.result()
             rows.append(row)
             about = f"{len(row['equal'])} equal"
             about += f", different: {row['different']}" if row["different"] else ""
             console.print(f"{row['pipeline']}: {about}; uncached {row['uncached']}")
+            write(rows)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """The result so far."""
     cached = [len(set(row["equal"]) - set(row["uncached"])) for row in rows]
-    summary = Counter(
-        pipelines=len(rows),
-        compared=sum(len(row["equal"]) + len(row["different"]) for row in rows),
-        equal=sum(len(row["equal"]) for row in rows),
-        equal_from_graphs=sum(cached),
-    )
-    console.print(dict(summary))
-    if not only:
-        RESULT.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")
+    summary = {
+        "pipelines": len(rows),
+        "compared": sum(len(row["equal"]) + len(row["different"]) for row in rows),
+        "equal": sum(len(row["equal"]) for row in rows),
+        "equal_from_graphs": sum(cached),
+    }
+    rows.sort(key=lambda row: str(row["pipeline"]))
+    RESULT.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def opaque_state(thing: Any) -> tuple[Any, Callable[[Any], Any] | None] | None:
     if is_builtin_iterator(thing):
         return _position(thing), None
     if isinstance(thing, io.IOBase):
-        return _offset(thing), None
+        return None if _is_standard(thing) else _offset(thing), None
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
@@ -87,6 +87,14 @@ def opaque_state(thing: Any) -> tuple[Any, Callable[[Any], Any] | None] | None:
         kept = bits.state
         return repr(kept), lambda _: setattr(bits, "state", kept)
     return None
+
+
+def _is_standard(file: io.IOBase) -> bool:
+    """Whether it is the process's output, which others write to meanwhile: threads, processes."""
+    try:
+        return file.fileno() in (1, 2)
+    except (OSError, ValueError):  # no file of the system, or closed
+        return False
 
 
 def is_builtin_iterator(thing: Any) -> bool:

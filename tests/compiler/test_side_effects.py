@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import functools
 import gc
+import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -551,3 +553,42 @@ def test_a_failure_is_tried_again_after_a_reset() -> None:
     dcompile.handle(network).reset()
     sampled(network, picture(), timesteps(STEPS))
     assert dcompile.handle(network).stats.reuse_steps == 4
+
+
+class Printing(Plain):
+    """Says what it does, as people have it do while they look for a fault."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self.file = file
+
+    def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
+        print("called", file=self.file, flush=True)
+        return super().forward(sample, timestep, condition)
+
+
+def test_the_process_s_output_is_nobody_s(tmp_path: Path) -> None:
+    """Of a server it is a file, which threads and other processes write to at any time."""
+    kept = os.dup(2)
+    with (tmp_path / "log").open("w") as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            with open(2, "w", closefd=False) as stderr:
+                network = compiled(Printing(stderr).eval())
+                sampled(network, picture(), timesteps())
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+    stats = dcompile.handle(network).stats
+    assert stats.uncached_calls == 0
+    assert stats.reuse_steps > 0
+    assert "called" in (tmp_path / "log").read_text()
+
+
+def test_a_file_that_a_network_writes_to(tmp_path: Path) -> None:
+    with (tmp_path / "results").open("w") as file:
+        network = compiled(Printing(file).eval())
+        with noticed("does more than compute: every call changes"):
+            sampled(network, picture(), timesteps())
+        assert dcompile.handle(network).stats.reuse_steps == 0
+    assert (tmp_path / "results").read_text().count("called") == len(timesteps())
