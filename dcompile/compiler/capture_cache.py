@@ -56,6 +56,7 @@ class CaptureCache:
         written: entries of its structure that its own forward pass writes, such as counters; they
             are left out when structures are compared (see ``fingerprint.changed_by_running``).
         last_reason: why the latest capture was needed.
+        in_run: whether what is captured next is for a run that has begun with another network.
         gate: calls of the module's own forward pass it; see ``CaptureGate``.
         layout: of the module's weights.
     """
@@ -66,6 +67,8 @@ class CaptureCache:
         self.written: frozenset[str] = frozenset()
         self.last_reason = self._change = ""
         self.gate = CaptureGate()
+        self.in_run = False
+        self._changes: Counter[str] = Counter()  # that led to captures within a run
         self._forward = forward
         self._structures: dict[int, Structure] = {}  # the latest last
         self._needed: set[int] = set()  # numbers of structures that others refer to
@@ -86,6 +89,12 @@ class CaptureCache:
 
         What was derived from the module and its weights with the same token holds still.
         """
+        watch = self._watch
+        return watch if watch is not None and watch.possible and watch.weights_possible else None
+
+    @property
+    def watch(self) -> Watch | None:
+        """Tells whether the module is what it was at the latest ``structure_number``."""
         return self._watch
 
     def structure_number(self, display: Display) -> int:
@@ -104,8 +113,7 @@ class CaptureCache:
             number = max(self._structures, default=-1) + 1
             self._structures[number] = now
             self._forget_structures()
-        if watch.possible and not self.written:  # else it is different after every call
-            self._watch = watch
+        self._watch = watch
         self._number = number
         return number
 
@@ -159,9 +167,11 @@ class CaptureCache:
             if known is not None:
                 raise type(known)(str(known)) from known
             self._require_few_values(key)
+            self._require_few_changes(number)
             self._note_reason(key)
             try:
                 network = self._capture(number, call, dynamic, display)
+                self.structure_number(display)  # watched from here on
             except TrainingModeError:
                 raise
             except SideEffectError as error:
@@ -195,6 +205,22 @@ class CaptureCache:
                 f"{type(self.module).__name__} was captured for {len(places)} values of {name}, "
                 "and each value is a graph of its own: with further ones it runs uncached. Pass it "
                 "as a tensor, if the network can take one"
+            )
+
+    def _require_few_changes(self, number: int) -> None:
+        """Refuse to capture for one value of an attribute after another, while a run goes on.
+
+        Raises:
+            CaptureError: there are ``MAX_VALUES`` captures for other values of it.
+        """
+        if not self.in_run or any(known == number for known, *_ in self._networks):
+            return
+        self._changes[self._change] += 1
+        if self._changes[self._change] > MAX_VALUES:
+            raise CaptureError(
+                f"{type(self.module).__name__} changed within its runs ({self._change}) and was "
+                f"captured for {MAX_VALUES} states, each a graph of its own: in further ones it "
+                "runs uncached. Pass what changes as an argument of the call"
             )
 
     def _note_reason(self, key: tuple[int, Signature, DynamicSizes | None]) -> None:
@@ -239,6 +265,7 @@ class CaptureCache:
         """Try again what could not be captured."""
         self._refused.clear()
         self._failed.clear()
+        self._changes.clear()
 
     def refresh_guard(self, network: CapturedNetwork) -> None:
         """After a compile: forget calls that were given ``network`` before its guard got tighter.

@@ -114,8 +114,22 @@ def difference(before: Structure, after: Structure) -> str:
             one, other = before[path], after[path]
             names = [n for n in one if n not in other or other[n] != one[n]]
             names += [n for n in other if n not in one]
-            return f"{path or 'the network'}: {names[0]} changed"
+            name = names[0]
+            inside = _name_within(one.get(name), other.get(name))
+            return f"{path or 'the network'}: {inside or name} changed"
     return "nothing changed"
+
+
+def _name_within(one: Any, other: Any) -> str | None:
+    """Which of the names that a class's code mentions, if that is all that differs."""
+    if not isinstance(one, Identity) or not isinstance(other, Identity):
+        return None
+    if len(one.ident) != len(other.ident):
+        return None
+    for name, before, after in zip(one.ident, one.ident[1:], other.ident[1:], strict=False):
+        if before is not after and before != after:
+            return name if isinstance(name, str) else None
+    return None
 
 
 def changed_by_running(before: Structure, after: Structure) -> frozenset[str]:

@@ -5,6 +5,7 @@ Side effects are refused by name; what tracing itself changes is undone (see ``s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_unflatten
 from dcompile.compat.export import one_at_a_time
 from dcompile.compat.hooks import global_hooks
 from dcompile.compiler.call import StandardCall
+from dcompile.compiler.call_counts import NUMBERS, Count
 from dcompile.compiler.capture import CapturedNetwork, capture, refuse_hooks
 from dcompile.compiler.clocks import ClockReadings
 from dcompile.compiler.function_caches import FunctionCaches
@@ -22,6 +24,8 @@ from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.compiler.verification import reason_to_refuse
 from dcompile.errors import CaptureError
+
+OTHER_THREADS = 2  # more looks at what seems to change at every call, if there are others
 
 
 class SideEffectError(CaptureError):
@@ -79,8 +83,8 @@ class ObservedCapture:
             self._refuse_what_cannot_be_undone(effects)
             self._refuse_random_numbers(numbers)
             self._refuse_clocks(clocks)
-            network, traced = self._traced(after)
-            self._refuse_what_repeats(effects, traced, after)
+            network = self._traced(after)
+            self._refuse_what_repeats(effects, after)
             self._refuse_another_result(network, result, before, numbers)
         except CaptureError as error:
             error.uncached_result = (result,)
@@ -92,12 +96,12 @@ class ObservedCapture:
     def _run(self) -> Any:
         return self._forward(*self._args, **self._kwargs)
 
-    def _traced(self, after: Snapshot) -> tuple[CapturedNetwork, dict[Key, Change]]:
-        """The network, and what tracing it has changed, which is undone."""
+    def _traced(self, after: Snapshot) -> CapturedNetwork:
+        """The network; what tracing it has changed is undone."""
         form, leaves = self._call.form, self._call.leaves
         caches = FunctionCaches(after.caches)
         try:
-            network = capture(
+            return capture(
                 self._module,
                 self._forward,
                 leaves,
@@ -107,10 +111,8 @@ class ObservedCapture:
                 form.timestep,
             )
         finally:
-            traced = after.changes(after.again())
-            after.restore(traced)
+            after.restore(after.changes(after.again()))
             caches.forget_new()
-        return network, traced
 
     def _refuse_what_cannot_be_undone(self, effects: Mapping[Key, Change]) -> None:
         """Tracing would do it again. Of weights and arguments torch.export says so."""
@@ -146,17 +148,56 @@ class ObservedCapture:
                     "constant of a graph. It runs uncached"
                 )
 
-    def _refuse_what_repeats(
-        self, effects: Mapping[Key, Change], traced: Mapping[Key, Change], after: Snapshot
-    ) -> None:
+    def _refuse_what_repeats(self, effects: Mapping[Key, Change], after: Snapshot) -> None:
         """What changes at every call; not what is made at the first one and kept."""
-        repeated = _repeated(effects, traced)
-        if repeated is None and not all(change.harmless for change in effects.values()):
-            with undone(*(root for root, _ in self._roots)):  # tracing may have skipped it
-                self._run()
-                repeated = _repeated(effects, after.changes(after.again()))
+        if not any(change.plain or not change.harmless for change in effects.values()):
+            return
+        again = self._changed_by_another_call(after)  # tracing may have skipped it
+        repeated = _repeated(effects, again)
+        for _ in range(OTHER_THREADS if threading.active_count() > 1 else 0):
+            if repeated is None:
+                break  # it was another thread
+            again = self._changed_by_another_call(after)
+            repeated = _repeated(effects, again)
         if repeated is not None:
             raise self._side_effect(repeated)
+        self._refuse_counts(
+            {key: change.where for key, change in again.items() if change.plain and key in effects},
+            after,
+        )
+
+    def _changed_by_another_call(self, after: Snapshot) -> dict[Key, Change]:
+        with undone(*(root for root, _ in self._roots)):
+            self._run()
+            return after.changes(after.again())
+
+    def _refuse_counts(self, places: Mapping[Key, str], after: Snapshot) -> None:
+        """What changes at each call and decides something: a graph's would stay as it was."""
+        counts: dict[Key, Count] = {}
+        readings: dict[Key, list[str]] = {key: [] for key in places}
+        for key, where in places.items():
+            value = after.value(key)
+            if type(value) not in NUMBERS:
+                raise self._count(where, "it is no number, so what reads it is not known")
+            counts[key] = Count(value, readings[key])
+        if not counts:
+            return
+        with undone(*(root for root, _ in self._roots)):
+            after.put(counts)
+            try:
+                self._run()
+                read = {key: [*code] for key, code in readings.items()}
+            except Exception as error:  # such as of a function that wants a real number
+                raise self._count(next(iter(places.values())), f"it is needed: {error}") from error
+        for key, code in read.items():
+            if code:
+                raise self._count(places[key], f"{code[0]} reads it")
+
+    def _count(self, where: str, reason: str) -> SideEffectError:
+        return SideEffectError(
+            f"each call of {self._name} changes {where}, and {reason}: what depends on how often "
+            "the network was called would be a constant of a graph. It runs uncached"
+        )
 
     def _refuse_another_result(
         self, network: CapturedNetwork, result: Any, before: Snapshot, numbers: RandomStates
@@ -186,10 +227,17 @@ class ObservedCapture:
 
 def _repeated(first: Mapping[Key, Change], second: Mapping[Key, Change]) -> str | None:
     """What both calls changed, other than counters; written tensors without a second look."""
+    growing = {identity for (identity, _), change in second.items() if _grows(change)}
     for key, change in first.items():
         if change.in_place or (key in second and not (change.harmless or second[key].harmless)):
             return change.where
+        if _grows(change) and key[0] in growing:  # a new key each time
+            return change.where
     return None
+
+
+def _grows(change: Change) -> bool:
+    return change.added and not change.harmless
 
 
 __all__ = ["ObservedCapture", "SideEffectError"]

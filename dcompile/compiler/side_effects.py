@@ -96,11 +96,15 @@ class Change(NamedTuple):
         where: for a person.
         in_place: a tensor or file was written to, or an iterator advanced: nothing undoes that.
         harmless: only plain values were assigned, as a counter does, or an equal copy.
+        plain: only plain values were assigned.
+        added: there was no such key before.
     """
 
     where: str
     in_place: bool
     harmless: bool
+    plain: bool = False
+    added: bool = False
 
 
 class _Held(NamedTuple):
@@ -163,6 +167,27 @@ class Snapshot:
         for held in self._held.values():
             if id(held.thing) in changed and held.write is not None:
                 held.write(held.state)
+
+    def value(self, key: Key) -> Any:
+        """What a place holds, if it is one of a mapping's; ``EMPTY`` otherwise."""
+        identity, name = key
+        for held in self._held.values():
+            here = id(held.thing) == identity and isinstance(held.state, Mapping)
+            if here and name in held.state:
+                return held.state[name]
+        return EMPTY
+
+    def put(self, values: Mapping[Key, Any]) -> None:
+        """Put other values into places that hold what they did when this was taken."""
+        for held in self._held.values():
+            if isinstance(held.state, Mapping) and held.write is not None:
+                here = {
+                    name: value
+                    for (identity, name), value in values.items()
+                    if identity == id(held.thing) and name in held.state
+                }
+                if here:
+                    held.write({**held.state, **here})
 
     def restore_generators(self) -> None:
         """Put back the states of all ``torch.Generator`` objects."""
@@ -355,8 +380,10 @@ def _differences(held: _Held, now: Any) -> Iterator[tuple[Key, Change]]:
             one, other = before.get(key, EMPTY), now.get(key, EMPTY)
             if not _same(one, other):
                 place = where if key == "" else _place(held, key)
-                harmless = (_is_plain(one) and _is_plain(other)) or _is_copy(one, other)
-                yield (id(held.thing), key), Change(place, in_place=False, harmless=harmless)
+                plain = _is_plain(one) and _is_plain(other)
+                harmless = plain or _is_copy(one, other)
+                change = Change(place, False, harmless, plain, added=one is EMPTY)
+                yield (id(held.thing), key), change
     elif isinstance(before, Memory):
         if before.address != now.address:  # layerwise casting moves weights, there and back
             moved = Change(where, in_place=False, harmless=before.equals(now))

@@ -181,22 +181,25 @@ class _Describer:
             if isinstance(named, types.FunctionType) and levels:
                 self._watch.named(scope, name)
                 yield from self._code(named, levels - 1)
-            elif type(named) in PLAIN and name in scope:
-                self._watch.named(scope, name)
-                yield name, named
             elif isinstance(named, types.ModuleType):
                 for part in names:
-                    value = vars(named).get(part)
-                    if isinstance(value, _CODE):
+                    if _matters(value := vars(named).get(part)):
                         self._watch.named(vars(named), part)
-                        yield part, value
+                        yield part, self._global(value)
+            elif name in scope and not isinstance(named, _CODE) and _matters(named):
+                self._watch.named(scope, name)
+                yield name, self._global(named)
+
+    def _global(self, value: Any) -> Any:
+        """What a global name refers to; of classes and functions, only which they are."""
+        return value if isinstance(value, _CODE) else self.value(value, _LEVELS)
 
     def _weight(self, tensor: Any) -> Any:
         """A weight of a class of its own."""
         if not is_wrapper(tensor):
             self._watch.mapping(vars(tensor))
             return type(tensor), self._container(vars(tensor), MAX_DEPTH)
-        self._watch.possible = False
+        self._watch.weights_possible = False
         names, metadata = tensor.__tensor_flatten__()
         parts = [(part.shape, part.dtype, part.stride()) for part in parts_of(tensor)]
         return type(tensor), tuple(names), tuple(parts), self.value(metadata, MAX_DEPTH)
@@ -328,6 +331,16 @@ def _called_members(kind: type) -> set[str]:
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType, type)
 _LEVELS = 3  # of functions that functions name
+
+
+def _matters(value: Any) -> bool:
+    """Whether what a global name refers to decides something, other than a library's objects."""
+    if type(value) in PLAIN or isinstance(value, _CODE):
+        return True
+    return type(value) in _CONTAINERS or not is_library(type(value).__module__)
+
+
+_CONTAINERS = (dict, list, set, collections.deque, types.SimpleNamespace, collections.defaultdict)
 
 
 def state_of(tensor: torch.Tensor) -> tuple[int, int | None]:

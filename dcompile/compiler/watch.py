@@ -41,11 +41,12 @@ class Watch:
         network: whose structure is read next, while this is told of all that is looked into.
 
     Attributes:
-        possible: whether all of it can be watched.
+        possible: whether all but the weights can be watched.
+        weights_possible: whether the weights can be.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.possible = True
+        self.possible = self.weights_possible = True
         # What has parts, a function that finds them, and the parts it had.
         self._made_of: list[tuple[Any, Callable[[Any], Iterable[Any]], list[Any]]] = []
         # What can only be described again, and how it was described.
@@ -71,7 +72,7 @@ class Watch:
         try:
             self._tensors = TensorProperties(_tensors(held))
         except RuntimeError:  # such as parameters without storage
-            self.possible = False
+            self.weights_possible = False
 
     # What else is looked into
 
@@ -125,22 +126,30 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether everything is what it was."""
+        return self.weights_possible and self.attributes_unchanged() and self._weights_unchanged()
+
+    def attributes_unchanged(self) -> bool:
+        """Whether everything but the weights is what it was, for a third of the cost."""
         try:
-            if any(self._empty) or self._sizes_now() != self._sizes:
+            if not self.possible or any(self._empty) or self._sizes_now() != self._sizes:
                 return False
-            held = self._held_now()
             return (
-                self.possible
-                and _are_same(self._attributes_now(), self._attributes)
-                and all(
-                    _are_same(v, map(operator.call, r))
-                    for v, r in zip(held, self._held, strict=True)
-                )
-                and self._tensors.same(_tensors(held))
+                _are_same(self._attributes_now(), self._attributes)
                 and all(_is_made_of(*known) for known in self._made_of)
                 and all(describe(value) == known for value, describe, known in self._described)
             )
         except (AttributeError, KeyError, RuntimeError, TypeError):  # something is gone
+            return False
+
+    def _weights_unchanged(self) -> bool:
+        """Whether the parameters, buffers and submodules are what they were."""
+        held = self._held_now()
+        try:
+            return all(
+                _are_same(values, map(operator.call, references))
+                for values, references in zip(held, self._held, strict=True)
+            ) and self._tensors.same(_tensors(held))
+        except (AttributeError, RuntimeError, TypeError):
             return False
 
     def _sizes_now(self) -> list[int]:

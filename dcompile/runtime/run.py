@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from dcompile.compat.export import capturing_threads
-from dcompile.compiler.toggles import ToggleSnapshot, WeightIdentities
+from dcompile.compiler.watch import Watch
+from dcompile.compiler.weight_identities import WeightIdentities
 from dcompile.policy.forecast import Forecast
 from dcompile.policy.schedule import Plan
 from dcompile.runtime.lanes import Anchor, Lane
@@ -29,7 +30,7 @@ class Run:
         programs: the bound programs of lanes that begin, by call signature.
         plan: chosen when the run begins; None until then.
         forecasts: one for each cut, chosen with the plan.
-        toggles: the module's switches as they were when its programs were bound.
+        watch: tells whether the module is what it was when its programs were bound.
         weights: the parameters they were bound to.
         swaps_weights: others were put in their places in this run.
         lanes: the calls of a step, each with what it cached.
@@ -49,7 +50,7 @@ class Run:
     programs: dict[Any, Any] = field(default_factory=dict)
     plan: Plan | None = None
     forecasts: tuple[Forecast, ...] = ()
-    toggles: ToggleSnapshot | None = None
+    watch: Watch | None = None
     weights: WeightIdentities | None = None
     swaps_weights: bool = False
     lanes: list[Lane] = field(default_factory=list)
@@ -113,7 +114,7 @@ class Run:
 
     def has_changed(self) -> bool:
         """Whether the module was changed since its programs were bound: then none is left."""
-        if self.toggles is not None and self.toggles.changed():
+        if self.watch is not None and not self.watch.attributes_unchanged():
             self.invalidate_programs()
             return True
         return self.follow_weights(thoroughly=True)

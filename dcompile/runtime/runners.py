@@ -16,7 +16,7 @@ from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
 from dcompile.compiler.roles import Roles
 from dcompile.compiler.side_effects import undone
-from dcompile.compiler.toggles import ToggleSnapshot, WeightIdentities
+from dcompile.compiler.weight_identities import WeightIdentities
 from dcompile.compiler.weight_layout import WeightLayout
 from dcompile.errors import BackendError, CaptureError, DcompileError
 from dcompile.progress import Display
@@ -81,7 +81,7 @@ class Runners:
             DcompileError: there is none, and that is to be raised.
         """
         try:
-            runner: Runner | Refusal = self.runner_for(state, call)
+            runner: Runner | Refusal = self.runner_for(state, call, in_run=run.step > 0)
         except TrainingModeError as error:
             self.training_matters = True
             return Refusal(str(error), error.uncached_result)
@@ -101,13 +101,15 @@ class Runners:
             token = self.programs.captures.token
             if token is None or token is not self._token:
                 self._token = token
-                self._toggles = ToggleSnapshot(self._module)
                 self._weights = WeightIdentities(self._module)
-            run.toggles, run.weights = self._toggles, self._weights
+            run.watch, run.weights = self.programs.captures.watch, self._weights
         return runner
 
-    def runner_for(self, state: State, call: Call) -> Runner:
+    def runner_for(self, state: State, call: Call, in_run: bool = False) -> Runner:
         """A program for this call with the module's weights: found, or captured and compiled.
+
+        Args:
+            in_run: for a run that has begun, so that the module may have changed since.
 
         Raises:
             DcompileError: there is none.
@@ -116,6 +118,7 @@ class Runners:
         assert form is not None
         with self.programs.lock:
             display = Display(type(self._module).__name__, state.settings.verbose)
+            self.programs.captures.in_run = in_run
             try:
                 standard = self.forms.standard(form, materialize(call.leaves))
                 if state.settings.new_calls == "uncached":
