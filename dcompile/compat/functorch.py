@@ -1,6 +1,12 @@
-"""Whether code runs under ``torch.func``'s transformations. Seen in torch 2.11 to 2.15."""
+"""Whether code runs under transformations of ``torch.func``. Seen in torch 2.11 to 2.15."""
 
-from torch._C._functorch import peek_interpreter_stack as innermost_transformation
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
-# () -> Any: the innermost of ``vmap``, ``grad``, ``jvp`` and the like around this code, or None.
-__all__ = ["innermost_transformation"]
+
+def is_transformed() -> bool:
+    """Whether ``vmap``, ``grad``, ``jvp`` or the like, or ``forward_ad``, are around this code."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+__all__ = ["is_transformed"]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._C._dynamo.guards import TensorGuards
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 T = TypeVar("T", bound=torch.Tensor)
@@ -23,6 +24,15 @@ def overrides_functions(kind: type[torch.Tensor]) -> bool:
     own: Any = kind.__torch_function__
     default: Any = torch.Tensor.__torch_function__
     return own is not no_torch_function and getattr(own, "__func__", own) is not default.__func__
+
+
+def unusual_memory(tensor: torch.Tensor) -> str | None:
+    """What a tensor is whose values are no strided array; None if they are."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a tensor with the layout {str(tensor.layout).removeprefix('torch.')}"
+    return "a fake tensor, without values" if isinstance(tensor, FakeTensor) else None
 
 
 def version_of(tensor: torch.Tensor) -> int | None:

@@ -16,7 +16,7 @@ from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.capture_gate import CaptureGate
 from dcompile.compiler.fingerprint import changed_by_running, difference
-from dcompile.compiler.observed_capture import ObservedCapture, SideEffectError
+from dcompile.compiler.observed_capture import ObservedCapture, SideEffectError, UndecidedError
 from dcompile.compiler.signature import (
     Signature,
     constants_that_differ,
@@ -78,6 +78,7 @@ class CaptureCache:
         # What cannot be captured is not tried again: by structure, and by structure and call.
         self._refused: dict[int, CaptureError] = {}
         self._failed: dict[tuple[int, Signature, DynamicSizes | None], CaptureError] = {}
+        self._suspects: set[int] = set()  # a call has kept something where nobody can look
 
     def structure(self) -> Structure:
         """The module's structure as it is now."""
@@ -172,7 +173,11 @@ class CaptureCache:
             try:
                 network = self._capture(number, call, dynamic, display)
                 self.structure_number(display)  # watched from here on
+                self._suspects.discard(number)
             except TrainingModeError:
+                raise
+            except UndecidedError:
+                self._suspects.add(number)
                 raise
             except SideEffectError as error:
                 self._refused[number] = _without_result(error)
@@ -266,6 +271,7 @@ class CaptureCache:
         self._refused.clear()
         self._failed.clear()
         self._changes.clear()
+        self._suspects.clear()
 
     def refresh_guard(self, network: CapturedNetwork) -> None:
         """After a compile: forget calls that were given ``network`` before its guard got tighter.
@@ -295,13 +301,14 @@ class CaptureCache:
             try:
                 with self.gate.capture(), forgotten_later():
                     network = ObservedCapture(
-                        self.module, self._forward(), call, dynamic
+                        self.module, self._forward(), call, dynamic, number in self._suspects
                     ).captured()
                 # Pipelines that build a network out of another's parts leave it in training mode.
                 if self.module.training and any(map(is_random, network.graph_module.graph.nodes)):
                     raise TrainingModeError(IN_TRAINING_MODE)
             except CaptureError as error:
-                if not self.module.training or isinstance(error, TrainingModeError):
+                known = (TrainingModeError, UndecidedError)
+                if not self.module.training or isinstance(error, known):
                     raise
                 in_training = TrainingModeError(IN_TRAINING_MODE)
                 in_training.uncached_result = error.uncached_result

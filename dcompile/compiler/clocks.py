@@ -1,4 +1,4 @@
-"""Whether a network's Python code reads a clock, which would be a constant of its graph.
+"""Whether a network's Python code reads a clock, which would be a constant of its graph, or a file.
 
 Two calls soon after each other may return the same: a clock moves by a share of its reading that
 float32 cannot hold. So it is looked for among the calls of C functions, not in results.
@@ -13,6 +13,9 @@ import sys
 import time
 from types import FrameType, TracebackType
 from typing import Any
+
+from dcompile.compiler.hidden_effects import place_of
+from dcompile.compiler.introspection import is_library
 
 _CLOCKS = frozenset(
     function
@@ -31,6 +34,7 @@ _NOW = ("now", "utcnow", "today")
 _OTHERWISE = frozenset(
     ("asyncio", "concurrent", "logging", "queue", "subprocess", "threading", "torch", "warnings")
 )
+_FILES = frozenset((open, os.open, os.write))
 _CALL_OTHERS = ("logging", "warnings")  # which may read clocks for records, such as Ray does
 
 
@@ -39,10 +43,12 @@ class ClockReadings:
 
     Attributes:
         places: the clocks that were read, and where: ``time.time() (net.py:12)``.
+        files: where code that is no library's, or a library's that it calls, opens files.
     """
 
     def __init__(self) -> None:
         self.places: dict[str, None] = {}
+        self.files: dict[str, None] = {}
         self._looking = False
         self._on_garbage = {getattr(callback, "__code__", None) for callback in gc.callbacks}
 
@@ -62,7 +68,13 @@ class ClockReadings:
             sys.setprofile(None)
 
     def _look(self, frame: FrameType, event: str, called: Any) -> None:
-        if event != "c_call" or not _is_clock(called):
+        if event != "c_call":
+            return
+        if _is_among(called, _FILES):
+            if not _is_for_another_purpose(frame):
+                self.files[place_of(frame)] = None
+            return
+        if not _is_clock(called):
             return
         if frame.f_code in self._on_garbage or _is_for_a_record(frame):
             return
@@ -81,16 +93,29 @@ def _is_for_a_record(frame: FrameType) -> bool:
     return caller is not None
 
 
+def _is_for_another_purpose(frame: FrameType | None) -> bool:
+    """Such as the source line of a warning, or a module's code: whoever asks for a file in vain."""
+    while frame is not None and is_library(frame.f_globals.get("__name__")):
+        if _package_of(frame) in (*_OTHERWISE, "importlib", "linecache", "_frozen_importlib"):
+            return True
+        frame = frame.f_back
+    return frame is None
+
+
 def _package_of(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def _is_clock(called: Any) -> bool:
+def _is_among(called: Any, functions: frozenset[Any]) -> bool:
     try:
-        if called in _CLOCKS:
-            return True
+        return called in functions
     except TypeError:  # not hashable: a method of an object that is not
         return False
+
+
+def _is_clock(called: Any) -> bool:
+    if _is_among(called, _CLOCKS):
+        return True
     owner = getattr(called, "__self__", None)
     return isinstance(owner, type) and issubclass(owner, _DATES) and called.__name__ in _NOW
 

@@ -6,11 +6,12 @@ Side effects are refused by name; what tracing itself changes is undone (see ``s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.compat.export import one_at_a_time
 from dcompile.compat.hooks import global_hooks
@@ -19,6 +20,7 @@ from dcompile.compiler.call_counts import NUMBERS, Count
 from dcompile.compiler.capture import CapturedNetwork, capture, refuse_hooks
 from dcompile.compiler.clocks import ClockReadings
 from dcompile.compiler.function_caches import FunctionCaches
+from dcompile.compiler.hidden_effects import KeptTensors
 from dcompile.compiler.random_states import RandomStates
 from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
 from dcompile.compiler.sizes import DynamicSizes
@@ -32,6 +34,10 @@ class SideEffectError(CaptureError):
     """The network does more than compute, so none of its calls can be cached."""
 
 
+class UndecidedError(CaptureError):
+    """The network has kept something: at its next call it shows whether it does so every time."""
+
+
 class ObservedCapture:
     """One capture of one kind of call.
 
@@ -40,6 +46,7 @@ class ObservedCapture:
         forward: its own forward.
         call: an example.
         dynamic: the sizes that are left open.
+        is_suspect: an earlier call has kept something where nobody can look.
     """
 
     def __init__(
@@ -48,7 +55,9 @@ class ObservedCapture:
         forward: Callable[..., Any],
         call: StandardCall,
         dynamic: DynamicSizes | None,
+        is_suspect: bool = False,
     ) -> None:
+        self._is_suspect = is_suspect
         self._name = type(module).__name__
         self._module = module
         self._forward = forward
@@ -75,7 +84,7 @@ class ObservedCapture:
     def _captured(self) -> CapturedNetwork:
         refuse_hooks(self._module)
         numbers, before = RandomStates(), Snapshot(self._roots)
-        with ClockReadings() as clocks:
+        with ClockReadings() as clocks, KeptTensors() as kept:
             result = self._run()
         after = before.again()
         try:
@@ -83,6 +92,7 @@ class ObservedCapture:
             self._refuse_what_cannot_be_undone(effects)
             self._refuse_random_numbers(numbers)
             self._refuse_clocks(clocks)
+            self._refuse_what_is_hidden(clocks, kept, (*after.tensors(), *tree_leaves(result)))
             network = self._traced(after)
             self._refuse_what_repeats(effects, after)
             self._refuse_another_result(network, result, before, numbers)
@@ -147,6 +157,27 @@ class ObservedCapture:
                     f"{self._name} calls {place}: what its result takes from that would be a "
                     "constant of a graph. It runs uncached"
                 )
+
+    def _refuse_what_is_hidden(
+        self, clocks: ClockReadings, kept: KeptTensors, known: Iterable[Any]
+    ) -> None:
+        """Nothing can undo it, so nobody calls the network again to see whether it repeats."""
+        place = kept.alive(each for each in known if isinstance(each, torch.Tensor))
+        if place is not None:
+            does = f"keeps a tensor that it gets at {place}"
+        elif clocks.files:
+            does = f"opens a file at {next(iter(clocks.files))}"
+        else:
+            return
+        if not self._is_suspect:
+            raise UndecidedError(
+                f"a call of {self._name} {does}; if the next one does not, it is captured. "
+                "This one runs uncached"
+            )
+        raise SideEffectError(
+            f"{self._name} does more than compute: every call {does}, and a reuse step would leave "
+            "that out. It runs uncached"
+        )
 
     def _refuse_what_repeats(self, effects: Mapping[Key, Change], after: Snapshot) -> None:
         """What changes at every call; not what is made at the first one and kept."""
@@ -240,4 +271,4 @@ def _grows(change: Change) -> bool:
     return change.added and not change.harmless
 
 
-__all__ = ["ObservedCapture", "SideEffectError"]
+__all__ = ["ObservedCapture", "SideEffectError", "UndecidedError"]

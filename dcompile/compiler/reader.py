@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dcompile.compat.tensors import overrides_functions
+from dcompile.compat.tensors import overrides_functions, unusual_memory
 from dcompile.compiler.call import LEAF_TYPES, CallForm, CallForms
 from dcompile.compiler.introspection import is_readable
 from dcompile.compiler.lazy import LazyTensor
@@ -202,7 +202,10 @@ class CallReader:
 def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
     """Why a call cannot be cached, as far as its arguments tell."""
     if form is None:
-        return "no sample or no timestep is given"
+        return (
+            "none of its arguments can be the sample, or none the timestep: a number, or a tensor "
+            'with one element or one for each batch element (timestep="..." says which it is)'
+        )
     if not all(map(is_readable, leaves)):
         return "an argument raises when it is looked at, as a proxy does of what is gone"
     samples, timestep = [leaves[place] for place in form.samples], leaves[form.timestep]
@@ -215,6 +218,8 @@ def _refusal(leaves: list[Any], form: CallForm | None) -> str | None:
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and overrides_functions(type(leaf)):
             return f"{type(leaf).__name__} tensors override torch's functions, and graphs do not"
+        if isinstance(leaf, torch.Tensor) and (kind := unusual_memory(leaf)) is not None:
+            return f"an argument is {kind}, which graphs do not take"
     return None
 
 
@@ -252,7 +257,7 @@ class _MatcherWriter:
         self._open = {form.timestep, *variable}  # numbers of any value
         self._checks: list[str] = []  # conditions under which the call is another one
         self._loads: list[str] = []
-        self._names: dict[str, Any] = {"Tensor": torch.Tensor}
+        self._names: dict[str, Any] = {"Tensor": torch.Tensor, "strided": torch.strided}
         self._fresh = itertools.count()
         self._leaves: list[str] = []
         self._conditioning: list[str] = []
@@ -272,7 +277,7 @@ class _MatcherWriter:
         body = ["def matches(args, kwargs):", " try:"]
         body += [f"  {line}" for line in self._loads]
         body += [
-            " except KeyError:",
+            " except (KeyError, RuntimeError):",  # such as a nested tensor's, which has no shape
             "  return None",
             f" return [{', '.join(self._leaves)}], [{', '.join(self._conditioning)}]",
         ]
@@ -342,7 +347,7 @@ class _MatcherWriter:
         device = f"not {name}.is_cpu" if cpu else f"{name}.device != {self._constant(value.device)}"
         self._check(
             f"type({name}) is not {kind} or {name}.shape != {shape} or {name}.dtype is not {dtype} "
-            f"or {device}"
+            f"or {device} or {name}.layout is not strided"
         )
         if value.is_contiguous():
             self._check(f"not {name}.is_contiguous()")

@@ -3,7 +3,8 @@
 Decided by what they look like: the timestep is a number, or a tensor with one element or one for
 each batch element; the sample is a floating-point tensor with at least two dimensions, and shaped
 like what the network returns, or the first argument and a list of such tensors, one for each batch
-element. Names only break ties. Where that leaves more than one, nothing is guessed.
+element. Names only break ties, and may make a timestep of a tensor that does not look like one.
+Where that leaves more than one, nothing is guessed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dcompile.errors import TimestepError
 # What papers and libraries call a timestep or noise level, apart from names with one of the words.
 _TIME_WORDS = ("time", "sigma", "noise", "step")
 _TIME_NAMES = ("t", "r", "tau", "s", "logsnr", "log_snr", "lam")
+_CERTAIN_NAMES = ("timestep", "timesteps", "time", "t", "sigma", "sigmas", "noise_level")
 _SAMPLE_NAMES = ("sample", "x", "hidden_states", "latents", "latent", "x_t", "xt", "z", "z_t")
 
 
@@ -95,14 +97,16 @@ def _sample_of(
 
 def _timestep_of(arguments: Mapping[str, Any], sample: str | None) -> str | None:
     others = {name: value for name, value in arguments.items() if name != sample}
-    timed = [name for name in others if is_called_time(name)]
     batch = _batch_of(arguments.get(sample)) if sample is not None else None
     fitting = [name for name, value in others.items() if _is_time(value, batch)]
-    for names in ([name for name in timed if name in fitting], timed, fitting):
-        if len(names) == 1 or (names and names is not fitting):
-            return names[0]  # of several with "time" in their names, the first
+    certain = [name for name in _CERTAIN_NAMES if name in others]
+    for name in (*(name for name in certain if name in fitting), *certain[:1]):
+        return name  # one value for each token or pixel, where only the name fits
+    timed = [name for name in fitting if is_called_time(name)]
+    if timed or len(fitting) == 1:
+        return (timed or fitting)[0]
     if not fitting:
-        return None
+        return next(filter(is_called_time, others), None)
     named = [name for name in fitting if may_be_called_time(name)]
     exact = [name for name in _TIME_NAMES if name in named]
     if len(named) == 1:
@@ -138,7 +142,7 @@ def _is_time(value: Any, batch: int | None) -> bool:
     if isinstance(value, torch.Tensor):
         if value.dtype is torch.bool:
             return False
-        return value.numel() == 1 or (value.dim() == 1 and value.shape[0] == batch)
+        return value.numel() == 1 or (value.numel() == batch and value.shape[0] == batch)
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

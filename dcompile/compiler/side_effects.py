@@ -148,6 +148,10 @@ class Snapshot:
                 self._visited.append((thing, where))
                 self._visit(thing, where)
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that can be reached."""
+        return (thing for thing in self._seen.values() if isinstance(thing, torch.Tensor))
+
     def again(self) -> Snapshot:
         """All of it as it is now, and what can be reached from it now."""
         return Snapshot(reversed(self._visited))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import contextvars
+import functools
 import io
 import itertools
 import operator
@@ -61,7 +63,7 @@ def members(kind: type) -> dict[str, Any]:
 def opaque_state(thing: Any) -> tuple[Any, Callable[[Any], Any] | None] | None:
     """The state of what cannot be looked into; and what puts it back.
 
-    Random number generators, arrays, queues, iterators, open files.
+    Random number generators, arrays, bytes, queues, iterators, open files.
     """
     if isinstance(thing, random.Random):
         return thing.getstate(), lambda opaque: thing.setstate(opaque.state)
@@ -69,6 +71,8 @@ def opaque_state(thing: Any) -> tuple[Any, Callable[[Any], Any] | None] | None:
         return thing.qsize(), None
     if is_builtin_iterator(thing):
         return _position(thing), None
+    if isinstance(thing, (array.array, bytearray)):
+        return bytes(thing), functools.partial(_refill_bytes, thing)
     if isinstance(thing, io.IOBase):
         return None if _is_standard(thing) else _offset(thing), None
     numpy = sys.modules.get("numpy")
@@ -87,6 +91,14 @@ def opaque_state(thing: Any) -> tuple[Any, Callable[[Any], Any] | None] | None:
         kept = bits.state
         return repr(kept), lambda _: setattr(bits, "state", kept)
     return None
+
+
+def _refill_bytes(thing: Any, opaque: Opaque) -> None:
+    if isinstance(thing, bytearray):
+        thing[:] = opaque.state
+    else:
+        del thing[:]
+        thing.frombytes(opaque.state)
 
 
 def _is_standard(file: io.IOBase) -> bool:

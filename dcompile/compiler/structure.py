@@ -9,6 +9,7 @@ compared by name, shape, dtype and device only: their values are inputs of the g
 from __future__ import annotations
 
 import collections
+import contextvars
 import functools
 import hashlib
 import types
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dcompile.compat.hooks import global_hooks, ways_of_hooks
@@ -131,8 +133,11 @@ class _Describer:
         return entry
 
     def global_hooks(self) -> dict[str, Any]:
-        """Those that torch calls for all modules."""
-        found = {}
+        """Those that torch calls for all modules, and the functions that its layers call."""
+        self._watch.mapping(vars(F))
+        found: dict[str, Any] = {
+            F.__name__: Identity(tuple(filter(callable, vars(F).values())), F.__name__)
+        }
         for name, hooks in global_hooks().items():
             self._watch.mapping(hooks)
             found[name] = tuple(Identity((id(hook),), name_of(hook)) for hook in hooks.values())
@@ -146,10 +151,12 @@ class _Describer:
         self._watch.kind(kind)
         parts: list[Any] = []
         called = _called_members(kind)
-        for base in kind.__mro__:
-            if is_library(base.__module__):
-                continue
+        for base in kind.__mro__[:-1]:
             self._watch.mapping(vars(base))
+            if is_library(base.__module__):  # whose methods may be replaced
+                if issubclass(base, nn.Module):
+                    parts += filter(callable, vars(base).values())
+                continue
             for name, member in vars(base).items():
                 function = function_behind(member)
                 if isinstance(function, types.FunctionType):
@@ -174,6 +181,11 @@ class _Describer:
         yield self.value((function.__defaults__, function.__kwdefaults__), 3)
         if is_library(function.__module__):
             return
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            if _matters(held := contents_of(cell)):
+                yield name, self._global(held)
         names = names_in(function.__code__)
         for name in names:
             scope = function.__globals__
@@ -186,13 +198,15 @@ class _Describer:
                     if _matters(value := vars(named).get(part)):
                         self._watch.named(vars(named), part)
                         yield part, self._global(value)
-            elif name in scope and not isinstance(named, _CODE) and _matters(named):
+            elif name in scope and _matters(named):
                 self._watch.named(scope, name)
                 yield name, self._global(named)
 
     def _global(self, value: Any) -> Any:
-        """What a global name refers to; of classes and functions, only which they are."""
-        return value if isinstance(value, _CODE) else self.value(value, _LEVELS)
+        """What a global name or a closure's variable refers to."""
+        if isinstance(value, type):
+            return value if is_library(value.__module__) else self.kind(value)
+        return value if isinstance(value, _CODE) else self.value(value, _DEPTH_OF_GLOBALS)
 
     def _weight(self, tensor: Any) -> Any:
         """A weight of a class of its own."""
@@ -234,6 +248,9 @@ class _Describer:
         if isinstance(value, functools.partial):
             self._watch.partial(value)
             return kind, self.value((value.func, value.args, value.keywords), depth - 1)
+        if isinstance(value, contextvars.ContextVar):
+            self._watch.described(value, _content)
+            return kind, self.value(_content(value), depth - 1)
         if isinstance(value, types.MethodType):
             inside = self.value(value.__self__, depth - 1)
             return kind, self.value(value.__func__, depth - 1), inside
@@ -330,17 +347,23 @@ def _called_members(kind: type) -> set[str]:
 
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType, type)
-_LEVELS = 3  # of functions that functions name
+_LEVELS = 16  # of functions that functions name
+_DEPTH_OF_GLOBALS = 4
 
 
 def _matters(value: Any) -> bool:
     """Whether what a global name refers to decides something, other than a library's objects."""
-    if type(value) in PLAIN or isinstance(value, _CODE):
+    if type(value) in PLAIN or type(value) in _CONTAINERS or isinstance(value, _HOLDERS):
         return True
-    return type(value) in _CONTAINERS or not is_library(type(value).__module__)
+    return value is not EMPTY and not is_library(type(value).__module__)
 
 
-_CONTAINERS = (dict, list, set, collections.deque, types.SimpleNamespace, collections.defaultdict)
+_CONTAINERS = (dict, list, set, tuple, collections.deque, collections.defaultdict)
+_HOLDERS = (
+    *(types.FunctionType, types.BuiltinFunctionType, type),
+    *(types.SimpleNamespace, functools.partial, contextvars.ContextVar),
+    *(torch.Tensor, nn.Module),
+)
 
 
 def state_of(tensor: torch.Tensor) -> tuple[int, int | None]:
@@ -354,6 +377,10 @@ def _form_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
 
 def _is_of_a_slot(member: Any) -> bool:
     return isinstance(member, (types.MemberDescriptorType, types.GetSetDescriptorType))
+
+
+def _content(variable: contextvars.ContextVar[Any]) -> Any:
+    return variable.get(None)
 
 
 def _array(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from dcompile.compat.functorch import innermost_transformation
+from dcompile.compat.functorch import is_transformed
 from dcompile.compiler.capture import capturing_in_this_thread
 from dcompile.compiler.capture_cache import IN_TRAINING_MODE
 from dcompile.compiler.program_cache import ProgramCache
@@ -29,7 +29,11 @@ from dcompile.runtime.state import RefreshRecord, State
 from dcompile.runtime.wrapper import ForwardWrapper, wrapper_of
 
 _NOTHING = nullcontext()
-UNDER_TORCH_FUNC = "it is called under torch.func (vmap, grad, jvp or the like)"
+UNDER_TORCH_FUNC = (
+    "it is called under torch.func (vmap, grad, jvp or the like) or torch.autograd.forward_ad"
+)
+# Calls in a row that seem to be first steps of runs, before it is said.
+MANY_FIRST_STEPS = 16
 
 
 def dispatcher_of(module: Any) -> Dispatcher | None:
@@ -70,7 +74,7 @@ class Dispatcher(ForwardWrapper):
             return self._run_copy(state, copy, args, kwargs)
         if not state.enabled:
             return call_original(self, args, kwargs)
-        if innermost_transformation() is not None:
+        if is_transformed():
             return self._run_uncached(state, UNDER_TORCH_FUNC, args, kwargs)
         call = state.reader.read(args, kwargs)
         if (reason := call.refusal or self.reason_not_to_cache(call)) is not None:
@@ -106,6 +110,8 @@ class Dispatcher(ForwardWrapper):
             raise
         if level:
             self._count_refresh(state, run, lane, bound, level, wanted)
+            if state.tracker.first_steps == MANY_FIRST_STEPS:
+                note_first_steps(state, call)
         else:
             run.reused = True
             state.counters.reuse(bound.program.ratio)
@@ -249,6 +255,17 @@ def finish(state: State, run: Run, lane: Lane) -> None:
     """Free what is cached at the last step: what follows, such as decoding, needs memory."""
     lane.release()
     note_if_nothing_was_reused(state, run)
+
+
+def note_first_steps(state: State, call: Call) -> None:
+    """Say that no call was taken for the second step of a run, whatever the schedule wants."""
+    assert call.form is not None
+    state.notices.warn(
+        f"{MANY_FIRST_STEPS} calls in a row were each taken for the first step of a run, so none "
+        f"reused anything: their timesteps, {call.form.roles.timestep!r}, do not go one way like "
+        "those of a sampling loop. If another argument is the timestep, give its name to "
+        "cache_compile(timestep=...); or pass elements of one tensor of timesteps"
+    )
 
 
 def note_if_nothing_was_reused(state: State, run: Run) -> None:

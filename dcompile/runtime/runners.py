@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from dcompile.compiler.call import CallForms
 from dcompile.compiler.capture_cache import TrainingModeError
 from dcompile.compiler.lazy import materialize
+from dcompile.compiler.observed_capture import UndecidedError
 from dcompile.compiler.program_cache import ProgramCache
 from dcompile.compiler.reader import Call
 from dcompile.compiler.roles import Roles
@@ -91,6 +92,8 @@ class Runners:
             if call.numbers.keys() - {form.timestep} and isinstance(error, CaptureError):
                 # Perhaps only because numbers were made tensors: from now on they are constants.
                 state.reader.keep_constant(form)
+                return Refusal(str(error), error.uncached_result)
+            if isinstance(error, UndecidedError):  # the next call decides
                 return Refusal(str(error), error.uncached_result)
             if self._is_raised(state.settings, error):
                 raise

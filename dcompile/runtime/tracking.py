@@ -35,8 +35,10 @@ BY_VALUE = (
     "its timestep is a number or a tensor of its own, no view of the sampler's timesteps, and the "
     "values so far do not tell whose step it is"
 )
-# Of the first value of a run identified by value: a second one further away begins another run.
+# Of the first value of a run identified by value: a second one further away proves less.
 FIRST_GAP = 0.3
+# How long a gap between values may be, as a share of the one before it, after such a wide one.
+ALIKE = (0.4, 1.6)
 
 
 @dataclass(eq=False)
@@ -105,6 +107,7 @@ class _ValueTrack:
         gap: from the value before.
         shared: a value came twice, and nothing told the two calls apart: two runs may be under way
             in turns, whose values are taken for those of one.
+        is_wide: the latest gap is so wide that it takes another like it to show that this is a run.
     """
 
     run: Run
@@ -112,14 +115,15 @@ class _ValueTrack:
     step: int = 0
     gap: float | None = None
     shared: bool = False
+    is_wide: bool = False
 
     def misfit(self, value: float) -> float | None:
         """How far ``value`` is from this track's next one; None if it cannot be that."""
         if value == self.value:
             return 0.0
         gap = value - self.value
-        if self.gap is None:
-            return abs(gap) if abs(gap) <= FIRST_GAP * abs(self.value) else None
+        if self.gap is None:  # towards zero, or up to twice as far from it
+            return abs(gap) if abs(value - self.value / 2) <= 1.5 * abs(self.value) else None
         if gap * self.gap < 0 or abs(gap) > 2 * abs(self.gap):
             return None
         return abs(gap - self.gap)
@@ -127,6 +131,7 @@ class _ValueTrack:
     def move_to(self, value: float) -> None:
         """The run's latest timestep has this value."""
         if value != self.value:
+            self.is_wide = not self._shows_a_run(value)
             self.gap = value - self.value
             self.value = value
             self.step += 1
@@ -134,15 +139,29 @@ class _ValueTrack:
             # be beyond.
             self.run.ended = abs(value) < abs(self.gap) / 2 and value * self.gap <= 0
 
+    def _shows_a_run(self, value: float) -> bool:
+        """Whether a value is as near as a next step's is, or as far as the one before was."""
+        gap = abs(value - self.value)
+        if self.gap is None:
+            return gap <= FIRST_GAP * abs(self.value)
+        least, most = ALIKE
+        return not self.is_wide or least * abs(self.gap) <= gap <= most * abs(self.gap)
+
+    def proves_little(self, value: float) -> bool:
+        """Whether a value may as well begin another run: nothing is to be reused for it."""
+        return self.gap is None or (value != self.value and not self._shows_a_run(value))
+
 
 class StepTracker:
     """Finds the run and lane of each call. Safe to call from several threads.
 
     Attributes:
         runs: how many were seen.
+        first_steps: calls in a row that were each taken for a run's first step, and only call.
     """
 
     def __init__(self) -> None:
+        self.first_steps = 0
         self._lock = threading.Lock()  # held for bookkeeping only, never while anything computes
         self._loops = LoopTimesteps()
         self._by_storage: dict[int, _StorageTrack] = {}
@@ -190,7 +209,12 @@ class StepTracker:
                 run, step = self._step_by_storage(timestep, storage)
                 if step == 0 < run.step:  # another run over the same timesteps
                     self.runs += 1
-            return run, run.enter(step, conditioning, signature), step
+            lane = run.enter(step, conditioning, signature)
+            if step:
+                self.first_steps = 0
+            elif len(run.lanes) == 1 and run.steps != 1:
+                self.first_steps += 1
+            return run, lane, step
 
     def element(self, timestep: Any) -> Any:
         """The element of the sampler's timesteps that a timestep was computed from, or itself."""
@@ -297,7 +321,7 @@ class StepTracker:
             others = sum(fit[0] == known for fit in fits) > 1
             # A first gap proves little, and so does a track that others were called in between, or
             # one of several that the call fits equally well.
-            if track.gap is None or track is not self._by_value[-1] or others:
+            if track.proves_little(value) or track is not self._by_value[-1] or others:
                 track.run.doubt(BY_VALUE)
             if value == track.value and not track.run.takes_another(conditioning, signature):
                 track.shared = True
@@ -321,5 +345,5 @@ def _is_part(timestep: torch.Tensor, storage: torch.UntypedStorage) -> bool:
 
 def _value(timestep: Any) -> float:
     if isinstance(timestep, torch.Tensor):
-        return float(timestep.reshape(-1)[0])
+        return 0.0 if timestep.is_meta else float(timestep.reshape(-1)[0])
     return float(timestep)

@@ -1,0 +1,78 @@
+"""What a call does where no snapshot sees it: tensors it keeps somewhere, files it opens.
+
+``side_effects`` compares what can be reached from a network. Python has more places than that: a
+context variable's list, the target of a weak reference, a global of a module that is imported
+within a function, an attribute of a metaclass. But wherever features are collected, they are alive
+after the call; and a file that is written to has been opened.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dcompile.compiler.introspection import is_library
+from dcompile.compiler.states import address_of
+
+_GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__  # of a tensor that was there
+
+
+class KeptTensors(TorchFunctionMode):
+    """The tensors that this thread's code got from torch within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[tuple[weakref.ref[torch.Tensor], str]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func != _GRADIENT:
+            made = result if isinstance(result, (tuple, list)) else (result,)
+            for each in made:
+                if isinstance(each, torch.Tensor) and not any(each is arg for arg in args):
+                    self._made.append((weakref.ref(each), place_of(sys._getframe(1))))
+        return result
+
+    def alive(self, known: Iterable[torch.Tensor]) -> str | None:
+        """Where one was made that is alive, and shares no memory with those known; None for none.
+
+        Args:
+            known: such as the result, and what a snapshot has seen.
+        """
+        if all(reference() is None for reference, _ in self._made):
+            return None
+        known = [*known]
+        identities, memory = {*map(id, known)}, {*map(address_of, known)} - {None, 0}
+
+        def left() -> Iterator[str]:
+            for reference, place in self._made:
+                tensor = reference()
+                if tensor is None or id(tensor) in identities or address_of(tensor) in memory:
+                    continue
+                yield place
+
+        if next(left(), None) is not None:
+            gc.collect()  # or does it only wait to be collected, in a cycle?
+        return next(left(), None)
+
+
+def place_of(frame: FrameType | None) -> str:
+    """The innermost line of code that is no library's: ``net.py:12``."""
+    while frame is not None and is_library(frame.f_globals.get("__name__")):
+        frame = frame.f_back
+    if frame is None:
+        return "somewhere"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+__all__ = ["KeptTensors", "place_of"]
