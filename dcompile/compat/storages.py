@@ -18,6 +18,12 @@ import torch
 storage_of: Callable[[torch.Tensor], torch.UntypedStorage] = torch.Tensor.untyped_storage
 
 
+def row_stride_of(element: torch.Tensor) -> int:
+    """How far apart the rows are of the table that a tensor is a view of; 1 if it is none."""
+    base = element._base
+    return base.stride(0) if base is not None and base.dim() == 2 else 1
+
+
 def weak_storage(
     tensor: torch.Tensor, callback: Callable[[Any], Any] | None = None
 ) -> weakref.ref[Any]:

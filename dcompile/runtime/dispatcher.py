@@ -81,7 +81,9 @@ class Dispatcher(ForwardWrapper):
             return self._run_uncached(state, reason, args, kwargs)
         if state.prepare is not None:
             state, call = state.prepare(args, kwargs)
-        run, lane, step = state.tracker.enter(call.timestep, call.conditioning, call.signature)
+        run, lane, step = state.tracker.enter(
+            call.timestep, call.conditioning, call.signature, call.sample
+        )
         try:
             run.follow_weights()
             bound = lane.bound if call.signature is lane.signature else None

@@ -6,7 +6,7 @@ device, and second-order samplers visit the same value twice. Samplers iterate o
 run, the view's offset the step, in whatever stride the sampler goes over it (see
 ``_StorageTrack``). Where the network gets a number, or a tensor such as ``t / 1000``, the
 view is looked for in the sampling loop (see ``LoopTimesteps``); if there is none, the value
-identifies the run instead (see ``_ValueTrack``).
+identifies the run instead (see ``RunsByValue``).
 
 One rule governs all that is uncertain: when in doubt, refresh. A wrong refresh costs time, a
 wrong reuse costs the picture.
@@ -22,23 +22,15 @@ from typing import Any
 
 import torch
 
-from dcompile.compat.storages import storage_of, weak_storage
+from dcompile.compat.storages import row_stride_of, storage_of, weak_storage
+from dcompile.runtime.by_value import RunsByValue, sketch_of
 from dcompile.runtime.callers import LoopTimesteps
 from dcompile.runtime.lanes import Lane
 from dcompile.runtime.run import Run
 
-# Runs identified by timestep value that are kept; interleaving more only refreshes more often.
-MAX_VALUE_TRACKS = 8
 # Storages that died after one call, one after another, before values are looked at.
 MAX_ORPHANS = 2
-BY_VALUE = (
-    "its timestep is a number or a tensor of its own, no view of the sampler's timesteps, and the "
-    "values so far do not tell whose step it is"
-)
-# Of the first value of a run identified by value: a second one further away proves less.
-FIRST_GAP = 0.3
-# How long a gap between values may be, as a share of the one before it, after such a wide one.
-ALIKE = (0.4, 1.6)
+CONTESTED = "a run over other elements of the same timesteps may go on"
 
 
 @dataclass(eq=False)
@@ -57,6 +49,8 @@ class _StorageTrack:
         stride: offset from one step to the next.
         is_guess: nothing has shown the stride yet.
         is_orphan: nobody went on with it.
+        is_contested: another run over the same storage, in other places of it, may go on.
+        row: how far apart the rows are, if it is a table, of which runs go down one column each.
     """
 
     storage: weakref.ref[Any]
@@ -66,6 +60,8 @@ class _StorageTrack:
     stride: int
     is_guess: bool = True
     is_orphan: bool = False
+    is_contested: bool = False
+    row: int = 1
 
     @property
     def steps(self) -> int:
@@ -77,11 +73,13 @@ class _StorageTrack:
     def step_of(self, offset: int) -> int | None:
         """The step at an offset; None if this run never comes there."""
         step, rest = divmod(offset - self.first, self.stride)
+        if (offset - self.first) % self.row:
+            return None
         return None if rest or step < 0 else step
 
     def learn_stride(self, offset: int) -> None:
         """Take the second call's offset for the second step's."""
-        if self.run.step == 0 and offset != self.first:
+        if self.run.step == 0 and offset != self.first and not (offset - self.first) % self.row:
             if offset != self.first + self.stride:
                 self.stride = offset - self.first
                 self.run.count_again(self.steps)
@@ -91,65 +89,6 @@ class _StorageTrack:
         """Steps of another track at which a pass over this one's timesteps may go on."""
         found = {other.step_of(self.first + end * self.stride) for end in self.run.open_ends}
         return {step for step in found if step is not None}
-
-
-@dataclass(eq=False)
-class _ValueTrack:
-    """A run identified by timestep values: they go one way, in steps of similar size.
-
-    A new run that begins just where an interrupted one would have gone on cannot be distinguished
-    from it by values; its conditioning does, where there is any.
-
-    Attributes:
-        run: the run.
-        value: of the latest step.
-        step: its number.
-        gap: from the value before.
-        shared: a value came twice, and nothing told the two calls apart: two runs may be under way
-            in turns, whose values are taken for those of one.
-        is_wide: the latest gap is so wide that it takes another like it to show that this is a run.
-    """
-
-    run: Run
-    value: float
-    step: int = 0
-    gap: float | None = None
-    shared: bool = False
-    is_wide: bool = False
-
-    def misfit(self, value: float) -> float | None:
-        """How far ``value`` is from this track's next one; None if it cannot be that."""
-        if value == self.value:
-            return 0.0
-        gap = value - self.value
-        if self.gap is None:  # towards zero, or up to twice as far from it
-            return abs(gap) if abs(value - self.value / 2) <= 1.5 * abs(self.value) else None
-        if gap * self.gap < 0 or abs(gap) > 2 * abs(self.gap):
-            return None
-        return abs(gap - self.gap)
-
-    def move_to(self, value: float) -> None:
-        """The run's latest timestep has this value."""
-        if value != self.value:
-            self.is_wide = not self._shows_a_run(value)
-            self.gap = value - self.value
-            self.value = value
-            self.step += 1
-            # Timesteps and noise levels end near zero: one more gap, even half as wide, would
-            # be beyond.
-            self.run.ended = abs(value) < abs(self.gap) / 2 and value * self.gap <= 0
-
-    def _shows_a_run(self, value: float) -> bool:
-        """Whether a value is as near as a next step's is, or as far as the one before was."""
-        gap = abs(value - self.value)
-        if self.gap is None:
-            return gap <= FIRST_GAP * abs(self.value)
-        least, most = ALIKE
-        return not self.is_wide or least * abs(self.gap) <= gap <= most * abs(self.gap)
-
-    def proves_little(self, value: float) -> bool:
-        """Whether a value may as well begin another run: nothing is to be reused for it."""
-        return self.gap is None or (value != self.value and not self._shows_a_run(value))
 
 
 class StepTracker:
@@ -172,11 +111,15 @@ class StepTracker:
         # died then, or the next call is at another place of another storage of that size.
         self._orphans = 0
         self._begun: _StorageTrack | None = None  # the latest over timesteps not seen before
-        self._by_value: list[_ValueTrack] = []
+        self._by_value = RunsByValue()
         self.runs = 0
 
     def enter(
-        self, timestep: Any, conditioning: Sequence[torch.Tensor], signature: Any = None
+        self,
+        timestep: Any,
+        conditioning: Sequence[torch.Tensor],
+        signature: Any = None,
+        sample: torch.Tensor | None = None,
     ) -> tuple[Run, Lane, int]:
         """The run, lane and step of a call.
 
@@ -184,8 +127,9 @@ class StepTracker:
             timestep: as the network got it: a tensor or a number.
             conditioning: the call's other tensors, without the sample.
             signature: the call's; calls of one step that differ in it are different lanes.
+            sample: the call's, which is looked at only where nothing else tells runs apart.
         """
-        storage, value = None, 0.0
+        storage, value, sketch = None, 0.0, None
         if isinstance(timestep, torch.Tensor):
             found = storage_of(timestep)
             is_known = timestep.dim() == 0 and id(found) in self._by_storage
@@ -199,10 +143,13 @@ class StepTracker:
             self._orphans >= MAX_ORPHANS and id(storage) not in self._by_storage
         )
         if by_value:
-            value = _value(timestep)  # may wait for the device: not under the lock
+            # These may wait for the device: not under the lock.
+            value, sketch = _value(timestep), sketch_of(sample)
         with self._lock:
             if by_value:
-                run, step = self._step_by_value(value, conditioning, signature)
+                run, step = self._by_value.step(value, sketch, conditioning, signature)
+                if step == 0 > run.step:
+                    self.runs += 1
                 if storage is not None:  # in case that the next call is a view of it, too
                     self._begin(timestep, storage, int(timestep.storage_offset()), None)
             else:
@@ -232,7 +179,7 @@ class StepTracker:
     def forget(self, run: Run) -> None:
         """Drop a run: something went wrong in the middle of it."""
         with self._lock:
-            self._by_value = [track for track in self._by_value if track.run is not run]
+            self._by_value.forget(run)
             for key, known in list(self._by_storage.items()):
                 if known.run is run:
                     del self._by_storage[key]
@@ -248,7 +195,7 @@ class StepTracker:
         """Those of all runs at present."""
         with self._lock:
             known = [track.run for track in list(self._by_storage.values())]
-            known += [track.run for track in self._by_value]
+            known += self._by_value.runs
             return [lane for run in known for lane in run.lanes]
 
     def _step_by_storage(self, timestep: torch.Tensor, storage: Any) -> tuple[Run, int]:
@@ -268,6 +215,8 @@ class StepTracker:
         if track is None or step is None:
             track, step = self._begin(timestep, storage, offset, track), 0
             self.runs += 1
+        if track.is_contested:
+            track.run.doubt(CONTESTED)
         return track.run, step
 
     def _begin(
@@ -278,12 +227,16 @@ class StepTracker:
         key = id(storage)
         reference = weak_storage(timestep, lambda _: self._storage_died(key))
         size = storage.nbytes() // timestep.element_size()
-        track = _StorageTrack(reference, Run(None), size, offset, self._stride)
+        row = row_stride_of(timestep)
+        stride = row if self._stride % row else self._stride
+        track = _StorageTrack(reference, Run(None), size, offset, stride, row=row)
         if track.steps < 2:  # the stride of other runs makes no sense here
-            track.stride = 1
+            track.stride = row
         track.run.steps = track.steps
         if earlier is not None:
             track.run.doubt_at(earlier.open_steps_in(track))
+            # Its own steps may be taken for those of this run, whatever the strides.
+            track.is_contested = earlier.run.step > 0 and earlier.run.step + 1 < earlier.steps
         begun = self._begun
         if begun is not None and begun.size == size and begun.first != offset:
             self._note_if_orphan(begun)  # the loop goes on in another storage
@@ -300,41 +253,6 @@ class StepTracker:
         if track.run.step < 1 and track.steps > 1 and not track.is_orphan:
             track.is_orphan = True
             self._orphans += 1
-
-    def _step_by_value(
-        self, value: float, conditioning: Sequence[torch.Tensor], signature: Any
-    ) -> tuple[Run, int]:
-        # A run that is over stays where it ended. A value it was called with is its own again only
-        # if the call is another lane's; of equal fits, the latest.
-        fits = [
-            (track.run.knows(conditioning, signature), -misfit, position, track)
-            for position, track in enumerate(self._by_value)
-            if (misfit := track.misfit(value)) is not None
-            and (
-                value != track.value
-                or track is self._by_value[-1]
-                or track.run.takes_another(conditioning, signature)
-            )
-        ]
-        if fits:
-            known, _, _, track = max(fits, key=lambda fit: fit[:3])
-            others = sum(fit[0] == known for fit in fits) > 1
-            # A first gap proves little, and so does a track that others were called in between, or
-            # one of several that the call fits equally well.
-            if track.proves_little(value) or track is not self._by_value[-1] or others:
-                track.run.doubt(BY_VALUE)
-            if value == track.value and not track.run.takes_another(conditioning, signature):
-                track.shared = True
-            elif track.shared and value != track.value:
-                track.run.doubt(BY_VALUE)
-            track.move_to(value)
-            self._by_value.remove(track)
-            self._by_value.append(track)
-            return track.run, track.step
-        track = _ValueTrack(Run(None), value)
-        self._by_value = [*self._by_value[-(MAX_VALUE_TRACKS - 1) :], track]
-        self.runs += 1
-        return track.run, 0
 
 
 def _is_part(timestep: torch.Tensor, storage: torch.UntypedStorage) -> bool:
