@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -53,17 +53,24 @@ class KeptTensors(TorchFunctionMode):
             return None
         known = [*known]
         identities, memory = {*map(id, known)}, {*map(address_of, known)} - {None, 0}
-
-        def left() -> Iterator[str]:
-            for reference, place in self._made:
+        is_collected = False
+        for reference, place in self._made:
+            tensor = reference()
+            if tensor is None or id(tensor) in identities or address_of(tensor) in memory:
+                continue
+            if not is_collected:  # or does it only wait for that, in a cycle?
+                del tensor
+                gc.collect()
+                is_collected = True
                 tensor = reference()
-                if tensor is None or id(tensor) in identities or address_of(tensor) in memory:
-                    continue
-                yield place
+            if tensor is not None and _is_held(tensor):
+                return place
+        return None
 
-        if next(left(), None) is not None:
-            gc.collect()  # or does it only wait to be collected, in a cycle?
-        return next(left(), None)
+
+def _is_held(tensor: torch.Tensor) -> bool:
+    """Whether any Python object refers to a tensor, not only another tensor's history."""
+    return any(type(each) is not FrameType for each in gc.get_referrers(tensor))
 
 
 def place_of(frame: FrameType | None) -> str:

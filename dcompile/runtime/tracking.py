@@ -30,7 +30,6 @@ from dcompile.runtime.run import Run
 
 # Storages that died after one call, one after another, before values are looked at.
 MAX_ORPHANS = 2
-CONTESTED = "a run over other elements of the same timesteps may go on"
 
 
 @dataclass(eq=False)
@@ -49,7 +48,6 @@ class _StorageTrack:
         stride: offset from one step to the next.
         is_guess: nothing has shown the stride yet.
         is_orphan: nobody went on with it.
-        is_contested: another run over the same storage, in other places of it, may go on.
         row: how far apart the rows are, if it is a table, of which runs go down one column each.
     """
 
@@ -60,7 +58,6 @@ class _StorageTrack:
     stride: int
     is_guess: bool = True
     is_orphan: bool = False
-    is_contested: bool = False
     row: int = 1
 
     @property
@@ -73,13 +70,15 @@ class _StorageTrack:
     def step_of(self, offset: int) -> int | None:
         """The step at an offset; None if this run never comes there."""
         step, rest = divmod(offset - self.first, self.stride)
-        if (offset - self.first) % self.row:
-            return None
-        return None if rest or step < 0 else step
+        return None if rest or step < 0 or not self.is_in_column(offset) else step
+
+    def is_in_column(self, offset: int) -> bool:
+        """Whether a run that goes down one column of a table may come to an offset."""
+        return (offset - self.first) % self.row == 0
 
     def learn_stride(self, offset: int) -> None:
         """Take the second call's offset for the second step's."""
-        if self.run.step == 0 and offset != self.first and not (offset - self.first) % self.row:
+        if self.run.step == 0 and offset != self.first and self.is_in_column(offset):
             if offset != self.first + self.stride:
                 self.stride = offset - self.first
                 self.run.count_again(self.steps)
@@ -215,8 +214,6 @@ class StepTracker:
         if track is None or step is None:
             track, step = self._begin(timestep, storage, offset, track), 0
             self.runs += 1
-        if track.is_contested:
-            track.run.doubt(CONTESTED)
         return track.run, step
 
     def _begin(
@@ -235,8 +232,6 @@ class StepTracker:
         track.run.steps = track.steps
         if earlier is not None:
             track.run.doubt_at(earlier.open_steps_in(track))
-            # Its own steps may be taken for those of this run, whatever the strides.
-            track.is_contested = earlier.run.step > 0 and earlier.run.step + 1 < earlier.steps
         begun = self._begun
         if begun is not None and begun.size == size and begun.first != offset:
             self._note_if_orphan(begun)  # the loop goes on in another storage

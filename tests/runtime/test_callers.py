@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
-from dcompile.runtime.tracking import BY_VALUE, StepTracker
+from dcompile.runtime.by_value import BY_VALUE
+from dcompile.runtime.tracking import StepTracker
 
 NOTHING: list[Tensor] = []
 STEPS = 6

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dcompile.runtime import lanes
+from dcompile.runtime.by_value import MAX_VALUE_TRACKS
 from dcompile.runtime.lanes import Lane
-from dcompile.runtime.tracking import MAX_VALUE_TRACKS, StepTracker
+from dcompile.runtime.tracking import StepTracker
 
 NOTHING: list[torch.Tensor] = []
 

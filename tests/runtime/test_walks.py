@@ -43,7 +43,7 @@ WALKS: dict[str, tuple[Callable[[], Iterable[Any]], list[int], list[int]]] = {
     ),
     "a column": (
         lambda: torch.stack([falling(), falling() * 2], 1)[:, 0],
-        [0, 1, 3, 6, 9, 12],
+        AS_SCHEDULED,
         AS_SCHEDULED,
     ),
     "made again at every step": (
@@ -76,7 +76,7 @@ FORCED = {
     "expanded": 0,
     "every second": 1,
     "falling offsets": 1,
-    "a column": 1,
+    "a column": 0,
     "made again at every step": 2,
     "made again at every step, and kept": 2,
     "numbers": 2,
