@@ -56,7 +56,8 @@ class CaptureCache:
         written: entries of its structure that its own forward pass writes, such as counters; they
             are left out when structures are compared (see ``fingerprint.changed_by_running``).
         last_reason: why the latest capture was needed.
-        in_run: whether what is captured next is for a run that has begun with another network.
+        allowed: how many captures a run that has begun may still need; None if there is none.
+        count: of captures.
         gate: calls of the module's own forward pass it; see ``CaptureGate``.
         layout: of the module's weights.
     """
@@ -67,7 +68,8 @@ class CaptureCache:
         self.written: frozenset[str] = frozenset()
         self.last_reason = self._change = ""
         self.gate = CaptureGate()
-        self.in_run = False
+        self.allowed: int | None = None
+        self.count = 0
         self._changes: Counter[str] = Counter()  # that led to captures within a run
         self._forward = forward
         self._structures: dict[int, Structure] = {}  # the latest last
@@ -213,12 +215,21 @@ class CaptureCache:
             )
 
     def _require_few_changes(self, number: int) -> None:
-        """Refuse to capture for one value of an attribute after another, while a run goes on.
+        """Refuse to capture at one step of a run after another.
 
         Raises:
-            CaptureError: there are ``MAX_VALUES`` captures for other values of it.
+            CaptureError: there are ``MAX_VALUES`` captures for other values of an attribute, or for
+                other kinds of calls within one run.
         """
-        if not self.in_run or any(known == number for known, *_ in self._networks):
+        if self.allowed is None:
+            return
+        if any(known == number for known, *_ in self._networks):
+            if self.allowed <= 0:
+                raise CaptureError(
+                    f"{type(self.module).__name__} was captured {MAX_VALUES} times in one run, for "
+                    "arguments of other sizes, structures or constants at each step: further ones "
+                    "run uncached. Pad what grows, pass numbers as tensors, or try dynamic=True"
+                )
             return
         self._changes[self._change] += 1
         if self._changes[self._change] > MAX_VALUES:
@@ -297,6 +308,7 @@ class CaptureCache:
     def _capture(
         self, number: int, call: StandardCall, dynamic: DynamicSizes | None, display: Display
     ) -> CapturedNetwork:
+        self.count += 1
         with display.stage("capturing"):
             try:
                 with self.gate.capture(), forgotten_later():

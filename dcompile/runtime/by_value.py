@@ -88,6 +88,10 @@ class _ValueTrack:
         alike = [float(sketch @ other) for other in self._sketches if len(other) == len(sketch)]
         return max(alike, default=1.0)
 
+    def is_unlike(self, sketch: torch.Tensor | None) -> bool:
+        """Whether a sample shows that a call is another run's, or that noise was added anew."""
+        return self.likeness(sketch) < SIMILAR
+
     def forget_samples(self) -> None:
         """What this run is called with next is like none of those it was called with."""
         self._sketches.clear()
@@ -178,6 +182,7 @@ class RunsByValue:
             (track.run.knows(conditioning, signature), track.likeness(sketch), -misfit, n, track)
             for n, track in enumerate(self._tracks)
             if (misfit := track.misfit(value)) is not None
+            and not (track.gap is None and value != track.value and track.is_unlike(sketch))
             and (
                 value != track.value
                 or track is self._tracks[-1]
@@ -200,10 +205,11 @@ class RunsByValue:
         ]
         for each in (track, *rivals) if rivals else ():
             each.shared = True
-        # A first gap proves little, and so does a run that others were called in between.
-        if track.proves_little(value) or track is not self._tracks[-1]:
+        # A first gap proves little, and so does a run that others were called in between, unless
+        # samples tell them apart.
+        if track.proves_little(value) or (sketch is None and track is not self._tracks[-1]):
             track.run.doubt(BY_VALUE)
-        if likeness < SIMILAR and value != track.value:
+        if track.is_unlike(sketch) and value != track.value:
             track.run.doubt(ANOTHER_SAMPLE)
             track.forget_samples()  # from here on it is this one's run
         if value == track.value and not track.run.takes_another(conditioning, signature):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from dcompile.compat.functorch import is_transformed
+from dcompile.compat.functorch import what_transforms
 from dcompile.compiler.capture import capturing_in_this_thread
 from dcompile.compiler.capture_cache import IN_TRAINING_MODE
 from dcompile.compiler.program_cache import ProgramCache
@@ -29,9 +29,6 @@ from dcompile.runtime.state import RefreshRecord, State
 from dcompile.runtime.wrapper import ForwardWrapper, wrapper_of
 
 _NOTHING = nullcontext()
-UNDER_TORCH_FUNC = (
-    "it is called under torch.func (vmap, grad, jvp or the like) or torch.autograd.forward_ad"
-)
 # Calls in a row that seem to be first steps of runs, before it is said.
 MANY_FIRST_STEPS = 16
 
@@ -74,8 +71,8 @@ class Dispatcher(ForwardWrapper):
             return self._run_copy(state, copy, args, kwargs)
         if not state.enabled:
             return call_original(self, args, kwargs)
-        if is_transformed():
-            return self._run_uncached(state, UNDER_TORCH_FUNC, args, kwargs)
+        if (reason := what_transforms()) is not None:
+            return self._run_uncached(state, reason, args, kwargs)
         call = state.reader.read(args, kwargs)
         if (reason := call.refusal or self.reason_not_to_cache(call)) is not None:
             return self._run_uncached(state, reason, args, kwargs)

@@ -32,6 +32,7 @@ class Run:
         forecasts: one for each cut, chosen with the plan.
         watch: tells whether the module is what it was when its programs were bound.
         weights: the parameters they were bound to.
+        captures: how many there were for this run after its first step.
         swaps_weights: others were put in their places in this run.
         lanes: the calls of a step, each with what it cached.
         ended: known to be at its last step although ``steps`` is not known.
@@ -52,6 +53,7 @@ class Run:
     forecasts: tuple[Forecast, ...] = ()
     watch: Watch | None = None
     weights: WeightIdentities | None = None
+    captures: int = 0
     swaps_weights: bool = False
     lanes: list[Lane] = field(default_factory=list)
     _served: set[int] = field(default_factory=set)  # lanes called at the present step, by id

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.compiler.call import CallForms
-from dcompile.compiler.capture_cache import TrainingModeError
+from dcompile.compiler.capture_cache import MAX_VALUES, TrainingModeError
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.observed_capture import UndecidedError
 from dcompile.compiler.program_cache import ProgramCache
@@ -81,8 +81,11 @@ class Runners:
         Raises:
             DcompileError: there is none, and that is to be raised.
         """
+        before = self.programs.captures.count
         try:
-            runner: Runner | Refusal = self.runner_for(state, call, in_run=run.step > 0)
+            allowed = MAX_VALUES - run.captures if run.step > 0 else None
+            runner: Runner | Refusal = self.runner_for(state, call, allowed)
+            run.captures += self.programs.captures.count - before
         except TrainingModeError as error:
             self.training_matters = True
             return Refusal(str(error), error.uncached_result)
@@ -108,11 +111,11 @@ class Runners:
             run.watch, run.weights = self.programs.captures.watch, self._weights
         return runner
 
-    def runner_for(self, state: State, call: Call, in_run: bool = False) -> Runner:
+    def runner_for(self, state: State, call: Call, allowed: int | None = None) -> Runner:
         """A program for this call with the module's weights: found, or captured and compiled.
 
         Args:
-            in_run: for a run that has begun, so that the module may have changed since.
+            allowed: how many captures, if it is for a run that has begun; None for any number.
 
         Raises:
             DcompileError: there is none.
@@ -121,7 +124,7 @@ class Runners:
         assert form is not None
         with self.programs.lock:
             display = Display(type(self._module).__name__, state.settings.verbose)
-            self.programs.captures.in_run = in_run
+            self.programs.captures.allowed = allowed
             try:
                 standard = self.forms.standard(form, materialize(call.leaves))
                 if state.settings.new_calls == "uncached":
@@ -175,7 +178,8 @@ class Runners:
                 args, kwargs = tree_unflatten(variant, call.form.spec)
                 with torch.no_grad(), undone(args, kwargs, forward):
                     results.append(tree_leaves(forward(*args, **kwargs)))
-            if not all(map(_alike, *results)):
+            same = _equal if call.numbers.keys() - {call.form.timestep} else _alike
+            if not all(map(same, *results)):
                 names = ", ".join(call.form.names[place] for place in call.numbers)
                 raise CaptureError(
                     f"{type(self._module).__name__} computes something else from a number as "
@@ -190,6 +194,13 @@ class Runners:
             return False
         self._raised.add(str(error))
         return True
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Bit for bit: a number that is rounded to a tensor's dtype first is another one."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one is other or one == other)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -144,7 +144,7 @@ def test_transformations_of_torch_func() -> None:
     seen = []
 
     def square(x: torch.Tensor) -> torch.Tensor:
-        seen.append(functorch.innermost_transformation() is not None)
+        seen.append(functorch.what_transforms() == functorch.UNDER_TORCH_FUNC)
         return (x * x).sum()
 
     x = torch.ones(2, 3)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import Plain, picture, timesteps
+from plain import Plain, compiled, picture, timesteps
 
 import dcompile
 from dcompile.errors import TimestepError
@@ -160,3 +160,71 @@ def test_a_name_of_the_sample_that_is_not_given() -> None:
     dcompile.cache_compile(network, sample="mu", backend="eager", verbose=False)
     with torch.no_grad(), pytest.raises(TypeError, match="mu"):
         network(picture(), MASK, t=timesteps(3)[0])
+
+
+def with_parameters(text: str, uses: str) -> type[Plain]:
+    """A network whose forward has these parameters, and passes them on so."""
+    names: dict[str, Any] = {"Plain": Plain, "torch": torch}
+    exec(f"def forward(self, {text}):\n return {uses}", names)
+    return type("Network", (Plain,), {"forward": names["forward"]})
+
+
+SIX, LABEL = torch.full((BATCH, 6), 5.0), torch.tensor([3.0, 7.0])
+MEAN = "(Plain.forward(self, x, t)[0] * (1 + 0.01 * torch.as_tensor(other).float().mean()),)"
+Called = Callable[[Any, Any, Any], Any]
+NOT_TIME: dict[str, tuple[str, str, Called]] = {
+    "time_ids": ("x, t, time_ids", "time_ids", lambda net, x, t: net(x, t, SIX)),
+    "added_time_ids": (
+        "x, t, added_time_ids=None",
+        "added_time_ids",
+        lambda net, x, t: net(x, t, added_time_ids=SIX),
+    ),
+    "timestep_cond": (
+        "x, t, timestep_cond=None",
+        "timestep_cond",
+        lambda net, x, t: net(x, t, SIX),
+    ),
+    "num_timesteps": (
+        "x, t, num_timesteps=10",
+        "num_timesteps",
+        lambda net, x, t: net(x, t, num_timesteps=10),
+    ),
+    "num_timesteps first": (
+        "x, num_timesteps, t",
+        "num_timesteps",
+        lambda net, x, t: net(x, 10, t),
+    ),
+    "time_max": ("x, t, time_max", "time_max", lambda net, x, t: net(x, t, torch.tensor(1000.0))),
+    "noise_aug": ("x, noise_aug, t", "noise_aug", lambda net, x, t: net(x, LABEL, t)),
+    "labels of (batch, 1)": ("x, y, t", "y", lambda net, x, t: net(x, LABEL[:, None], t)),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TIME)
+def test_what_is_no_timestep(name: str) -> None:
+    parameters, other, call = NOT_TIME[name]
+    kind = with_parameters(parameters, MEAN.replace("other", other))
+    torch.manual_seed(0)
+    network = dcompile.cache_compile(kind().eval(), interval=3, backend="eager", verbose=False)
+    run(network, call, picture(batch=BATCH))
+    assert dcompile.handle(network).stats.reuse_steps == 4
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 1), (BATCH, 1, 1, 1), (1, 1), (BATCH, 1, 8, 8)], ids=str)
+def test_a_timestep_of_more_dimensions(shape: tuple[int, ...]) -> None:
+    kind = with_parameters("x, t", "Plain.forward(self, x, t.reshape(len(t), -1)[:, 0])")
+    torch.manual_seed(0)
+    network = dcompile.cache_compile(kind().eval(), interval=3, backend="eager", verbose=False)
+    run(network, lambda net, x, t: net(x, t.expand(shape)), picture(batch=BATCH))
+    assert dcompile.handle(network).stats.reuse_steps >= 3
+
+
+def test_calls_that_all_look_like_first_steps_are_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    network = compiled(interval=3)
+    for _ in range(20):
+        network(picture(), 500)
+    (said,) = [each.message for each in caplog.records if "16 calls in a row" in each.message]
+    assert "were each taken for the first step of a run" in said
+    assert "'timestep'" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from plain import Plain, compiled, picture, timesteps
 from torch import nn
 
@@ -18,6 +20,56 @@ from dcompile.compiler.capture_cache import MAX_VALUES
 STEPS = 12
 AT = 5  # the step before which something changes
 HELD, TABLE, NUMBER = SimpleNamespace(scale=1.0), {"scale": 1.0}, 1.0
+
+
+TENSOR, PARTIAL = torch.tensor(1.0), functools.partial(float, 1.0)
+VARIABLE: contextvars.ContextVar[float] = contextvars.ContextVar("VARIABLE", default=1.0)
+REGISTRY: dict[str, Callable[[], float]] = {}
+OF_CLOSURE = [1.0]
+CONV2D, CONV_FORWARD = F.conv2d, nn.Conv2d._conv_forward
+
+
+class Named:
+    share = 1.0
+
+    @staticmethod
+    def one() -> float:
+        return 1.0
+
+
+def first() -> float:
+    return second()
+
+
+def second() -> float:
+    return third()
+
+
+def third() -> float:
+    return fourth()
+
+
+def fourth() -> float:
+    return fifth()
+
+
+def fifth() -> float:
+    return 1.0
+
+
+FIFTH = fifth
+
+
+def twice(self: nn.Conv2d, *arguments: Any) -> torch.Tensor:
+    return 2 * CONV_FORWARD(self, *arguments)
+
+
+def of_closure(held: list[float]) -> type:
+    class Mixin:
+        def by_mixin(self) -> float:
+            return held[0]
+
+    return Mixin
 
 
 class Processor:
@@ -33,7 +85,7 @@ class Louder(Processor):
         return 1.5 * super().__call__()
 
 
-class Processed(Plain):
+class Processed(of_closure(OF_CLOSURE), Plain):  # type: ignore[misc]
     share = 1.0
 
     def __init__(self) -> None:
@@ -49,6 +101,8 @@ class Processed(Plain):
 
     def forward(self, sample: Any, timestep: Any, condition: Any = None) -> Any:
         factor = self.scale * self.processor() * self.down.processor() * self.share  # type: ignore[operator]
+        factor *= TENSOR * PARTIAL() * VARIABLE.get() * Named.one() * Named.share
+        factor *= REGISTRY["one"]() * first() * self.by_mixin()
         factor *= HELD.scale * TABLE["scale"] * NUMBER * self.config["inner"][0]
         return (super().forward(sample, timestep, condition)[0] * (factor * self.by_closure()),)
 
@@ -79,6 +133,16 @@ CHANGES: dict[str, Callable[[Processed], Any]] = {
     "global object": lambda network: setattr(HELD, "scale", 1.5),
     "global dict": lambda network: TABLE.update(scale=1.5),
     "global number": lambda network: set_global(1.5),
+    "global tensor": lambda network: globals().update(TENSOR=torch.tensor(1.5)),
+    "global partial": lambda network: globals().update(PARTIAL=functools.partial(float, 1.5)),
+    "context variable": lambda network: VARIABLE.set(1.5),
+    "static method of a global class": lambda network: setattr(Named, "one", lambda: 1.5),
+    "attribute of a global class": lambda network: setattr(Named, "share", 1.5),
+    "registry of functions": lambda network: REGISTRY.update(one=lambda: 1.5),
+    "function that functions call": lambda network: globals().update(fifth=lambda: 1.5),
+    "closure of a method": lambda network: OF_CLOSURE.__setitem__(0, 1.5),
+    "method of a layer's class": lambda network: setattr(nn.Conv2d, "_conv_forward", twice),
+    "torch's function": lambda network: setattr(F, "conv2d", lambda *a: 1.5 * CONV2D(*a)),
     "submodule": lambda network: setattr(network.deep, "2", nn.ReLU()),
     "mode": lambda network: setattr(network.deep[1], "p", 0.2),
 }
@@ -88,6 +152,11 @@ def as_they_were(called: Any = Processor.__call__) -> None:
     Processed.share, Processor.__call__ = 1.0, called  # type: ignore[method-assign]
     HELD.scale = TABLE["scale"] = 1.0
     set_global(1.0)
+    globals().update(TENSOR=torch.tensor(1.0), PARTIAL=functools.partial(float, 1.0), fifth=FIFTH)
+    VARIABLE.set(1.0)
+    Named.share, Named.one, OF_CLOSURE[0] = 1.0, lambda: 1.0, 1.0  # type: ignore[method-assign, assignment]
+    REGISTRY.update(one=lambda: 1.0)
+    F.conv2d, nn.Conv2d._conv_forward = CONV2D, CONV_FORWARD  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
