@@ -486,7 +486,7 @@ class TestRefusals:
 
     def test_missing_arguments_raise_the_modules_own_error(self) -> None:
         with (
-            noticed("no timestep"),
+            noticed("none the timestep"),
             pytest.raises(TypeError, match="timestep"),
         ):
             compiled()(picture())

@@ -26,6 +26,10 @@ def overrides_functions(kind: type[torch.Tensor]) -> bool:
     return own is not no_torch_function and getattr(own, "__func__", own) is not default.__func__
 
 
+# What ``tensor.grad`` is to a TorchFunctionMode.
+gradient_of: Any = vars(torch._C.TensorBase)["grad"].__get__
+
+
 def unusual_memory(tensor: torch.Tensor) -> str | None:
     """What a tensor is whose values are no strided array; None if they are."""
     if tensor.is_nested:

@@ -5,7 +5,6 @@ Used for a denoiser (``ProgramCache``) and for its companions (``runtime.lazy_ne
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +14,11 @@ from dcompile.compat.sources import forgotten_later
 from dcompile.compiler.call import StandardCall
 from dcompile.compiler.capture import CapturedNetwork
 from dcompile.compiler.capture_gate import CaptureGate
+from dcompile.compiler.capture_limits import CaptureLimits
 from dcompile.compiler.fingerprint import changed_by_running, difference
 from dcompile.compiler.observed_capture import ObservedCapture, SideEffectError, UndecidedError
 from dcompile.compiler.signature import (
     Signature,
-    constants_that_differ,
     signature_of,
     what_differs,
 )
@@ -31,8 +30,6 @@ from dcompile.errors import CaptureError
 from dcompile.passes.base import is_random
 from dcompile.progress import Display
 
-# Captures for different values of one argument, as many as Dynamo's recompile limit.
-MAX_VALUES = 8
 # Structures that are remembered although nothing could be captured of them, or no longer is.
 MAX_UNUSED_STRUCTURES = 8
 IN_TRAINING_MODE = "the network is in training mode (call .eval())"
@@ -56,7 +53,7 @@ class CaptureCache:
         written: entries of its structure that its own forward pass writes, such as counters; they
             are left out when structures are compared (see ``fingerprint.changed_by_running``).
         last_reason: why the latest capture was needed.
-        allowed: how many captures a run that has begun may still need; None if there is none.
+        limits: on captures of one thing after another.
         count: of captures.
         gate: calls of the module's own forward pass it; see ``CaptureGate``.
         layout: of the module's weights.
@@ -68,9 +65,8 @@ class CaptureCache:
         self.written: frozenset[str] = frozenset()
         self.last_reason = self._change = ""
         self.gate = CaptureGate()
-        self.allowed: int | None = None
+        self.limits = CaptureLimits(type(module).__name__)
         self.count = 0
-        self._changes: Counter[str] = Counter()  # that led to captures within a run
         self._forward = forward
         self._structures: dict[int, Structure] = {}  # the latest last
         self._needed: set[int] = set()  # numbers of structures that others refer to
@@ -169,8 +165,8 @@ class CaptureCache:
             known = self._refused.get(number) or self._failed.get(key)
             if known is not None:
                 raise type(known)(str(known)) from known
-            self._require_few_values(key)
-            self._require_few_changes(number)
+            self.limits.require_few_values(key, self._networks)
+            self.limits.require_few_changes(number, self._networks, self._change)
             self._note_reason(key)
             try:
                 network = self._capture(number, call, dynamic, display)
@@ -190,54 +186,6 @@ class CaptureCache:
         self._networks.pop(key, None)
         self._networks[key] = network  # the latest last
         return network
-
-    def _require_few_values(self, key: tuple[int, Signature, DynamicSizes | None]) -> None:
-        """Refuse to capture for one value of a constant after another.
-
-        Raises:
-            CaptureError: there are ``MAX_VALUES`` captures for other values of an argument.
-        """
-        number, signature, dynamic = key
-        places = [
-            places
-            for known, other, sizes in self._networks
-            if (known, sizes) == (number, dynamic)
-            and (places := constants_that_differ(other, signature))
-        ]
-        if len(places) >= MAX_VALUES:
-            (place, _), *_ = Counter(place for found in places for place in found).most_common(1)
-            names = signature[0].names
-            name = names[place] if place < len(names) else f"argument {place}"
-            raise CaptureError(
-                f"{type(self.module).__name__} was captured for {len(places)} values of {name}, "
-                "and each value is a graph of its own: with further ones it runs uncached. Pass it "
-                "as a tensor, if the network can take one"
-            )
-
-    def _require_few_changes(self, number: int) -> None:
-        """Refuse to capture at one step of a run after another.
-
-        Raises:
-            CaptureError: there are ``MAX_VALUES`` captures for other values of an attribute, or for
-                other kinds of calls within one run.
-        """
-        if self.allowed is None:
-            return
-        if any(known == number for known, *_ in self._networks):
-            if self.allowed <= 0:
-                raise CaptureError(
-                    f"{type(self.module).__name__} was captured {MAX_VALUES} times in one run, for "
-                    "arguments of other sizes, structures or constants at each step: further ones "
-                    "run uncached. Pad what grows, pass numbers as tensors, or try dynamic=True"
-                )
-            return
-        self._changes[self._change] += 1
-        if self._changes[self._change] > MAX_VALUES:
-            raise CaptureError(
-                f"{type(self.module).__name__} changed within its runs ({self._change}) and was "
-                f"captured for {MAX_VALUES} states, each a graph of its own: in further ones it "
-                "runs uncached. Pass what changes as an argument of the call"
-            )
 
     def _note_reason(self, key: tuple[int, Signature, DynamicSizes | None]) -> None:
         number, signature, _ = key
@@ -281,7 +229,7 @@ class CaptureCache:
         """Try again what could not be captured."""
         self._refused.clear()
         self._failed.clear()
-        self._changes.clear()
+        self.limits.forget()
         self._suspects.clear()
 
     def refresh_guard(self, network: CapturedNetwork) -> None:

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from dcompile.compat.tensors import gradient_of
 from dcompile.compiler.introspection import is_library
 from dcompile.compiler.states import address_of
-
-_GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__  # of a tensor that was there
 
 
 class KeptTensors(TorchFunctionMode):
@@ -36,7 +35,7 @@ class KeptTensors(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func != _GRADIENT:
+        if func != gradient_of:
             made = result if isinstance(result, (tuple, list)) else (result,)
             for each in made:
                 if isinstance(each, torch.Tensor) and not any(each is arg for arg in args):
@@ -82,4 +81,14 @@ def place_of(frame: FrameType | None) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-__all__ = ["KeptTensors", "place_of"]
+def place_of_error(error: BaseException) -> str:
+    """The innermost line of code that is no library's, of those that an error came through."""
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.append(traceback.tb_frame)
+        traceback = traceback.tb_next
+    return place_of(frames[-1]) if frames else "somewhere"
+
+
+__all__ = ["KeptTensors", "place_of", "place_of_error"]

@@ -20,9 +20,9 @@ from dcompile.compiler.call_counts import NUMBERS, Count
 from dcompile.compiler.capture import CapturedNetwork, capture, refuse_hooks
 from dcompile.compiler.clocks import ClockReadings
 from dcompile.compiler.function_caches import FunctionCaches
-from dcompile.compiler.hidden_effects import KeptTensors
+from dcompile.compiler.hidden_effects import KeptTensors, place_of_error
 from dcompile.compiler.random_states import RandomStates
-from dcompile.compiler.side_effects import Change, Key, Snapshot, undone
+from dcompile.compiler.side_effects import Change, Key, Snapshot, put, undone, value_at
 from dcompile.compiler.sizes import DynamicSizes
 from dcompile.compiler.verification import reason_to_refuse
 from dcompile.errors import CaptureError
@@ -207,19 +207,20 @@ class ObservedCapture:
         counts: dict[Key, Count] = {}
         readings: dict[Key, list[str]] = {key: [] for key in places}
         for key, where in places.items():
-            value = after.value(key)
+            value = value_at(after, key)
             if type(value) not in NUMBERS:
                 raise self._count(where, "it is no number, so what reads it is not known")
             counts[key] = Count(value, readings[key])
         if not counts:
             return
         with undone(*(root for root, _ in self._roots)):
-            after.put(counts)
+            put(after, counts)
             try:
                 self._run()
                 read = {key: [*code] for key, code in readings.items()}
             except Exception as error:  # such as of a function that wants a real number
-                raise self._count(next(iter(places.values())), f"it is needed: {error}") from error
+                place = place_of_error(error)
+                raise self._count(next(iter(places.values())), f"{place} reads it") from error
         for key, code in read.items():
             if code:
                 raise self._count(places[key], f"{code[0]} reads it")

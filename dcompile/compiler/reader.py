@@ -80,6 +80,11 @@ class Call:
         return sample
 
     @property
+    def whose(self) -> tuple[Any, list[torch.Tensor], Signature | None, torch.Tensor]:
+        """What tells which run it belongs to: timestep, conditioning, signature and sample."""
+        return self.timestep, self.conditioning, self.signature, self.sample
+
+    @property
     def device(self) -> torch.device:
         """Where the sample is."""
         return self.sample.device

@@ -150,7 +150,8 @@ class Snapshot:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that can be reached."""
-        return (thing for thing in self._seen.values() if isinstance(thing, torch.Tensor))
+        readable = filter(is_readable, self._seen.values())
+        return (each for each in readable if isinstance(each, torch.Tensor))
 
     def again(self) -> Snapshot:
         """All of it as it is now, and what can be reached from it now."""
@@ -171,27 +172,6 @@ class Snapshot:
         for held in self._held.values():
             if id(held.thing) in changed and held.write is not None:
                 held.write(held.state)
-
-    def value(self, key: Key) -> Any:
-        """What a place holds, if it is one of a mapping's; ``EMPTY`` otherwise."""
-        identity, name = key
-        for held in self._held.values():
-            here = id(held.thing) == identity and isinstance(held.state, Mapping)
-            if here and name in held.state:
-                return held.state[name]
-        return EMPTY
-
-    def put(self, values: Mapping[Key, Any]) -> None:
-        """Put other values into places that hold what they did when this was taken."""
-        for held in self._held.values():
-            if isinstance(held.state, Mapping) and held.write is not None:
-                here = {
-                    name: value
-                    for (identity, name), value in values.items()
-                    if identity == id(held.thing) and name in held.state
-                }
-                if here:
-                    held.write({**held.state, **here})
 
     def restore_generators(self) -> None:
         """Put back the states of all ``torch.Generator`` objects."""
@@ -375,6 +355,29 @@ class Snapshot:
             if name not in ("__dict__", "__weakref__")
         ]
         self._pending += [(base, base.__name__) for base in kind.__bases__]
+
+
+def value_at(snapshot: Snapshot, key: Key) -> Any:
+    """What a place holds, if it is one of a mapping's; ``EMPTY`` otherwise."""
+    identity, name = key
+    for held in snapshot._held.values():
+        here = id(held.thing) == identity and isinstance(held.state, Mapping)
+        if here and name in held.state:
+            return held.state[name]
+    return EMPTY
+
+
+def put(snapshot: Snapshot, values: Mapping[Key, Any]) -> None:
+    """Put other values into places that hold what they did when the snapshot was taken."""
+    for held in snapshot._held.values():
+        if isinstance(held.state, Mapping) and held.write is not None:
+            here = {
+                name: value
+                for (identity, name), value in values.items()
+                if identity == id(held.thing) and name in held.state
+            }
+            if here:
+                held.write({**held.state, **here})
 
 
 def _differences(held: _Held, now: Any) -> Iterator[tuple[Key, Change]]:

@@ -353,7 +353,11 @@ _DEPTH_OF_GLOBALS = 4
 
 def _matters(value: Any) -> bool:
     """Whether what a global name refers to decides something, other than a library's objects."""
-    if type(value) in PLAIN or type(value) in _CONTAINERS or isinstance(value, _HOLDERS):
+    if type(value) in PLAIN or type(value) in _CONTAINERS:
+        return True
+    if not is_readable(value):
+        return False
+    if isinstance(value, _HOLDERS):
         return True
     return value is not EMPTY and not is_library(type(value).__module__)
 

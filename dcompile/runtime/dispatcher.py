@@ -78,9 +78,7 @@ class Dispatcher(ForwardWrapper):
             return self._run_uncached(state, reason, args, kwargs)
         if state.prepare is not None:
             state, call = state.prepare(args, kwargs)
-        run, lane, step = state.tracker.enter(
-            call.timestep, call.conditioning, call.signature, call.sample
-        )
+        run, lane, step = state.tracker.enter(*call.whose)
         try:
             run.follow_weights()
             bound = lane.bound if call.signature is lane.signature else None
@@ -109,8 +107,6 @@ class Dispatcher(ForwardWrapper):
             raise
         if level:
             self._count_refresh(state, run, lane, bound, level, wanted)
-            if state.tracker.first_steps == MANY_FIRST_STEPS:
-                note_first_steps(state, call)
         else:
             run.reused = True
             state.counters.reuse(bound.program.ratio)
@@ -178,6 +174,7 @@ class Dispatcher(ForwardWrapper):
     ) -> None:
         forced = run.why_forced(lane) if level > wanted else None
         state.counters.refresh(bound.program.cost(level), full=level == len(run.due), forced=forced)
+        note_first_steps(state, lane)
 
     def _run_copy(
         self, state: State, copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,12 +253,14 @@ def finish(state: State, run: Run, lane: Lane) -> None:
     note_if_nothing_was_reused(state, run)
 
 
-def note_first_steps(state: State, call: Call) -> None:
-    """Say that no call was taken for the second step of a run, whatever the schedule wants."""
-    assert call.form is not None
+def note_first_steps(state: State, lane: Lane) -> None:
+    """Say that no call of late was taken for the second step of a run."""
+    if state.tracker.first_steps != MANY_FIRST_STEPS:
+        return
+    form = lane.signature[0]
     state.notices.warn(
         f"{MANY_FIRST_STEPS} calls in a row were each taken for the first step of a run, so none "
-        f"reused anything: their timesteps, {call.form.roles.timestep!r}, do not go one way like "
+        f"reused anything: their timesteps, {form.roles.timestep!r}, do not go one way like "
         "those of a sampling loop. If another argument is the timestep, give its name to "
         "cache_compile(timestep=...); or pass elements of one tensor of timesteps"
     )

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dcompile.compiler.call import CallForms
-from dcompile.compiler.capture_cache import MAX_VALUES, TrainingModeError
+from dcompile.compiler.capture_cache import TrainingModeError
+from dcompile.compiler.capture_limits import MAX_IN_RUN
 from dcompile.compiler.lazy import materialize
 from dcompile.compiler.observed_capture import UndecidedError
 from dcompile.compiler.program_cache import ProgramCache
@@ -83,7 +84,7 @@ class Runners:
         """
         before = self.programs.captures.count
         try:
-            allowed = MAX_VALUES - run.captures if run.step > 0 else None
+            allowed = MAX_IN_RUN - run.captures if run.step > 0 else None
             runner: Runner | Refusal = self.runner_for(state, call, allowed)
             run.captures += self.programs.captures.count - before
         except TrainingModeError as error:
@@ -124,7 +125,7 @@ class Runners:
         assert form is not None
         with self.programs.lock:
             display = Display(type(self._module).__name__, state.settings.verbose)
-            self.programs.captures.allowed = allowed
+            self.programs.captures.limits.allowed = allowed
             try:
                 standard = self.forms.standard(form, materialize(call.leaves))
                 if state.settings.new_calls == "uncached":

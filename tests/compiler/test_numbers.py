@@ -10,7 +10,7 @@ from heard import heard, noticed
 from plain import Plain, picture, timesteps
 
 import dcompile
-from dcompile.compiler.capture_cache import MAX_VALUES
+from dcompile.compiler.capture_limits import MAX_VALUES
 
 STEPS = 20
 

@@ -276,7 +276,7 @@ def test_the_structure_is_read_once_while_nothing_changes(monkeypatch: pytest.Mo
     assert len(reads) == before
     network.up.scale = 2.0
     sampled(network, picture(), timesteps())
-    assert len(reads) == before + 2  # once more after the capture
+    assert len(reads) == before + 3  # and after the capture: what it wrote, and to be watched
 
 
 def test_weights_stay_bound_while_nothing_changes() -> None:

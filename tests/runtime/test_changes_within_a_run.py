@@ -15,7 +15,7 @@ from plain import Plain, compiled, picture, timesteps
 from torch import nn
 
 import dcompile
-from dcompile.compiler.capture_cache import MAX_VALUES
+from dcompile.compiler.capture_limits import MAX_VALUES
 
 STEPS = 12
 AT = 5  # the step before which something changes

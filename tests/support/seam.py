@@ -60,7 +60,7 @@ def runs_of(module: Any) -> list[Run]:
     """The runs that are tracked now."""
     tracker = dispatcher_of(module).state.tracker
     runs = [track.run for track in tracker._by_storage.values()]
-    return runs + [track.run for track in tracker._by_value]
+    return runs + tracker._by_value.runs
 
 
 def cached_of(module: Any) -> list[Any]:
