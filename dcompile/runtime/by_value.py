@@ -182,7 +182,7 @@ class RunsByValue:
             (track.run.knows(conditioning, signature), track.likeness(sketch), -misfit, n, track)
             for n, track in enumerate(self._tracks)
             if (misfit := track.misfit(value)) is not None
-            and not (track.gap is None and value != track.value and track.is_unlike(sketch))
+            and not (value != track.value and self._begins_another(track, value, sketch))
             and (
                 value != track.value
                 or track is self._tracks[-1]
@@ -224,6 +224,13 @@ class RunsByValue:
         if track.run.ended:
             self._forget_given_up()
         return track.run, track.step
+
+    def _begins_another(
+        self, track: _ValueTrack, value: float, sketch: torch.Tensor | None
+    ) -> bool:
+        """Whether a second value is more likely another run's first, for several are open."""
+        several = any(other is not track and other.may_reach(value) for other in self._tracks)
+        return track.gap is None and several and track.is_unlike(sketch)
 
     def _forget_given_up(self) -> None:
         """Drop runs that were not called while ``MAX_MISSED`` others came to their ends."""

@@ -133,8 +133,8 @@ def test_noise_levels_are_the_steps_of_one_run(count: int) -> None:
 
 
 def test_runs_whose_samples_differ_are_told_apart_by_them() -> None:
-    """Numbers alone would not do: both begin at 999."""
-    order = [0, 1] * 9
+    """Numbers alone would not do: each value lies ahead of both."""
+    order = [0, 0, *[1, 0] * 7, 1, 1]
     wrong, reused = foreign([falling(9), falling(9, 998.0)], order, 1)
     assert wrong == 0
     assert reused > 0
