@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import sys
+import sysconfig
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -64,6 +65,14 @@ def is_library(module: str | None) -> bool:
     """Whether a module belongs to torch, Python or the like, and is not looked into."""
     package = (module or "").partition(".")[0]
     return package in _LIBRARIES or (package in sys.stdlib_module_names and package != "__main__")
+
+
+_PACKAGES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+
+
+def is_installed(code: types.CodeType) -> bool:
+    """Whether code is an installed package's, not a script's or that of a checkout."""
+    return code.co_filename.startswith(_PACKAGES)
 
 
 def slots_of(kind: type) -> tuple[str, ...]:

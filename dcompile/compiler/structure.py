@@ -29,6 +29,7 @@ from dcompile.compiler.introspection import (
     attributes_of,
     contents_of,
     function_behind,
+    is_installed,
     is_library,
     is_readable,
     names_in,
@@ -181,11 +182,15 @@ class _Describer:
         yield self.value((function.__defaults__, function.__kwdefaults__), 3)
         if is_library(function.__module__):
             return
-        for name, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        ):
-            if _matters(held := contents_of(cell)):
-                yield name, self._global(held)
+        if is_installed(function.__code__):  # such as diffusers, whose code goes on and on
+            levels, matters = min(levels, _LEVELS_OF_PACKAGES), _is_plain_or_code
+        else:
+            matters = _matters
+            for name, cell in zip(
+                function.__code__.co_freevars, function.__closure__ or (), strict=True
+            ):
+                if name != "__class__" and _matters(held := contents_of(cell)):
+                    yield name, self._global(held)
         names = names_in(function.__code__)
         for name in names:
             scope = function.__globals__
@@ -195,17 +200,17 @@ class _Describer:
                 yield from self._code(named, levels - 1)
             elif isinstance(named, types.ModuleType):
                 for part in names:
-                    if _matters(value := vars(named).get(part)):
+                    if matters(value := vars(named).get(part)):
                         self._watch.named(vars(named), part)
                         yield part, self._global(value)
-            elif name in scope and _matters(named):
+            elif name in scope and matters(named):
                 self._watch.named(scope, name)
                 yield name, self._global(named)
 
     def _global(self, value: Any) -> Any:
         """What a global name or a closure's variable refers to."""
-        if isinstance(value, type):
-            return value if is_library(value.__module__) else self.kind(value)
+        if isinstance(value, type) and not is_library(value.__module__):
+            return value if issubclass(value, nn.Module) else self.kind(value)
         return value if isinstance(value, _CODE) else self.value(value, _DEPTH_OF_GLOBALS)
 
     def _weight(self, tensor: Any) -> Any:
@@ -347,8 +352,14 @@ def _called_members(kind: type) -> set[str]:
 
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType, type)
-_LEVELS = 16  # of functions that functions name
+_LEVELS, _LEVELS_OF_PACKAGES = 16, 2  # of functions that functions name
 _DEPTH_OF_GLOBALS = 4
+
+
+def _is_plain_or_code(value: Any) -> bool:
+    return type(value) in PLAIN or isinstance(
+        value, (types.FunctionType, types.BuiltinFunctionType)
+    )
 
 
 def _matters(value: Any) -> bool:
