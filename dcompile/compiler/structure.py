@@ -352,7 +352,7 @@ def _called_members(kind: type) -> set[str]:
 
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType, type)
-_LEVELS, _LEVELS_OF_PACKAGES = 16, 2  # of functions that functions name
+_LEVELS, _LEVELS_OF_PACKAGES = 16, 3  # of functions that functions name
 _DEPTH_OF_GLOBALS = 4
 
 
