@@ -8,9 +8,10 @@ added to and tells of everything else that is done with it.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
+
+from dcompile.compiler.hidden_effects import place_of
 
 NUMBERS = (int, float)
 
@@ -76,9 +77,7 @@ def _sum(count: Count, other: Any, sign: int, sign_of_other: int) -> Any:
 
 def _read(count: Count) -> int | float:
     """The number, after noting the code that asks for it."""
-    frame = sys._getframe(2)
-    file = os.path.basename(frame.f_code.co_filename)
-    object.__getattribute__(count, "_readings").append(f"{file}:{frame.f_lineno}")
+    object.__getattribute__(count, "_readings").append(place_of(sys._getframe(2)))
     return _number_of(count)
 
 

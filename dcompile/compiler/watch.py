@@ -129,7 +129,7 @@ class Watch:
         return self.weights_possible and self.attributes_unchanged() and self._weights_unchanged()
 
     def attributes_unchanged(self) -> bool:
-        """Whether everything but the weights is what it was, for a third of the cost."""
+        """Whether everything but the weights is what it was; cheaper than ``unchanged``."""
         try:
             if not self.possible or any(self._empty) or self._sizes_now() != self._sizes:
                 return False

@@ -89,7 +89,7 @@ class _ValueTrack:
         return max(alike, default=1.0)
 
     def is_unlike(self, sketch: torch.Tensor | None) -> bool:
-        """Whether a sample shows that a call is another run's, or that noise was added anew."""
+        """Whether a sample is nearly uncorrelated with this run's latest ones."""
         return self.likeness(sketch) < SIMILAR
 
     def forget_samples(self) -> None:
